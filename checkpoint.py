@@ -1,0 +1,468 @@
+"""What is on disk: a checkpoint is a folder with config.json, tokenizer files and model.safetensors in our names.
+
+    config = load_config("checkpoints/org/name")                  # ModelConfig
+    model = load_model("checkpoints/org/name", device="cpu")      # Transformer, weights mapped rather than copied
+    load_generation_config("checkpoints/org/name")                # {"eos_token_ids": [2], "temperature": 0.6, ...}
+
+    header, metadata = read_header(path)                          # name -> StoredTensor: dtype, shape, where it lies
+    write_safetensors(path, {"a": (torch.float16, (4, 8))}, chunks, {"format": FORMAT})
+
+Weights are read and written tensor by tensor, so neither side ever holds a second copy of a model. Files are written to
+a temporary name in the same folder, synced and renamed: after a kill there is the old file or the new one.
+
+The format: https://huggingface.co/docs/safetensors (8 bytes length, a JSON header, the tensors without gaps).
+"""
+
+import ctypes
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from model import ModelConfig, Transformer, expected_shapes
+
+DEMO = Path(__file__).parent / "demo" / "target"  # the small trained model that is used when none is named
+
+FORMAT = "gpt-brisk"  # `format` in the metadata of weights in our names
+VERSION = "1"
+MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for a header
+CHUNK_BYTES = 32 * 2**20  # read and written at a time
+
+DTYPES = {  # what a safetensors header calls them
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a model can be run in
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. UserError when it is missing, not JSON or not an object."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; get the complete checkpoint folder")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {gb(path.stat().st_size)}, far too much for JSON; get the file again")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); get the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; get the file again")
+    return value
+
+
+def load_config(folder: Path | str) -> ModelConfig:
+    """Reads `folder`/config.json. UserError names the file and the field that is missing, absurd or unsupported."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    try:
+        return ModelConfig.from_hf(config)
+    except UserError as error:
+        raise UserError(str(error).replace("config.json", str(path), 1)) from error
+
+
+def load_generation_config(folder: Path | str) -> dict[str, Any]:
+    """How the model's authors want it sampled, and where it stops.
+
+    Returns `eos_token_ids` (a list, maybe empty; generation_config.json may name several, config.json is the fallback)
+    and, where generation_config.json has them, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and
+    `repetition_penalty`. UserError names a field of the wrong type.
+    """
+    path = Path(folder) / "generation_config.json"
+    stored = read_json(path) if path.exists() else {}
+    settings: dict[str, Any] = {}
+    for name in ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        value = stored.get(name)
+        if value is None:
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not (isinstance(value, bool) if name == "do_sample" else is_number and value >= 0):
+            raise UserError(f"{path}: {name}: {value!r} is not a valid value; correct it or remove the field")
+        settings[name] = value
+    source, ids = path, stored.get("eos_token_id")
+    config_path = Path(folder) / "config.json"
+    if ids is None and config_path.exists():
+        source, ids = config_path, read_json(config_path).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise UserError(f"{source}: eos_token_id: {ids!r} is not a list of token ids; correct it")
+    return {"eos_token_ids": ids, **settings}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading weights
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, not yet read. `offset` counts bytes from the start of the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of the first dimension, read from the file (a map's pages would stay resident)."""
+        if not self.shape:
+            rows, stop = (), 1
+        else:
+            stop = self.shape[0] if stop is None else stop
+            rows = (stop - start, *self.shape[1:])
+        stride = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = bytearray((stop - start) * stride)
+        if not data:
+            return torch.empty(rows, dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start * stride)
+            view = memoryview(data)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise UserError(f"{self.path} ends too early; it was changed while it was read, get it again")
+                view = view[count:]
+        return torch.frombuffer(data, dtype=self.dtype).view(rows)
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, believed only where the file bears them out.
+
+    UserError names the file, and the tensor, whose dtype, shape and place do not fit each other or the file's size.
+    """
+
+    def broken(what: str) -> UserError:
+        return UserError(f"{path} is not a valid safetensors file: {what}; get the file again")
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing; get the complete checkpoint folder")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise broken(f"it has {size} bytes, its header alone should have {length + 8}, so it is truncated")
+        if length > MAX_JSON_BYTES:
+            raise broken(f"its header claims {gb(length)}, more than {gb(MAX_JSON_BYTES)}")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise broken("its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise broken("its header is not a JSON object")
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise broken("its __metadata__ is not a table of strings")
+
+    tensors, spans = {}, []
+    for name, entry in entries.items():
+        fields = entry if isinstance(entry, dict) else {}
+        dtype_name, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+        dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+        if dtype is None:
+            raise broken(f"tensor {name!r} has the dtype {dtype_name!r}, which is not supported")
+        if not _are_sizes(shape) or len(shape) > 8:
+            raise broken(f"tensor {name!r} has the shape {shape!r}")
+        if not _are_sizes(span) or len(span) != 2 or not span[0] <= span[1] <= size - 8 - length:
+            raise broken(f"tensor {name!r} lies at {span!r} of {size - 8 - length} bytes, so it is truncated")
+        if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
+            raise broken(f"tensor {name!r} of shape {shape} {dtype_name} cannot have {span[1] - span[0]} bytes")
+        tensors[name] = StoredTensor(path, dtype, tuple(shape), 8 + length + span[0])
+        spans.append((span[0], span[1], name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise broken(f"tensor {name!r} starts at byte {start} where the one before it ends at {end}")
+        end = stop
+    if end != size - 8 - length:
+        raise broken(f"its tensors end at byte {end} of {size - 8 - length}")
+    return tensors, metadata
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def read_index(path: Path) -> list[Path]:
+    """The weight files that an index (`*.index.json`) names. UserError when one would be outside the folder."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} has no weight_map; get the file again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f"{path} names the file {name!r}, which is no plain file name; get the file again")
+    return [path.parent / name for name in dict.fromkeys(weight_map.values())]
+
+
+def check_index(path: Path, tensors: Mapping[str, Any]) -> None:
+    """UserError when the index names a tensor that its files do not hold."""
+    for name in read_json(path)["weight_map"]:
+        if name not in tensors:
+            raise UserError(f"{path} names tensor {name!r}, which no file holds; get the complete checkpoint folder")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one safetensors file, or of all files of a `.safetensors.index.json`, and their metadata."""
+    indexed = path.name.endswith(".index.json")
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for file in read_index(path) if indexed else [path]:
+        found, metadata = read_header(file)
+        for name in found:
+            if name in tensors:
+                raise UserError(f"{file} and {tensors[name].path.name} both hold tensor {name!r}; get the files again")
+        tensors.update(found)
+    if indexed:
+        check_index(path, tensors)
+    return tensors, metadata
+
+
+def weights_path(path: Path | str) -> Path:
+    """The weight file, or index, that a `--checkpoint_path` means: a folder stands for its model.safetensors."""
+    path = Path(path)
+    if path.is_file():
+        if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(f"{path} is no safetensors file; name the folder of a converted checkpoint")
+        return path
+    convert = "run `python convert_hf_checkpoint.py --repo ORG/NAME` (or `--checkpoint_dir DIR`) first"
+    if not path.is_dir():
+        raise UserError(f"{path} is not there; {convert}")
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if (path / name).is_file():
+            return path / name
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+        raise UserError(f"{path} is not converted; run `python convert_hf_checkpoint.py --checkpoint_dir {path}` first")
+    raise UserError(f"{path} holds no model.safetensors; {convert}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a model
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """Loads a checkpoint, a folder or one weight file in it, for inference (eval mode, no gradients).
+
+    On a CPU, and in the dtype that is stored (`dtype=None`), the weights are mapped from the file: nothing is copied,
+    and processes share them. Otherwise they are read, cast and moved tensor by tensor. UserError when a file or tensor
+    is missing, unexpected or misshapen, or when the memory does not suffice.
+    """
+    path, device = weights_path(path), torch.device(device)
+    config = load_config(path.parent)
+    stored, metadata = read_safetensors(path)
+    # Metadata that names a quantization would be honoured here; weights in our names without it are plain.
+    if metadata.get("format") == FORMAT and metadata.get("version") != VERSION:
+        raise UserError(f"{path} has version {metadata.get('version')!r}, not {VERSION!r}; convert again")
+    check_tensors(config, stored, path)
+
+    dtype = dtype or stored["tok_embeddings.weight"].dtype
+    needed = sum(math.prod(tensor.shape) for tensor in stored.values()) * dtype.itemsize
+    check_memory(needed, f"the weights of {path.parent}", device)
+    maps: dict[Path, torch.UntypedStorage] = {}
+    state = {}
+    for name, tensor in stored.items():
+        if device.type == "cpu" and tensor.dtype == dtype and tensor.offset % dtype.itemsize == 0:
+            state[name] = _mapped(tensor, maps)
+        else:
+            state[name] = tensor.read().to(device, dtype)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _mapped(tensor: StoredTensor, maps: dict[Path, torch.UntypedStorage]) -> Tensor:
+    """The tensor as a view of its mapped file. The map is private: writing to it would not change the file."""
+    if tensor.path not in maps:
+        size = tensor.path.stat().st_size
+        maps[tensor.path] = torch.UntypedStorage.from_file(str(tensor.path), False, size)
+    view = torch.empty(0, dtype=tensor.dtype)
+    return view.set_(maps[tensor.path], tensor.offset // tensor.dtype.itemsize, tensor.shape)
+
+
+def check_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], path: Path) -> None:
+    """UserError names the first tensor that is missing, misshapen, of a dtype that cannot be run, or unexpected."""
+    if "model.embed_tokens.weight" in stored or "model.layers.0.input_layernorm.weight" in stored:
+        raise UserError(
+            f"{path} has the tensor names of Hugging Face; "
+            f"run `python convert_hf_checkpoint.py --checkpoint_dir {path.parent}` first"
+        )
+    shapes = expected_shapes(config)
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise UserError(f"{path}: tensor {name!r} is missing; convert the model again")
+        if stored[name].shape != shape:
+            found, meant = list(stored[name].shape), list(shape)
+            raise UserError(f"{path}: tensor {name!r} has the shape {found}, config.json means {meant}; convert again")
+        if stored[name].dtype not in FLOATS:
+            raise UserError(f"{path}: tensor {name!r} is {stored[name].dtype}, not a float; convert the model again")
+    for name in stored:
+        if name not in shapes:
+            raise UserError(
+                f"{path}: tensor {name!r} is unexpected; it does not belong to this config.json; convert again"
+            )
+
+
+def gb(count: float) -> str:
+    """Bytes as people read them: "2.2 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def check_memory(needed_bytes: int, what: str, device: torch.device | str = "cpu") -> None:
+    """UserError, before anything is allocated, when `what` needs more memory than is free on the device."""
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if needed_bytes > free:
+        needed = gb(needed_bytes)
+        raise UserError(f"{what} needs {needed}, {gb(free)} are free on {device.type}; take a smaller one")
+
+
+def check_disk(needed: int, path: Path) -> None:
+    """UserError when the disk that `path` will be on has not enough room."""
+    existing = next(parent for parent in [path, *path.parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(f"{path} needs {gb(needed)}, {gb(free)} are free there; free some space or take another disk")
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that can still be allocated: what the system has, or the control group's limit where that is less."""
+    meminfo = root / "proc" / "meminfo"
+    if not meminfo.exists():  # macOS: what is free is not told without a library, so all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = int(fields.get("MemAvailable", fields["MemFree"]).split()[0]) * 1024
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for group in groups:
+        _, controllers, inside = group.split(":", 2)
+        if controllers == "":
+            base, limit, usage, prefix = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            prefix = "total_"
+        else:
+            continue
+        # Any group above may set the limit; in a container the outer part of the path does not exist.
+        here = base / inside.lstrip("/")
+        for folder in [here, *here.parents]:
+            try:
+                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                # Cached files, mapped weights among them, give way; they do not count as used.
+                used -= int(stat.get(f"{prefix}inactive_file", 0)) + int(stat.get(f"{prefix}active_file", 0))
+                if most != "max":
+                    free = min(free, max(int(most) - used, 0))
+            except (OSError, ValueError):
+                pass
+            if folder == base:
+                break
+    return free
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def lock_temporary(path: Path, is_folder: bool = False) -> int:
+    """Opens the temporary file or folder `path`, creating it, and locks it; returns the descriptor that holds the lock.
+
+    What a killed run left there is found unlocked and taken over. UserError when another run is at work on it.
+    """
+    while True:
+        if is_folder:
+            path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(f"another run is writing {path}; wait for it to end") from error
+        except OSError:
+            pass  # a file system without locks
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the run that had it has just renamed it
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_atomically(path: Path | str) -> Iterator[BinaryIO]:
+    """`with write_atomically(path) as file: file.write(...)`: the file appears, or replaces the old one, as a whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = lock_temporary(temporary)
+    with os.fdopen(descriptor, "wb") as file:
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+def write_safetensors(
+    path: Path | str,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    chunks: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file atomically, one chunk in memory at a time.
+
+    `tensors` gives dtype and shape of each; `chunks(name)` yields its data in order, in contiguous pieces of any shape.
+    ValueError when the pieces do not add up to the tensor.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(len(raw) + 8) % 64)  # so that the mapped tensors lie on cache lines
+    with write_atomically(path) as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, (dtype, shape) in tensors.items():
+            left = math.prod(shape) * dtype.itemsize
+            for chunk in chunks(name):
+                if chunk.dtype != dtype or not chunk.is_contiguous() or chunk.nbytes > left:
+                    raise ValueError(f"tensor {name!r}: a chunk {list(chunk.shape)} {chunk.dtype} does not fit")
+                if chunk.nbytes:
+                    file.write((ctypes.c_char * chunk.nbytes).from_address(chunk.data_ptr()))
+                left -= chunk.nbytes
+            if left:
+                raise ValueError(f"tensor {name!r}: {left} bytes are missing")

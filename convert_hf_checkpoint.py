@@ -1,0 +1,460 @@
+"""Turns a Hugging Face checkpoint into one of ours: downloads it, checks it, renames and fuses its tensors.
+
+    python convert_hf_checkpoint.py --repo meta-llama/Llama-3.2-1B            -> checkpoints/meta-llama/Llama-3.2-1B/
+    python convert_hf_checkpoint.py --checkpoint_dir path/to/folder           -> checkpoints/local/folder/
+    ... [--revision R] [--out DIR] [--dtype bfloat16|float16|float32]
+
+Reads model.safetensors, pytorch_model.bin (both also in shards) and MiniMind's .pth, whose path --checkpoint_dir may
+name. Works tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill
+leaves the old checkpoint, or none, never a mix.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import StoredTensor, gb
+from errors import UserError, run
+from hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
+from model import ModelConfig, expected_shapes
+from tokenizer import load_tokenizer
+
+SHARD_BYTES = 5 * 10**9
+REMAP_BYTES = 64 * 2**20  # how much of a mapped .bin file may become resident
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Our tensors, and those that each is made of, one below the other. Llama, Mistral, Qwen and MiniMind share the names.
+HF_NAMES = {
+    "tok_embeddings": ["model.embed_tokens"],
+    "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.wo": ["self_attn.o_proj"],
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
+    "attention_norm": ["input_layernorm"],
+    "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
+    "feed_forward.w2": ["mlp.down_proj"],
+    "ffn_norm": ["post_attention_layernorm"],
+    "norm": ["model.norm"],
+    "output": ["lm_head"],
+}
+MINIMIND_V1_NAMES = {name: [name] for name in HF_NAMES} | {
+    "attention.wqkv": ["attention.wq", "attention.wk", "attention.wv"],
+    "feed_forward.w13": ["feed_forward.w1", "feed_forward.w3"],
+}
+# Tables and masks that some checkpoints hold, though they follow from the config.
+IGNORED = re.compile(r"(|.*\.)(rotary_emb\.inv_freq|(attention|self_attn)\.(masked_bias|mask)|pos_cis|freqs_(cos|sin))")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pickled weights
+
+
+class PickledFiles:
+    """The `.bin` or `.pth` files of a checkpoint, one of them mapped at a time.
+
+    What is read of a map stays resident, so it is mapped anew before that is much. UserError when a file is damaged or
+    holds more than tensors.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.tensors: dict[str, PickledTensor] = {}
+        for path in files:
+            self.load(path)
+            for name, tensor in self.state.items():
+                self.tensors[name] = PickledTensor(self, path, name, tensor.dtype, tuple(tensor.shape))
+
+    def load(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; get the complete checkpoint folder")
+        self.path, self.state, self.resident = path, {}, 0
+        self.mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 can only be loaded as a whole
+        if not self.mapped:
+            checkpoint.check_memory(path.stat().st_size, str(path))
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+        except Exception as error:  # a damaged pickle can raise anything
+            if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+                raise UserError(
+                    f"{path} holds more than tensors ({found[1]}), which could run code; get it as safetensors"
+                ) from error
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is not a readable PyTorch file ({what}); get the file again") from error
+        if not isinstance(state, dict):
+            raise UserError(f"{path} holds {type(state).__name__}, not a table of tensors; save a state_dict")
+        for name, value in state.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+                raise UserError(f"{path} holds more than tensors ({name!r} is not one); save a plain state_dict")
+        self.state = state
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor of a pickled file; reads like a StoredTensor."""
+
+    files: PickledFiles
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        files = self.files
+        if files.path != self.path or (files.mapped and files.resident > REMAP_BYTES):
+            files.load(self.path)
+        rows = files.state[self.name].detach()
+        rows = (rows[start:stop] if self.shape else rows).clone(memory_format=torch.contiguous_format)
+        files.resident += rows.nbytes
+        return rows
+
+
+Source = StoredTensor | PickledTensor
+
+
+def open_weights(path: Path) -> dict[str, Source]:
+    """The tensors of a weight file or index, by the names that they have there."""
+    if ".safetensors" in path.name:
+        return dict(checkpoint.read_safetensors(path)[0])
+    indexed = path.name.endswith(".index.json")
+    tensors = PickledFiles(checkpoint.read_index(path) if indexed else [path]).tensors
+    if indexed:
+        checkpoint.check_index(path, tensors)
+    # What torch.compile and DistributedDataParallel put before the names of a model they wrap.
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names, shapes and the config
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one of our tensors: a whole tensor of the source."""
+
+    tensor: Source
+    interleaved_heads: int = 0  # heads of q or k whose RoPE pairs lie next to each other
+
+
+def plan_tensors(config: ModelConfig, tensors: Mapping[str, Source], is_v1: bool) -> dict[str, list[Piece]]:
+    """Our names, each with the pieces of the source that it is made of.
+
+    UserError names the first tensor that is missing, misshapen or not a float, then the first that is unexpected.
+    """
+    plan: dict[str, list[Piece]] = {}
+    used = set()
+    for ours, shape in expected_shapes(config).items():
+        layer, part, kind = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", ours).groups()
+        names = (MINIMIND_V1_NAMES if is_v1 else HF_NAMES)[part]
+        prefix = "model." + layer if layer and not is_v1 else layer
+        rows, heads = [shape[0] // len(names)] * len(names), [0] * len(names)
+        if part == "attention.wqkv":
+            rows = [count * config.head_dim for count in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+            heads = [config.n_heads, config.n_kv_heads, 0] if is_v1 else heads
+        plan[ours] = []
+        for name, count, interleaved in zip(names, rows, heads, strict=True):
+            name = f"{prefix}{name}.{kind}"
+            if name not in tensors:
+                raise UserError(f"tensor {name!r} is missing from the weights; config.json and weights do not match")
+            found, expected = tensors[name].shape, (count, *shape[1:])
+            if found != expected:
+                raise UserError(
+                    f"tensor {name!r} has the shape {list(found)} where config.json means {list(expected)};"
+                    " get the config.json of these weights"
+                )
+            if tensors[name].dtype not in (*checkpoint.FLOATS, torch.float64):
+                raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
+            used.add(name)
+            plan[ours].append(Piece(tensors[name], interleaved))
+    head, embedding = ("output", "tok_embeddings") if is_v1 else ("lm_head", "model.embed_tokens")
+    for name, tensor in tensors.items():
+        if name in used or IGNORED.fullmatch(name):
+            continue
+        if config.tied and name == f"{head}.weight":
+            if not equal(tensor, tensors[f"{embedding}.weight"]):
+                raise UserError(
+                    f"tensor {name!r} differs from {embedding + '.weight'!r}, to which config.json ties it;"
+                    " correct tie_word_embeddings"
+                )
+            continue
+        raise UserError(f"tensor {name!r} is unexpected; config.json does not speak of it, get that of these weights")
+    return plan
+
+
+def equal(a: Source, b: Source) -> bool:
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and all(torch.equal(x, y) for x, y in zip(slices(a), slices(b), strict=True))
+
+
+def slices(tensor: Source) -> Iterator[Tensor]:
+    """The tensor in runs of rows of at most CHUNK_BYTES."""
+    rows = tensor.shape[0]
+    step = max(checkpoint.CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize), 1)
+    for start in range(0, rows, step):
+        yield tensor.read(start, min(start + step, rows))
+
+
+def read_config(path: Path, tensors: Mapping[str, Source]) -> dict[str, Any]:
+    """config.json as our checkpoint gets it: as it came, but for what MiniMind leaves to its code."""
+    is_v1 = "tok_embeddings.weight" in tensors
+    if is_v1 and not path.exists():
+        return minimind_v1_config({}, tensors)
+    config = checkpoint.read_json(path)
+    if is_v1 and "hidden_size" not in config:
+        return minimind_v1_config(config, tensors)
+    if config.get("model_type") == "minimind" and "model.layers.0.self_attn.q_norm.weight" in tensors:
+        config["qk_norm"] = True  # newer versions normalize q and k, and say so nowhere but in the weights
+    return config
+
+
+def minimind_v1_config(config: dict[str, Any], tensors: Mapping[str, Source]) -> dict[str, Any]:
+    """MiniMind's LMConfig, or what the shapes tell where there is none, as the Llama config that it amounts to.
+
+    Published were two generations: 16 heads, 8 of them with keys and values, base 1e4; and 8 heads, 2, base 1e6.
+    """
+    if config.get("use_moe") or any(".experts." in name for name in tensors):
+        raise UserError("these weights are a mixture of experts, which is not supported; take the dense MiniMind")
+    names = ("tok_embeddings.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight")
+    for name in names:
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise UserError(f"tensor {name!r} is missing or not a matrix; these are not the weights of a MiniMind")
+    (vocab, dim), (kv_rows, _), (ffn_dim, _) = (tensors[name].shape for name in names)
+    layers = 1 + max(int(n[1]) for n in (re.match(r"layers\.(\d{1,6})\.", name) for name in tensors) if n)
+    older = "rope_theta" not in config if config else 2 * kv_rows == dim
+    heads, kv_heads = config.get("n_heads", 16 if older else 8), config.get("n_kv_heads", 8 if older else 2)
+    if not config and kv_rows * heads != dim * kv_heads:
+        raise UserError("these weights have other heads than the published MiniMind; put its config.json beside them")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.get("dim", dim),
+        "intermediate_size": config.get("hidden_dim") or ffn_dim,
+        "num_hidden_layers": config.get("n_layers", layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": config.get("vocab_size", vocab),
+        "rms_norm_eps": config.get("norm_eps", 1e-5),
+        "rope_theta": config.get("rope_theta", 1e4 if older else 1e6),
+        "max_position_embeddings": config.get("max_seq_len", 512 if older else 8192),
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": config.get("bos_token_id", 1),
+        "eos_token_id": config.get("eos_token_id", 2),
+    }
+
+
+def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> torch.dtype:
+    """The dtype that is stored. A checkpoint of ours has one: where the source mixes, that of config.json."""
+    stored = {piece.tensor.dtype for pieces in plan.values() for piece in pieces}
+    if len(stored) > 1:
+        named = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
+        stored = {named or plan["tok_embeddings.weight"][0].tensor.dtype}
+    return torch.float32 if stored == {torch.float64} else stored.pop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convert
+
+
+def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> str:
+    """Converts a folder (or a .pth file) to the checkpoint folder `out` and returns a line of what was written.
+
+    UserError before anything is written when the source is incomplete or unsupported, the disk too small, or `out`
+    something else than a checkpoint of ours.
+    """
+    if source.is_file():
+        weights, source = source, source.parent
+    elif source.is_dir():
+        weights = source / choose_weights(sorted(entry.name for entry in source.iterdir()), source)
+    else:
+        raise UserError(f"{source} is not there; name the folder of a Hugging Face checkpoint")
+    tensors = open_weights(weights)
+    if "layers.0.attention.wqkv.weight" in tensors:
+        raise UserError(f"{source} is already converted; name it as --checkpoint_path to generate.py")
+    raw_config = read_config(source / "config.json", tensors)
+    config = ModelConfig.from_hf(raw_config)
+    plan = plan_tensors(config, tensors, is_v1="tok_embeddings.weight" in tensors)
+    dtype = dtype or choose_dtype(raw_config, plan)
+    check_tokenizer(source, config)
+
+    shapes = expected_shapes(config)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    path = out.resolve()
+    if path.exists() and path.samefile(source):
+        raise UserError(f"--out {out} is the source itself; name another folder")
+    checkpoint.check_disk(parameters * dtype.itemsize, path)
+
+    def write(folder: Path) -> None:
+        for name in (*CONFIG_FILES, *TOKENIZER_FILES):
+            if (source / name).is_file():
+                with checkpoint.write_atomically(folder / name) as file:
+                    file.write((source / name).read_bytes())
+        if not (source / "config.json").exists() or checkpoint.read_json(source / "config.json") != raw_config:
+            with checkpoint.write_atomically(folder / "config.json") as file:
+                file.write(json.dumps(raw_config, indent=2).encode())
+        write_weights(folder, plan, shapes, dtype, shard_bytes)
+
+    replace_folder(path, write)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return (
+        f"wrote {out}: {parameters / 1e6:,.1f} M parameters, {dtype_name}, {gb(parameters * dtype.itemsize)}; "
+        f'try: python generate.py --checkpoint_path {shlex.quote(str(out))} --prompt "Hello"'
+    )
+
+
+def check_tokenizer(source: Path, config: ModelConfig) -> None:
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        print(f"warning: {source} has no tokenizer; put its files into the converted folder", file=sys.stderr)
+    elif (size := load_tokenizer(source).vocab_size) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {size} tokens, the model only {config.vocab_size};"
+            " get the tokenizer that belongs to it"
+        )
+
+
+def write_weights(
+    folder: Path, plan: Mapping[str, list[Piece]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int
+) -> None:
+    """Writes model.safetensors, or shards of at most `limit` bytes and their index."""
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name in shapes:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > limit:
+            shards.append([])
+        shards[-1].append(name)
+    metadata = {
+        "format": checkpoint.FORMAT, "version": checkpoint.VERSION, "dtype": str(dtype).removeprefix("torch.")
+    }  # fmt: skip
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None, desc="converting") as progress:
+
+        def chunks(name: str) -> Iterator[Tensor]:
+            for piece in plan[name]:
+                for rows in [rotate_half_order(piece)] if piece.interleaved_heads else slices(piece.tensor):
+                    yield cast(rows, dtype, name)
+                    progress.update(rows.numel() * dtype.itemsize)
+
+        for file, names in zip(files, shards, strict=True):
+            checkpoint.write_safetensors(folder / file, {n: (dtype, shapes[n]) for n in names}, chunks, metadata)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        with checkpoint.write_atomically(folder / "model.safetensors.index.json") as file:
+            file.write(json.dumps(index, indent=2).encode())
+
+
+def rotate_half_order(piece: Piece) -> Tensor:
+    """Rows of q or k [heads * head_dim, dim] whose RoPE pairs elements (0, 1), (2, 3) ... -> (0, head_dim / 2) ..."""
+    weight = piece.tensor.read()
+    return weight.view(piece.interleaved_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def cast(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """UserError when float16 does not reach far enough."""
+    result = rows.to(dtype)
+    if dtype == torch.float16 and rows.dtype != dtype and bool((result.isinf() & ~rows.isinf()).any()):
+        raise UserError(f"tensor {name!r} holds values beyond float16; take --dtype bfloat16")
+    return result
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary folder, then puts it in the place of `path`. UserError when that is not ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = path.with_name(f".{path.name}.converting"), path.with_name(f".{path.name}.old")
+    lock = checkpoint.lock_temporary(temporary, is_folder=True)
+    try:
+        if old.exists():  # left by a killed run, between the renames below or after them
+            if path.exists():
+                shutil.rmtree(old)
+            else:
+                os.rename(old, path)
+        check_replaceable(path)
+        for left in temporary.iterdir():
+            left.unlink()
+        write(temporary)
+        checkpoint.sync_folder(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        checkpoint.sync_folder(path.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def check_replaceable(path: Path) -> None:
+    """UserError unless `path` is free, an empty folder, or holds nothing but a checkpoint of ours."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; name another folder as --out")
+    entries, has_weights = sorted(path.iterdir()), False
+    for entry in entries:
+        ours = entry.name in (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
+        ours = ours or re.fullmatch(r"\.\S+\.tmp", entry.name)  # of a killed run
+        if re.fullmatch(r"model\S*\.safetensors", entry.name):
+            ours = has_weights = is_our_file(entry)
+        if not ours:
+            raise UserError(f"{path} holds {entry.name}, which no conversion wrote; name another folder as --out")
+    if entries and not has_weights:
+        raise UserError(f"{path} is not empty and no converted checkpoint; name another folder as --out")
+
+
+def is_our_file(path: Path) -> bool:
+    try:
+        return checkpoint.read_header(path)[1].get("format") == checkpoint.FORMAT
+    except UserError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.", allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, downloaded first")
+    source.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help="a folder, or a MiniMind .pth file")
+    parser.add_argument("--revision", help="branch, tag or commit of --repo")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored")
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse
+    args = parser.parse_args()
+    folder = args.checkpoint_dir
+    if args.repo is not None:
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.repo):
+            raise UserError(f"{args.repo!r} is not of the form ORG/NAME; for a folder use --checkpoint_dir")
+        out = args.out or Path("checkpoints", *args.repo.split("/"))
+        check_replaceable(out.resolve())  # before gigabytes are fetched
+        folder = download(args.repo, args.revision)
+    else:
+        if args.revision is not None:
+            raise UserError("--revision goes with --repo only; leave it out")
+        name = folder.resolve().stem if folder.is_file() else folder.resolve().name
+        out = args.out or Path("checkpoints", "local", name)
+    print(convert(folder, out, args.dtype and DTYPES[args.dtype]), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,50 @@
+"""How a script ends: what the user did wrong is one `error:` line and exit code 2, Ctrl-C is a quiet 130.
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something only the user can mend. The message is one line: what is wrong, and what to do about it."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, whose complaints are one `error:` line like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's `main` and exits: 0 done, 2 the user's error, 130 Ctrl-C. Bugs keep their traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        exit_with(2, str(error))
+    except KeyboardInterrupt:
+        exit_with(130)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has seen enough. 141 is what a shell reports for SIGPIPE.
+        exit_with(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        exit_with(2, f"{error.strerror}{where}; free some space or choose another folder")
+
+
+def exit_with(code: int, message: str = "") -> NoReturn:
+    """Ends the script. stdout goes to the null device first: a closed pipe would raise once more at the last flush."""
+    if message:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
