@@ -36,10 +36,12 @@ def run(main: Callable[[], None]) -> None:
         # The reader of a pipe (`| head`) has seen enough. 141 is what a shell reports for SIGPIPE.
         exit_with(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and error.filename is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        exit_with(2, f"{error.strerror}{where}; free some space or choose another folder")
+        where = "" if error.filename is None else f"{error.filename}: "
+        advice = "free some space or choose another folder" if full else "check the path and its permissions"
+        exit_with(2, f"{where}{error.strerror}; {advice}")
 
 
 def exit_with(code: int, message: str = "") -> NoReturn:

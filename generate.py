@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -291,9 +292,21 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name} {value} is out of range; it must be 1 or more")
     if args.interactive and (args.json or args.num_samples > 1 or args.batch_size > 1):
         raise UserError("--interactive goes without --json, --num_samples and --batch_size; leave them out")
-    if args.profile and not args.profile.absolute().parent.is_dir():
-        raise UserError(f"--profile {args.profile}: its folder does not exist; create it first")
+    if args.profile:
+        folder = args.profile.absolute().parent
+        taken = args.profile.exists() and not args.profile.is_file()
+        if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"--profile {args.profile} cannot be written; name a file in a folder that can")
     return args
+
+
+def synthetic_length(args) -> int | None:
+    """The number of tokens where --prompt is a number."""
+    if args.prompt is None or not (args.prompt.isascii() and args.prompt.isdigit()):
+        return None
+    if not 1 <= len(args.prompt.lstrip("0")) <= 9:
+        raise UserError(f"--prompt {args.prompt[:12]}: a synthetic prompt of so many tokens is not possible")
+    return int(args.prompt)
 
 
 def pick_device(name: str) -> torch.device:
@@ -305,8 +318,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def read_prompts(args, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+def read_prompts(args, tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
     """The token ids of every prompt that the command line gives."""
+    length = synthetic_length(args)
+    if length is not None:
+        if length > config.context_length:
+            raise UserError(f"--prompt {length} exceeds the context of {config.context_length} tokens; give a smaller one")
+        draw = random.Random(0)
+        return [[draw.randrange(config.vocab_size) for _ in range(length)]]
     if args.prompt_file is not None:
         try:
             data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
@@ -322,10 +341,6 @@ def read_prompts(args, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]
             raise UserError(f"--prompt_file {args.prompt_file} has no prompt; write one on each line")
     elif args.prompt is None and args.checkpoint_path is not None:
         raise UserError('nothing to continue; give --prompt "...", --prompt_file or --interactive')
-    elif args.prompt is not None and args.prompt.isascii() and args.prompt.isdigit():
-        if not 1 <= int(args.prompt) < 2**31:
-            raise UserError(f"--prompt {args.prompt}: a synthetic prompt needs at least 1 token; give a larger number")
-        return [[random.Random(i).randrange(vocab_size) for i in range(int(args.prompt))]]
     else:
         texts = [DEMO_PROMPT if args.prompt is None else args.prompt]
         if not texts[0]:
@@ -378,9 +393,9 @@ def main() -> None:
     settings = load_generation_config(path.parent)
     params = sampling_params(args, settings)
     eos_ids = frozenset(settings["eos_token_ids"] or tokenizer.eos_ids)
-    prompts = [] if args.interactive else read_prompts(args, tokenizer, config.vocab_size)
+    prompts = [] if args.interactive else read_prompts(args, tokenizer, config)
     max_new_tokens, max_seq_length = plan_lengths(args, prompts, config.context_length)
-    if args.prompt and args.prompt.isdigit():
+    if synthetic_length(args):
         eos_ids = frozenset()  # a synthetic prompt is for timing: all the tokens asked for
     jobs = [
         (prompt, SamplingParams(**{**asdict(params), "seed": (params.seed + sample) % 2**63}))

@@ -69,7 +69,8 @@ def sample(logits: Tensor, params: SamplingTensors, position: Tensor) -> Tensor:
 def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
     """The distribution that `sample` draws from, float32 [B, V]."""
     temperature = torch.where(params.temperature > 0, params.temperature, 1.0)
-    logits = logits.float() / temperature[:, None]
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]  # a tiny temperature must not overflow
     ranked = logits.sort(dim=-1, descending=True).values
     # Each filter keeps the logits at or above some value, so all of them together keep those at or above the largest.
     last = torch.where(params.top_k > 0, params.top_k, logits.shape[-1]).clamp(max=logits.shape[-1]) - 1

@@ -1,0 +1,25 @@
+# make demo: text from the embedded model.  make test: the linter and the tests.  Both make .venv first.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: demo test clean
+
+demo: .venv/run
+	$(RUN) generate.py --compile
+
+test: .venv/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -q
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv build bench_out
