@@ -17,6 +17,7 @@ import ctypes
 import fcntl
 import json
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -276,11 +277,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     dtype = dtype or stored["tok_embeddings.weight"].dtype
     needed = sum(math.prod(tensor.shape) for tensor in stored.values()) * dtype.itemsize
     check_memory(needed, f"the weights of {path.parent}", device)
-    maps: dict[Path, torch.UntypedStorage] = {}
     state = {}
     for name, tensor in stored.items():
         if device.type == "cpu" and tensor.dtype == dtype and tensor.offset % dtype.itemsize == 0:
-            state[name] = _mapped(tensor, maps)
+            state[name] = _mapped(tensor)
         else:
             state[name] = tensor.read().to(device, dtype)
     with torch.device("meta"):
@@ -289,13 +289,18 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     return model.eval().requires_grad_(False)
 
 
-def _mapped(tensor: StoredTensor, maps: dict[Path, torch.UntypedStorage]) -> Tensor:
-    """The tensor as a view of its mapped file. The map is private: writing to it would not change the file."""
-    if tensor.path not in maps:
-        size = tensor.path.stat().st_size
-        maps[tensor.path] = torch.UntypedStorage.from_file(str(tensor.path), False, size)
-    view = torch.empty(0, dtype=tensor.dtype)
-    return view.set_(maps[tensor.path], tensor.offset // tensor.dtype.itemsize, tensor.shape)
+def _mapped(tensor: StoredTensor) -> Tensor:
+    """The tensor in a map of its own of the file, private: writing to it would not change the file.
+
+    Of its own, because a compiled region takes no two weights that share a storage.
+    """
+    if not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    first = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
+    with open(tensor.path, "rb") as file:
+        pages = mmap.mmap(file.fileno(), tensor.offset + tensor.nbytes - first, access=mmap.ACCESS_COPY, offset=first)
+    count = math.prod(tensor.shape)
+    return torch.frombuffer(pages, dtype=tensor.dtype, count=count, offset=tensor.offset - first).view(tensor.shape)
 
 
 def check_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], path: Path) -> None:

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ class PickledFiles:
         if not self.mapped:
             checkpoint.check_memory(path.stat().st_size, str(path))
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            with warnings.catch_warnings(action="ignore"):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except Exception as error:  # a damaged pickle can raise anything
             if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
                 raise UserError(

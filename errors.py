@@ -5,6 +5,7 @@ if __name__ == "__main__":
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -25,6 +26,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's `main` and exits: 0 done, 2 the user's error, 130 Ctrl-C. Bugs keep their traceback."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as under some daemons
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         main()
         sys.stdout.flush()
@@ -46,7 +50,8 @@ def run(main: Callable[[], None]) -> None:
 
 def exit_with(code: int, message: str = "") -> NoReturn:
     """Ends the script. stdout goes to the null device first: a closed pipe would raise once more at the last flush."""
-    if message:
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be full or closed as well
+        if message:
+            print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)

@@ -53,6 +53,7 @@ class Engine:
     def __init__(self, model: Transformer, compile: bool = False, compile_prefill: bool = False):
         self.model = model
         self.device = model.tok_embeddings.weight.device
+        self.compiled = compile or compile_prefill
         self.fixed_lengths = compile_prefill
         self._decode: Callable = decode_one_token
         self._hidden: Callable = model.hidden
@@ -69,7 +70,8 @@ class Engine:
         on_cuda = self.device.type == "cuda"
         rounded = max(256, 1 << (length - 1).bit_length()) if on_cuda else -(-length // 128) * 128
         key_pos = self.model.key_pos[: min(rounded, self.model.max_seq_length)]
-        torch._dynamo.maybe_mark_dynamic(key_pos, 0)
+        if self.compiled:  # the length varies without a new compilation
+            torch._dynamo.maybe_mark_dynamic(key_pos, 0)
         return key_pos
 
     @torch.inference_mode()
@@ -196,21 +198,21 @@ class Stats:
     peak_memory_gb: float
 
     @classmethod
-    def measure(cls, engine: Engine, prompts: list[list[int]], tokens: int, steps: int, times: list[float]) -> "Stats":
-        """`times`: the start, the first token and the last."""
-        prefill, decode = times[1] - times[0], max(times[2] - times[1], 1e-9)
-        prompt_tokens = sum(map(len, prompts))
-        length = max(map(len, prompts)) + steps // 2
-        step_bytes = weight_bytes(engine.model) + len(prompts) * length * cache_bytes(
-            engine.model.config, 1, 1, engine.model
-        )
+    def measure(cls, engine: Engine, prompts: list[list[int]], rows: list[list[Token]], times: list[float]) -> "Stats":
+        """From each row's prompt and tokens, and the times of the start, the first token and the last."""
+        started, first, last = times
+        steps = max(map(len, rows))
+        prompt_tokens, new_tokens = sum(map(len, prompts)), sum(map(len, rows))
+        cached = len(rows) * (max(map(len, prompts)) + steps // 2)  # keys and values that a step reads, on average
+        step_bytes = weight_bytes(engine.model) + cache_bytes(engine.model, 1, cached)
+        decoding = max(last - first, 1e-9)
         return cls(
             prompt_tokens=prompt_tokens,
-            new_tokens=tokens,
-            time_to_first_token=prefill,
-            prefill_rate=prompt_tokens / prefill,
-            decode_rate=max(tokens - len(prompts), 0) / decode,
-            gigabytes_read_rate=max(steps - 1, 0) * step_bytes / decode / 1e9,
+            new_tokens=new_tokens,
+            time_to_first_token=first - started,
+            prefill_rate=prompt_tokens / (first - started),
+            decode_rate=(new_tokens - len(rows)) / decoding,
+            gigabytes_read_rate=(steps - 1) * step_bytes / decoding / 1e9,
             peak_memory_gb=peak_memory(engine.device) / 1e9,
         )
 
@@ -228,9 +230,11 @@ def weight_bytes(model: Transformer) -> int:
     return sum(tensor.nbytes for tensor in model.parameters()) - unread
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, length: int, model: Transformer | None = None) -> int:
-    itemsize = model.tok_embeddings.weight.element_size() if model else 2
-    return 2 * config.n_layers * batch_size * config.n_kv_heads * length * config.head_dim * itemsize
+def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:
+    """Bytes of the keys and values of so many rows and positions."""
+    config = model.config
+    heads = config.n_layers * batch_size * config.n_kv_heads * length
+    return 2 * heads * config.head_dim * model.tok_embeddings.weight.element_size()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -323,7 +327,7 @@ def read_prompts(args, tokenizer: Tokenizer, config: ModelConfig) -> list[list[i
     length = synthetic_length(args)
     if length is not None:
         if length > config.context_length:
-            raise UserError(f"--prompt {length} exceeds the context of {config.context_length} tokens; give a smaller one")
+            raise UserError(f"--prompt {length} exceeds the context of {config.context_length} tokens; give less")
         draw = random.Random(0)
         return [[draw.randrange(config.vocab_size) for _ in range(length)]]
     if args.prompt_file is not None:
@@ -332,7 +336,8 @@ def read_prompts(args, tokenizer: Tokenizer, config: ModelConfig) -> list[list[i
         except OSError as error:
             raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}; name a readable file") from error
         try:
-            texts = [line for line in data.decode().splitlines() if line.strip()]
+            lines = data.decode("utf-8-sig").split("\n")  # not at form feeds, as splitlines would
+            texts = [line.removesuffix("\r") for line in lines if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(
                 f"--prompt_file {args.prompt_file} is not UTF-8 (byte {error.start}); re-encode it"
@@ -382,6 +387,7 @@ def sampling_params(args, settings: dict) -> SamplingParams:
 def main() -> None:
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # the tokenizer says what is not UTF-8
     device = pick_device(args.device)
     path = weights_path(args.checkpoint_path or DEMO)
     config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
@@ -407,7 +413,7 @@ def main() -> None:
     begun = time.perf_counter()
     model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None)
     check_memory(
-        cache_bytes(config, batch_size, max_seq_length, model),
+        cache_bytes(model, batch_size, max_seq_length),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",
         device,
     )
@@ -432,36 +438,43 @@ def profiler(path: Path | None):
     return torch.profiler.profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
 
 
+def run_batch(
+    engine: Engine, prompts: list[list[int]], show: Callable[[Token], None], *args, **kwargs
+) -> tuple[list[list[Token]], Stats]:
+    """`generate` with a clock: each row's tokens, which `show` saw as they came, and how fast it went."""
+    rows: list[list[Token]] = [[] for _ in prompts]
+    times = [time.perf_counter()]
+    for token in generate(engine, args[0], prompts, *args[1:], **kwargs):
+        times[1:] = [times[1] if len(times) > 1 else time.perf_counter(), time.perf_counter()]
+        rows[token.row].append(token)
+        show(token)
+    return rows, Stats.measure(engine, prompts, rows, times)
+
+
 def continue_prompts(engine, tokenizer, jobs, batch_size: int, max_new_tokens: int, eos_ids, as_json: bool) -> None:
     """Runs (prompt, params) jobs in batches; a batch of one is streamed."""
+    streaming = batch_size == 1 and not as_json
     for first in range(0, len(jobs), batch_size):
         group = jobs[first : first + batch_size]
-        rows = group + [group[-1]] * (batch_size - len(group))  # a last, smaller batch keeps the compiled shape
-        prompts = [prompt for prompt, _ in rows]
-        streaming = batch_size == 1 and not as_json
-        generated: list[list[Token]] = [[] for _ in group]
-        begun = time.perf_counter()
-        times = [begun, begun, begun]
-        steps = 0
+        padded = group + [group[-1]] * (batch_size - len(group))  # a last, smaller batch keeps the compiled shape
         if streaming and len(jobs) > 1:
             log(f"--- sample {first + 1} of {len(jobs)}")
-        for token in generate(engine, tokenizer, prompts, [params for _, params in rows], max_new_tokens, eos_ids):
-            times[2] = time.perf_counter()
-            if times[1] == begun:
-                times[1] = times[2]
-            if token.row < len(group):
-                generated[token.row].append(token)
-                steps = max(steps, len(generated[token.row]))
-            if streaming:
-                write(token.text)
-        stats = Stats.measure(engine, prompts[: len(group)], sum(map(len, generated)), steps, times)
-        for row, tokens in enumerate(generated):
+        rows, stats = run_batch(
+            engine,
+            [prompt for prompt, _ in padded],
+            (lambda token: write(token.text)) if streaming else (lambda token: None),
+            tokenizer,
+            [params for _, params in padded],
+            max_new_tokens,
+            eos_ids,
+        )
+        for i, ((prompt, _), tokens) in enumerate(zip(group, rows, strict=False)):
             text = "".join(token.text for token in tokens)
             if as_json:
                 result = {
                     "text": text,
                     "tokens": [token.id for token in tokens],
-                    "prompt_tokens": len(prompts[row]),
+                    "prompt_tokens": len(prompt),
                     "finish_reason": tokens[-1].finish_reason,
                     "stats": asdict(stats),
                 }
@@ -470,7 +483,7 @@ def continue_prompts(engine, tokenizer, jobs, batch_size: int, max_new_tokens: i
                 write("\n")
             else:
                 if len(jobs) > 1:
-                    log(f"--- sample {first + row + 1} of {len(jobs)}")
+                    log(f"--- sample {first + i + 1} of {len(jobs)}")
                 write(text + "\n")
         log(str(stats))
 
@@ -491,25 +504,35 @@ def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, max_n
             continue
         if not line.strip():
             continue
-        if chatting:
-            asked = [*messages, {"role": "user", "content": line}]
-            ids = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special_tokens=False)
-        else:
-            ids = history + tokenizer.encode("\n" + line if history else line, add_special_tokens=not history)
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            if chatting:
+                ids = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special_tokens=False)
+            else:
+                ids = history + tokenizer.encode("\n" + line if history else line, add_special_tokens=not history)
+        except UserError as error:  # no reason to lose the conversation
+            log(f"error: {error}")
+            continue
         room = engine.model.max_seq_length - len(ids)
         if room < 1:
             log(f"the conversation has no room left in {engine.model.max_seq_length} tokens; /clear starts a new one")
             continue
         same = (a == b for a, b in zip(ids[:-1], history[:-1], strict=False))
         cached = sum(itertools.takewhile(bool, same))
-        reply: list[Token] = []
         limit = min(max_new_tokens, room)
-        for token in generate(engine, tokenizer, [ids[cached:]], [params], limit, eos_ids, starts=[cached]):
-            reply.append(token)
-            write(token.text)
+        (reply,), stats = run_batch(
+            engine,
+            [ids[cached:]],
+            lambda token: write(token.text),
+            tokenizer,
+            [params],
+            limit,
+            eos_ids,
+            starts=[cached],
+        )
         write("\n")
-        if chatting:
-            messages = [*asked, {"role": "assistant", "content": "".join(token.text for token in reply)}]
+        log(str(stats))
+        messages = [*asked, {"role": "assistant", "content": "".join(token.text for token in reply)}]
         history = ids + [token.id for token in reply if token.finish_reason != "stop"]
 
 

@@ -375,6 +375,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+class Embedding(nn.Module):
+    """A row of W [vocab, dim] for each token. (torch.nn's draws random weights, which takes a second even on meta.)"""
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in float32."""
 
@@ -481,14 +492,14 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied else Linear(config.dim, config.vocab_size)
         self.max_batch_size = self.max_seq_length = 0
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
-        """Preallocates K and V, [max_batch_size, kv_heads, max_seq_length + 1, head_dim] a layer, where the weights are.
+        """Preallocates K and V where the weights are, [max_batch_size, kv_heads, max_seq_length + 1, head_dim] a layer.
 
         The last slot, which no query ever looks at, takes what padding writes.
         """

@@ -52,8 +52,16 @@ class SamplingTensors(NamedTuple):
 
 
 def sampling_tensors(rows: list[SamplingParams], device: torch.device | str) -> SamplingTensors:
-    columns = {name: [getattr(row, name) for row in rows] for name in SamplingTensors._fields}
-    return SamplingTensors(**{name: torch.tensor(values, device=device) for name, values in columns.items()})
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype, device=device)
+
+    return SamplingTensors(
+        temperature=column("temperature", torch.float32),
+        top_k=column("top_k", torch.int64),
+        top_p=column("top_p", torch.float32),
+        min_p=column("min_p", torch.float32),
+        seed=column("seed", torch.int64),
+    )
 
 
 def sample(logits: Tensor, params: SamplingTensors, position: Tensor) -> Tensor:

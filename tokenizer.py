@@ -32,17 +32,19 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(248)]
+LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id"}
+LLAMA3_NAMES |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+LLAMA3_SPECIAL = [
+    LLAMA3_NAMES.get(i, f"reserved_special_token_{i - sum(n < i for n in LLAMA3_NAMES)}") for i in range(256)
+]
 LLAMA3_CONFIG = {
     "bos_token": "<|begin_of_text|>",
     "eos_token": "<|end_of_text|>",
     "add_bos_token": True,
-    "extra_special_tokens": [
-        *("<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:2], "<|finetune_right_pad_id|>", RESERVED[2]),
-        *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *RESERVED[3:]),
-    ],
+    "extra_special_tokens": [f"<|{name}|>" for name in LLAMA3_SPECIAL],
 }
 
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_SENTENCEPIECE = "it is cut off, or no sentencepiece model"
 
 # Byte-level BPE spells a byte as one printable character: itself, or the next free one from U+0100 on (GPT-2).
@@ -98,9 +100,10 @@ class Tokenizer:
         folder has no template, or it is broken or refuses these messages."""
         if self.chat_template is None:
             raise UserError("this model has no chat template; give it plain text, or use a model trained to chat")
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             return _compile_template(self.chat_template).render(
-                messages=[{k: v for k, v in message.items() if v is not None} for message in messages],
+                messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -202,13 +205,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         data = path.read_bytes()
         if path.name == "tokenizer.json":
             backend = Backend.from_buffer(data)
-            if llama and isinstance(backend.model, models.BPE):
-                _set_llama_pipeline(backend, config)
         elif data.startswith(b"\n"):  # the tag of the protobuf's first field, and no base64
             backend = _from_sentencepiece(data, config, llama)
         else:
             config = config if config_path.is_file() else LLAMA3_CONFIG
-            backend = _from_tiktoken(data, config)
+            backend, llama = _from_tiktoken(data, config), False
+        if llama and isinstance(backend.model, models.BPE):
+            _set_llama_pipeline(backend, config)
     with _blaming(config_path):
         named = _add_special_tokens(backend, config)
         if path.name == "tokenizer.model":  # tokenizer.json says itself what is put around a text
@@ -254,9 +257,14 @@ def _read_config(folder: Path) -> dict:
     if not config.get("extra_special_tokens") and "additional_special_tokens" in config:
         config["extra_special_tokens"] = config["additional_special_tokens"]
     if "added_tokens_decoder" not in config:
+        extra = config.get("extra_special_tokens") or []
         config |= _read_json(folder / "special_tokens_map.json")
-        added = _read_json(folder / "added_tokens.json").items()
-        config["added_tokens_decoder"] = {i: {"content": token} for token, i in added}
+        special = {_added_token(token).content for token in (*map(config.get, NAMED), *extra) if token}
+        path = folder / "added_tokens.json"
+        with _blaming(path):  # of no interest beside a tokenizer.json, which holds them too
+            added = {} if (folder / "tokenizer.json").is_file() else _read_json(path)
+            tokens = {int(i): {"content": token, "special": token in special} for token, i in added.items()}
+        config["added_tokens_decoder"] = tokens
     listed = sorted((int(i), _added_token(token)) for i, token in config["added_tokens_decoder"].items())
     if listed and not 0 <= listed[0][0] <= listed[-1][0] < 1 << 24:
         raise ValueError(f"its added tokens have ids from {listed[0][0]} to {listed[-1][0]}")
@@ -304,7 +312,7 @@ def _from_sentencepiece(data: bytes, config: dict, llama: bool) -> Backend:
     for number, name, piece in ((41, "bos_token", b"<s>"), (42, "eos_token", b"</s>"), (40, "unk_token", b"<unk>")):
         if trainer.get(number, 0) < 1 << 63:  # not a negative one, which says there is none
             config.setdefault(name, trainer.get(number + 5, piece).decode())
-    byte_fallback, unk = bool(trainer.get(35)), trainer.get(45, b"<unk>").decode()
+    byte_fallback = bool(trainer.get(35))
     if trainer.get(3, 1) == 1 and not llama:
         scored = [(name, struct.unpack("<f", piece[2])[0]) for name, piece in zip(names, pieces, strict=True)]
         backend = Backend(models.Unigram(scored, trainer.get(40, 0), byte_fallback))
@@ -313,10 +321,7 @@ def _from_sentencepiece(data: bytes, config: dict, llama: bool) -> Backend:
         # The merges are not stored, but a piece's id tells the turn of the merges that make it.
         splits = ((name[:i], name[i:]) for name in names for i in range(1, len(name)))
         merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
-        if llama:
-            backend = Backend(models.BPE(vocab, merges))
-            _set_llama_pipeline(backend, config)
-            return backend
+        unk = None if llama else trainer.get(45, b"<unk>").decode()
         backend = Backend(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback))
     characters = [normalizers.Precompiled(normalizer[2])] if normalizer.get(2) else []
     backend.normalizer = normalizers.Sequence([*characters, normalizers.Replace(" ", "▁")])
@@ -374,9 +379,11 @@ def _from_tiktoken(data: bytes, config: dict) -> Backend:
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytewise])
     backend.decoder = decoders.ByteLevel()
-    # The ids after the ranks belong to the special tokens, and gaps between these are kept open.
+    # The ids after the ranks belong to the special tokens; gaps between those whose ids are given are kept open.
     given = {i: token.content for i, token in config.get("added_tokens_decoder", {}).items()}
     special = [given.get(i, f"<|reserved_token_{i}|>") for i in range(len(ranks), max(given, default=0) + 1)]
+    extra = config.get("extra_special_tokens") or []
+    special += [_added_token(token).content for token in extra if isinstance(extra, list)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return backend
 
@@ -388,8 +395,7 @@ def _add_special_tokens(backend: Backend, config: dict) -> dict[str, str]:
     extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
     if isinstance(extra, dict):
         named, extra = named | extra, []
-    order = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-    named = {key: _added_token(named[key]) for key in (*order, *named) if key in named}
+    named = {key: _added_token(named[key]) for key in (*NAMED, *named) if key in named}
     contents = {key: token.content for key, token in named.items()}
 
     present = backend.get_added_tokens_decoder().values()
@@ -408,8 +414,8 @@ def _added_token(token: str | dict | AddedToken) -> AddedToken:
         return token
     if isinstance(token, str):
         return AddedToken(token, special=True)
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(**{flag: token[flag] for flag in flags if flag in token})
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
 
 
 def _add_bos_and_eos(backend: Backend, config: dict, named: dict[str, str]) -> None:

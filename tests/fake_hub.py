@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback for tests: one model repo out of a folder, with faults to order.
+"""A Hugging Face hub on loopback for tests: the folders ORG/NAME below one folder are its repos. Faults to order.
 
     with FakeHub(folder) as hub:
         subprocess.run([...], env=os.environ | hub.env(hf_home))
@@ -8,6 +8,7 @@ It speaks the part of the protocol that huggingface_hub uses to list and downloa
 /api/models/ORG/NAME/tree/R, and HEAD and GET (with ranges) of /ORG/NAME/resolve/R/FILE.
 """
 
+import hashlib
 import json
 import socket
 import struct
@@ -20,13 +21,13 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves `folder` as ORG/NAME at `main`; ORG/gated and ORG/private answer as such repos do."""
+    """Repos whose name begins with "gated" or "private" answer as such repos do to those without the token."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, repo: str = "org/name", token: str | None = None):
+    def __init__(self, folder: Path, token: str = "hf_secret"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.repo, self.token = folder, repo, token
+        self.folder, self.token = folder, token
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.drops: dict[
             str, int
@@ -80,31 +81,24 @@ class Handler(BaseHTTPRequestHandler):
         else:
             repo, _, rest = path.removeprefix("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        org = self.server.repo.split("/")[0]
-        if repo not in (self.server.repo, f"{org}/gated"):
-            return self.refuse(401, "RepoNotFound", "Repository not found")
-        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        folder, allowed = self.server.folder / repo, self.headers.get("Authorization") == f"Bearer {self.server.token}"
+        if not folder.is_dir() or (folder.name.startswith("private") and not allowed):
             return self.refuse(401, "RepoNotFound", "Repository not found")
         if revision not in ("", "main", SHA):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if "/resolve/" in self.path:
-            return self.send_file(repo, name)
-        files = [p for p in sorted(self.server.folder.rglob("*")) if p.is_file()]
-        names = [(str(p.relative_to(self.server.folder)), p.stat().st_size) for p in files]
+            if folder.name.startswith("gated") and not allowed:
+                return self.refuse(403, "GatedRepo", f"Access to model {repo} is restricted")
+            return self.send_file(folder / name, name)
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         if "/tree/" in self.path:
-            self.send_json(
-                [{"type": "file", "path": n, "size": size, "oid": f"{i:040}"} for i, (n, size) in enumerate(names)]
-            )
+            entries = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
+            self.send_json(entries)
         else:
-            siblings = [{"rfilename": n, "size": size} for n, size in names]
-            self.send_json(
-                {"_id": "1", "id": repo, "modelId": repo, "sha": SHA, "private": False, "siblings": siblings}
-            )
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            self.send_json({"_id": "1", "id": repo, "modelId": repo, "sha": SHA, "siblings": siblings})
 
-    def send_file(self, repo: str, name: str) -> None:
-        if repo.endswith("/gated"):
-            return self.refuse(403, "GatedRepo", f"Access to model {repo} is restricted")
-        path = self.server.folder / name
+    def send_file(self, path: Path, name: str) -> None:
         if not path.is_file():
             return self.refuse(404, "EntryNotFound", "Entry not found")
         data, start = path.read_bytes(), 0
@@ -116,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{name}-{len(data)}"')
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", SHA)
         self.end_headers()
         if self.command == "HEAD":
