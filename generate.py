@@ -1,14 +1,10 @@
-"""Text from a checkpoint: prefill, then a compiled one-token decode loop.
+"""Text from a checkpoint: the command line.
 
     python generate.py --compile --prompt "def read_lines(path):"              # the embedded demo model
     python generate.py --compile --checkpoint_path checkpoints/meta-llama/Llama-3.2-1B-Instruct --interactive
 
-The text goes to stdout, everything else to stderr. From Python:
-
-    engine = Engine(load_model(path), compile=True)
-    engine.model.setup_caches(max_batch_size=1, max_seq_length=1024)
-    for token in generate(engine, tokenizer, [tokenizer.encode("Hello")], [SamplingParams(temperature=0.8)], 100):
-        print(token.text, end="", flush=True)
+The text goes to stdout, everything else to stderr. The way of a prompt: text -> tokenizer.encode -> engine.generate ->
+pieces of text as they become certain.
 """
 
 import argparse
@@ -20,235 +16,19 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, weights_path
+from engine import Engine, Stats, Token, cache_bytes, check_compiler, generate, weight_bytes
 from errors import ArgumentParser, UserError, run
-from model import ModelConfig, Transformer
-from sampling import SamplingParams, SamplingTensors, sample, sampling_tensors
-from tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
+from model import ModelConfig
+from sampling import SamplingParams
+from tokenizer import Tokenizer, load_tokenizer
 
-PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
 DEMO_PROMPT = "def read_lines(path):"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine: a model and its compiled functions
-
-
-def decode_one_token(
-    model: Transformer, token: Tensor, input_pos: Tensor, key_pos: Tensor, params: SamplingTensors, greedy: bool
-) -> Tensor:
-    """Tokens [B, 1] at positions [B, 1] -> the tokens after them, [B, 1]."""
-    logits = model(token, input_pos, key_pos)[:, -1]
-    return (logits.argmax(-1) if greedy else sample(logits, params, input_pos[:, 0] + 1))[:, None]
-
-
-class Engine:
-    """Prefill and decode of one model. Compiled code belongs to the engine and is made at its first use."""
-
-    def __init__(self, model: Transformer, compile: bool = False, compile_prefill: bool = False):
-        self.model = model
-        self.device = model.tok_embeddings.weight.device
-        self.compiled = compile or compile_prefill
-        self.fixed_lengths = compile_prefill
-        self._decode: Callable = decode_one_token
-        self._hidden: Callable = model.hidden
-        if compile:
-            # CUDA graphs: the launches of a decode step cost more than its work on small models.
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True, dynamic=False)
-        if compile_prefill:
-            self._hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False)
-
-    def key_positions(self, length: int) -> Tensor:
-        """The part of the cache that steps up to position `length` read: in coarse steps, so that shapes are few."""
-        # A CUDA graph is recorded for each length, so there they double.
-        on_cuda = self.device.type == "cuda"
-        rounded = max(256, 1 << (length - 1).bit_length()) if on_cuda else -(-length // 128) * 128
-        key_pos = self.model.key_pos[: min(rounded, self.model.max_seq_length)]
-        if self.compiled:  # the length varies without a new compilation
-            torch._dynamo.maybe_mark_dynamic(key_pos, 0)
-        return key_pos
-
-    @torch.inference_mode()
-    def prefill(self, rows: list[list[int]], starts: list[int], params: list[SamplingParams]) -> Tensor:
-        """Runs each row's tokens from its start position into the cache -> the token after them, [B, 1]."""
-        lengths = torch.tensor([len(row) for row in rows])
-        start = torch.tensor(starts)[:, None]
-        longest = int(lengths.max())
-        # Dynamic NTK depends on the length reached, so there a prompt can't be taken in parts.
-        chunk = longest if self.model.config.rope.type == "dynamic" else PREFILL_LENGTHS[-1]
-        last = self.model.norm.weight.new_empty(len(rows), self.model.config.dim)
-        for begin in range(0, longest, chunk):
-            width = min(chunk, longest - begin)
-            if self.fixed_lengths and chunk != longest:
-                width = min(length for length in PREFILL_LENGTHS if length >= width)
-            padded = [row[begin : begin + width] + [0] * (width - len(row[begin : begin + width])) for row in rows]
-            # Padding lands beyond the row's own positions, where nothing looks before it is overwritten, and what would
-            # fall off the end in the cache's spare slot.
-            input_pos = (start + begin + torch.arange(width)).clamp(max=self.model.max_seq_length)
-            key_pos = self.key_positions(int(input_pos.max()) + 1)
-            hidden = self._hidden(torch.tensor(padded).to(self.device), input_pos.to(self.device), key_pos)
-            ends = lengths - 1 - begin
-            for row in ((ends >= 0) & (ends < width)).nonzero()[:, 0].tolist():
-                last[row] = hidden[row, ends[row]]
-        position = (start[:, 0] + lengths).to(self.device)
-        return sample(self.model.logits(last), sampling_tensors(params, self.device), position)[:, None]
-
-    @torch.inference_mode()
-    def decode(self, token: Tensor, input_pos: Tensor, length: int, params: SamplingTensors, greedy: bool) -> Tensor:
-        """One step: tokens [B, 1] at positions [B, 1], all below `length` -> the next tokens, [B, 1]."""
-        if self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-            # The graph's next replay overwrites its output, and the host reads it one step late.
-            return self._decode(self.model, token, input_pos, self.key_positions(length), params, greedy).clone()
-        return self._decode(self.model, token, input_pos, self.key_positions(length), params, greedy)
-
-    def warm_up(self, params: list[SamplingParams], prompt_length: int = 0) -> float:
-        """Compiles what a run of `generate` will call -> seconds. What it leaves in the cache is never looked at."""
-        begun = time.perf_counter()
-        if self.fixed_lengths and prompt_length:
-            for width in {min(prompt_length, PREFILL_LENGTHS[-1]), prompt_length % PREFILL_LENGTHS[-1] or 1}:
-                self.prefill([[0] * width] * len(params), [0] * len(params), params)
-        zeros = torch.zeros(len(params), 1, dtype=torch.long, device=self.device)
-        greedy = all(row.temperature == 0 for row in params)
-        for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
-            self.decode(zeros, zeros, 1, sampling_tensors(params, self.device), greedy).tolist()
-        return time.perf_counter() - begun
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token. `text` is what it made certain: whole characters only, sometimes none."""
-
-    row: int
-    id: int
-    text: str
-    finish_reason: str | None = None  # on a row's last token: "stop" (an end token) or "length"
-
-
-def generate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    params: list[SamplingParams],
-    max_new_tokens: int,
-    eos_ids: frozenset[int] | set[int] = frozenset(),
-    starts: list[int] | None = None,
-) -> Iterator[Token]:
-    """Continues the rows of one batch together; yields each row's tokens until an end token or `max_new_tokens`.
-
-    `starts` are the positions at which the prompts begin, 0 by default; what the cache holds before them is context.
-    Raises ValueError for an empty prompt, or one that with the new tokens does not fit the cache.
-    """
-    starts = starts or [0] * len(prompts)
-    longest = max(start + len(prompt) for start, prompt in zip(starts, prompts, strict=True))
-    if not all(prompts) or max_new_tokens < 1 or longest + max_new_tokens > engine.model.max_seq_length:
-        raise ValueError(
-            f"prompts of {[len(p) for p in prompts]} tokens at {starts} and {max_new_tokens} new ones "
-            f"do not fit a cache of {engine.model.max_seq_length}"
-        )
-    on_cuda = engine.device.type == "cuda"
-    tensors, greedy = sampling_tensors(params, engine.device), all(row.temperature == 0 for row in params)
-    streams = [StreamingDetokenizer(tokenizer) for _ in prompts]
-    running = set(range(len(prompts)))
-    token = engine.prefill(prompts, starts, params)
-    input_pos = torch.tensor([[start + len(prompt)] for start, prompt in zip(starts, prompts, strict=True)])
-    input_pos = input_pos.to(engine.device)
-    for step in range(max_new_tokens):
-        final = step == max_new_tokens - 1
-        following = None
-        if on_cuda and not final:  # the device works on the next step while the host reads this one
-            following = engine.decode(token, input_pos, longest + step + 1, tensors, greedy)
-        for row, (token_id,) in enumerate(token.tolist()):
-            if row not in running:
-                continue
-            stopped = token_id in eos_ids
-            text = "" if stopped else streams[row].put(token_id)
-            if stopped or final:
-                running.discard(row)
-                yield Token(row, token_id, text + streams[row].finish(), "stop" if stopped else "length")
-            else:
-                yield Token(row, token_id, text)
-        if final or not running:
-            return
-        if following is None:
-            following = engine.decode(token, input_pos, longest + step + 1, tensors, greedy)
-        token, input_pos = following, input_pos + 1
-
-
-@dataclass
-class Stats:
-    """How fast a batch went. Times are in seconds, rates per second."""
-
-    prompt_tokens: int
-    new_tokens: int
-    time_to_first_token: float
-    prefill_rate: float
-    decode_rate: float
-    gigabytes_read_rate: float  # weights and cache that the decode steps read
-    peak_memory_gb: float
-
-    @classmethod
-    def measure(cls, engine: Engine, prompts: list[list[int]], rows: list[list[Token]], times: list[float]) -> "Stats":
-        """From each row's prompt and tokens, and the times of the start, the first token and the last."""
-        started, first, last = times
-        steps = max(map(len, rows))
-        prompt_tokens, new_tokens = sum(map(len, prompts)), sum(map(len, rows))
-        cached = len(rows) * (max(map(len, prompts)) + steps // 2)  # keys and values that a step reads, on average
-        step_bytes = weight_bytes(engine.model) + cache_bytes(engine.model, 1, cached)
-        decoding = max(last - first, 1e-9)
-        return cls(
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            time_to_first_token=first - started,
-            prefill_rate=prompt_tokens / (first - started),
-            decode_rate=(new_tokens - len(rows)) / decoding,
-            gigabytes_read_rate=(steps - 1) * step_bytes / decoding / 1e9,
-            peak_memory_gb=peak_memory(engine.device) / 1e9,
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"prefill {self.prompt_tokens} tokens, {self.prefill_rate:.1f} tok/s · "
-            f"decode {self.new_tokens} tokens, {self.decode_rate:.1f} tok/s, {self.gigabytes_read_rate:.1f} GB/s · "
-            f"first token after {self.time_to_first_token:.2f} s · peak memory {self.peak_memory_gb:.2f} GB"
-        )
-
-
-def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that one decode step reads: all but the embedding, of which it reads a row a token."""
-    unread = 0 if model.output is None else model.tok_embeddings.weight.nbytes
-    return sum(tensor.nbytes for tensor in model.parameters()) - unread
-
-
-def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:
-    """Bytes of the keys and values of so many rows and positions."""
-    config = model.config
-    heads = config.n_layers * batch_size * config.n_kv_heads * length
-    return 2 * heads * config.head_dim * model.tok_embeddings.weight.element_size()
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held, on the GPU if it uses one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
 
 
 def log(message: str) -> None:
@@ -258,6 +38,10 @@ def log(message: str) -> None:
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def write_token(token: Token) -> None:
+    write(token.text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -350,7 +134,10 @@ def read_prompts(args, tokenizer: Tokenizer, config: ModelConfig) -> list[list[i
         texts = [DEMO_PROMPT if args.prompt is None else args.prompt]
         if not texts[0]:
             raise UserError('the prompt is empty; give --prompt "some text"')
-    return [tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.encode(text) for text in texts]
+    if not all(prompts):
+        raise UserError(f"the tokenizer has no tokens for the prompt {texts[prompts.index([])]!r}; give it another")
+    return prompts
 
 
 def plan_lengths(args, prompts: list[list[int]], context: int) -> tuple[int, int]:
@@ -403,13 +190,16 @@ def main() -> None:
     max_new_tokens, max_seq_length = plan_lengths(args, prompts, config.context_length)
     if synthetic_length(args):
         eos_ids = frozenset()  # a synthetic prompt is for timing: all the tokens asked for
-    jobs = [
-        (prompt, SamplingParams(**{**asdict(params), "seed": (params.seed + sample) % 2**63}))
+    samples = max(1, len(prompts) * args.num_samples)
+    batch_size = min(args.batch_size, samples)
+    jobs = (
+        (prompt, replace(params, seed=(params.seed + sample) % 2**63))
         for prompt in prompts
         for sample in range(args.num_samples)
-    ]
-    batch_size = max(1, min(args.batch_size, len(jobs)))
+    )
 
+    if args.compile or args.compile_prefill:
+        check_compiler()
     begun = time.perf_counter()
     model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None)
     check_memory(
@@ -428,47 +218,77 @@ def main() -> None:
         if args.interactive:
             converse(engine, tokenizer, params, max_new_tokens, eos_ids)
         else:
-            continue_prompts(engine, tokenizer, jobs, batch_size, max_new_tokens, eos_ids, args.json)
+            continue_prompts(engine, tokenizer, jobs, samples, batch_size, max_new_tokens, eos_ids, args.json)
 
 
 def profiler(path: Path | None):
     """A context that writes a Chrome trace to `path`, for chrome://tracing or https://ui.perfetto.dev."""
     if path is None:
         return contextlib.nullcontext()
-    return torch.profiler.profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
+
+    def save(trace: torch.profiler.profile) -> None:
+        trace.export_chrome_trace(str(path))
+        if not path.is_file():  # the exporter does not say so
+            raise UserError(f"--profile {path} could not be written; name a file in a folder that can")
+
+    return torch.profiler.profile(on_trace_ready=save)
 
 
 def run_batch(
-    engine: Engine, prompts: list[list[int]], show: Callable[[Token], None], *args, **kwargs
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    show: Callable[[Token], None] | None = None,
+    starts: list[int] | None = None,
 ) -> tuple[list[list[Token]], Stats]:
-    """`generate` with a clock: each row's tokens, which `show` saw as they came, and how fast it went."""
+    """`generate` with a clock: each row's tokens, which `show` sees as they come, and how fast it went.
+
+    A batch of fewer rows than the cache has is filled up, because compiled code has its shape.
+    """
     rows: list[list[Token]] = [[] for _ in prompts]
+    filling = engine.model.max_batch_size - len(prompts)
     times = [time.perf_counter()]
-    for token in generate(engine, args[0], prompts, *args[1:], **kwargs):
+    tokens = generate(
+        engine,
+        tokenizer,
+        prompts + prompts[-1:] * filling,
+        params + params[-1:] * filling,
+        max_new_tokens,
+        eos_ids,
+        starts,
+    )
+    for token in tokens:
         times[1:] = [times[1] if len(times) > 1 else time.perf_counter(), time.perf_counter()]
-        rows[token.row].append(token)
-        show(token)
+        if token.row < len(rows):
+            rows[token.row].append(token)
+            if show:
+                show(token)
     return rows, Stats.measure(engine, prompts, rows, times)
 
 
-def continue_prompts(engine, tokenizer, jobs, batch_size: int, max_new_tokens: int, eos_ids, as_json: bool) -> None:
-    """Runs (prompt, params) jobs in batches; a batch of one is streamed."""
+def continue_prompts(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    jobs: Iterator[tuple[list[int], SamplingParams]],
+    samples: int,
+    batch_size: int,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    as_json: bool,
+) -> None:
+    """Runs `samples` jobs, each a prompt and how it is sampled, in batches; a batch of one is streamed."""
     streaming = batch_size == 1 and not as_json
-    for first in range(0, len(jobs), batch_size):
-        group = jobs[first : first + batch_size]
-        padded = group + [group[-1]] * (batch_size - len(group))  # a last, smaller batch keeps the compiled shape
-        if streaming and len(jobs) > 1:
-            log(f"--- sample {first + 1} of {len(jobs)}")
-        rows, stats = run_batch(
-            engine,
-            [prompt for prompt, _ in padded],
-            (lambda token: write(token.text)) if streaming else (lambda token: None),
-            tokenizer,
-            [params for _, params in padded],
-            max_new_tokens,
-            eos_ids,
-        )
-        for i, ((prompt, _), tokens) in enumerate(zip(group, rows, strict=False)):
+    show = write_token if streaming else None
+    number = itertools.count(1)
+    while group := list(itertools.islice(jobs, batch_size)):
+        prompts, params = [prompt for prompt, _ in group], [params for _, params in group]
+        if streaming and samples > 1:
+            log(f"--- sample {next(number)} of {samples}")
+        rows, stats = run_batch(engine, tokenizer, prompts, params, max_new_tokens, eos_ids, show)
+        for prompt, tokens in zip(prompts, rows, strict=True):
             text = "".join(token.text for token in tokens)
             if as_json:
                 result = {
@@ -482,13 +302,15 @@ def continue_prompts(engine, tokenizer, jobs, batch_size: int, max_new_tokens: i
             elif streaming:
                 write("\n")
             else:
-                if len(jobs) > 1:
-                    log(f"--- sample {first + i + 1} of {len(jobs)}")
+                if samples > 1:
+                    log(f"--- sample {next(number)} of {samples}")
                 write(text + "\n")
         log(str(stats))
 
 
-def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, max_new_tokens: int, eos_ids) -> None:
+def converse(
+    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, max_new_tokens: int, eos_ids: frozenset[int]
+) -> None:
     """Answers each line of stdin. The KV cache is kept, so a turn prefills only what is new since the last one.
 
     With a chat template the lines are a user's messages; without one the model continues the text so far.
@@ -510,6 +332,8 @@ def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, max_n
                 ids = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special_tokens=False)
             else:
                 ids = history + tokenizer.encode("\n" + line if history else line, add_special_tokens=not history)
+            if not ids:
+                raise UserError("the tokenizer has no tokens for this; write something else")
         except UserError as error:  # no reason to lose the conversation
             log(f"error: {error}")
             continue
@@ -521,14 +345,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, max_n
         cached = sum(itertools.takewhile(bool, same))
         limit = min(max_new_tokens, room)
         (reply,), stats = run_batch(
-            engine,
-            [ids[cached:]],
-            lambda token: write(token.text),
-            tokenizer,
-            [params],
-            limit,
-            eos_ids,
-            starts=[cached],
+            engine, tokenizer, [ids[cached:]], [params], limit, eos_ids, show=write_token, starts=[cached]
         )
         write("\n")
         log(str(stats))

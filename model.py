@@ -327,12 +327,13 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device | str
     return freqs
 
 
-def rope_angles(rope: RopeConfig, freqs: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [B, S, 1, head_dim / 2], of positions [B, S]."""
+def rope_angles(rope: RopeConfig, freqs: Tensor, input_pos: Tensor, padding: int = -1) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [B, S, 1, head_dim / 2], of positions [B, S]; `padding` is the position of what is none."""
     if rope.type == "dynamic":
         # NTK scaling: past the trained length the base grows with the length that each row has reached.
         half = freqs.shape[0]
-        reached = (input_pos.max(dim=1).values + 1).clamp(min=rope.original_length).float()
+        reached = input_pos.masked_fill(input_pos == padding, 0).amax(dim=1) + 1
+        reached = reached.clamp(min=rope.original_length).float()
         growth = rope.factor * reached / rope.original_length - (rope.factor - 1)
         exponent = torch.arange(half, dtype=torch.float32, device=freqs.device) / max(half - 1, 1)
         freqs = (freqs * growth[:, None] ** -exponent)[:, None]
@@ -501,7 +502,7 @@ class Transformer(nn.Module):
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Preallocates K and V where the weights are, [max_batch_size, kv_heads, max_seq_length + 1, head_dim] a layer.
 
-        The last slot, which no query ever looks at, takes what padding writes.
+        The last slot, which no query ever looks at, is for padding: its position is `max_seq_length`.
         """
         config, weight = self.config, self.tok_embeddings.weight
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
@@ -523,7 +524,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, input_pos: Tensor, key_pos: Tensor | None = None) -> Tensor:
         """The normalized output of the last layer, [B, S, dim]."""
         x = self.tok_embeddings(tokens)
-        cos, sin = rope_angles(self.config.rope, self.rope_freqs, input_pos)
+        cos, sin = rope_angles(self.config.rope, self.rope_freqs, input_pos, padding=self.max_seq_length)
         key_pos = self.key_pos if key_pos is None else key_pos
         for layer in self.layers:
             x = layer(x, input_pos, cos, sin, key_pos)
