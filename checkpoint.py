@@ -91,8 +91,8 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
         value = stored.get(name)
         if value is None:
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not (isinstance(value, bool) if name == "do_sample" else is_number and value >= 0):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+        if not (isinstance(value, bool) if name == "do_sample" else is_number):
             raise UserError(f"{path}: {name}: {value!r} is not a valid value; correct it or remove the field")
         settings[name] = value
     source, ids = path, stored.get("eos_token_id")
@@ -176,8 +176,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
     tensors, spans = {}, []
     for name, entry in entries.items():
-        fields = entry if isinstance(entry, dict) else {}
-        dtype_name, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise broken(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        dtype_name, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
         if dtype is None:
             raise broken(f"tensor {name!r} has the dtype {dtype_name!r}, which is not supported")

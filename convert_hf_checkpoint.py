@@ -9,7 +9,6 @@ name. Works tensor by tensor, in a temporary folder that takes the place of an o
 leaves the old checkpoint, or none, never a mix.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import StoredTensor, gb
-from errors import UserError, run
+from errors import ArgumentParser, UserError, run
 from hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
 from model import ModelConfig, expected_shapes
 from tokenizer import load_tokenizer
@@ -430,18 +429,13 @@ def is_our_file(path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.", allow_abbrev=False)
+    parser = ArgumentParser(description="Convert a Hugging Face checkpoint.", allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, downloaded first")
     source.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help="a folder, or a MiniMind .pth file")
     parser.add_argument("--revision", help="branch, tag or commit of --repo")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored")
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-    parser.error = refuse
     args = parser.parse_args()
     folder = args.checkpoint_dir
     if args.repo is not None:

@@ -122,7 +122,7 @@ class StreamingDetokenizer:
     - sentencepiece spells what it has no piece for in bytes, <0xE4> <0xBD> <0xA0>. A run of them is text only if all of
       it is valid, otherwise every byte becomes U+FFFD: so a run is held back until it has ended;
     - the space that sentencepiece puts before the first word is taken away again;
-    - clean-up, which hardly any model asks for, looks at four characters at a time.
+    - clean-up, which hardly any model asks for, looks at up to four characters.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -181,9 +181,9 @@ class StreamingDetokenizer:
         if not self.tokenizer.clean_up:
             return text
         # Every pattern of _clean_up begins with a space and has at most four characters, and none puts a space where
-        # there was none: so nothing reaches across four characters without a space.
+        # there was none: so nothing reaches beyond three characters without a space.
         text = self.unclean + text
-        certain = re.match("(?s).*[^ ]{4}", text)
+        certain = re.match("(?s).*[^ ]{3}", text)
         end = len(text) if final else certain.end() if certain else 0
         self.unclean = text[end:]
         return _clean_up(text[:end])
@@ -398,10 +398,10 @@ def _add_special_tokens(backend: Backend, config: dict) -> dict[str, str]:
     named = {key: _added_token(named[key]) for key in (*NAMED, *named) if key in named}
     contents = {key: token.content for key, token in named.items()}
 
-    present = backend.get_added_tokens_decoder().values()
-    same = {repr(token) for token in present}
-    tokens = [token for token in config.get("added_tokens_decoder", {}).values() if repr(token) not in same]
-    known = {token.content for token in (*present, *tokens)}
+    present = backend.get_added_tokens_decoder()
+    listed = config.get("added_tokens_decoder") or present
+    known = {token.content for token in (*present.values(), *listed.values())}
+    tokens = list(listed.values())
     tokens += [token for token in (*named.values(), *map(_added_token, extra)) if token.content not in known]
     for token in tokens:
         token.special = token.special or token.content in contents.values()
