@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import StoredTensor, gb
-from errors import ArgumentParser, UserError, run
+from errors import ArgumentParser, UserError
 from hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
 from model import ModelConfig, expected_shapes
 from tokenizer import load_tokenizer
@@ -453,4 +453,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

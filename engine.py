@@ -63,7 +63,7 @@ class Engine:
             torch._dynamo.maybe_mark_dynamic(key_pos, 0)
         return key_pos
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, rows: list[list[int]], starts: list[int], params: list[SamplingParams]) -> Tensor:
         """Runs each row's tokens from its start position into the cache -> the token after them, [B, 1]."""
         lengths = torch.tensor([[len(row)] for row in rows])
@@ -87,7 +87,7 @@ class Engine:
         position = (start + lengths)[:, 0].to(self.device)
         return sample(self.model.logits(last), sampling_tensors(params, self.device), position)[:, None]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, token: Tensor, input_pos: Tensor, length: int, params: SamplingTensors, greedy: bool) -> Tensor:
         """One step: tokens [B, 1] at positions [B, 1], all below `length` -> the next tokens, [B, 1]."""
         if self.device.type == "cuda":

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -55,3 +56,13 @@ def exit_with(code: int, message: str = "") -> NoReturn:
             print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
+
+
+def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python calls for an exception that nobody caught: Ctrl-C leaves no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_interrupt  # `run` has not begun while a script imports torch, which takes seconds

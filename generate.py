@@ -7,6 +7,9 @@ The text goes to stdout, everything else to stderr. The way of a prompt: text ->
 pieces of text as they become certain.
 """
 
+import errors  # first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import argparse
 import contextlib
 import itertools
@@ -23,7 +26,7 @@ import torch
 
 from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Stats, Token, cache_bytes, check_compiler, generate, weight_bytes
-from errors import ArgumentParser, UserError, run
+from errors import ArgumentParser, UserError
 from model import ModelConfig
 from sampling import SamplingParams
 from tokenizer import Tokenizer, load_tokenizer
@@ -367,4 +370,4 @@ def ask() -> str | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)
