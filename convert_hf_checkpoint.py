@@ -9,6 +9,9 @@ name. Works tensor by tensor, in a temporary folder that takes the place of an o
 leaves the old checkpoint, or none, never a mix.
 """
 
+import errors  # first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import json
 import os
 import pickle
