@@ -36,6 +36,11 @@ def decode_one_token(
     return (logits.argmax(-1) if greedy else sample(logits, params, input_pos[:, 0] + 1))[:, None]
 
 
+def fixed_length(length: int) -> int:
+    """What a chunk of so many tokens is padded to for a compiled prefill."""
+    return min(fixed for fixed in PREFILL_LENGTHS if fixed >= length)
+
+
 class Engine:
     """Prefill and decode of one model. Compiled code belongs to the engine and is made at its first use."""
 
@@ -74,8 +79,8 @@ class Engine:
         last = self.model.norm.weight.new_empty(len(rows), self.model.config.dim)
         for begin in range(0, longest, chunk):
             width = min(chunk, longest - begin)
-            if self.fixed_lengths and chunk != longest:
-                width = min(length for length in PREFILL_LENGTHS if length >= width)
+            if self.fixed_lengths and chunk == PREFILL_LENGTHS[-1]:
+                width = fixed_length(width)
             padded = [row[begin : begin + width] + [0] * (width - len(row[begin : begin + width])) for row in rows]
             at = begin + torch.arange(width)
             input_pos = torch.where(at < lengths, start + at, self.model.max_seq_length)  # padding: the spare slot
@@ -96,11 +101,15 @@ class Engine:
             return self._decode(self.model, token, input_pos, self.key_positions(length), params, greedy).clone()
         return self._decode(self.model, token, input_pos, self.key_positions(length), params, greedy)
 
-    def warm_up(self, params: list[SamplingParams], prompt_length: int = 0) -> float:
-        """Compiles what a run of `generate` will call -> seconds. What it leaves in the cache is never looked at."""
+    def warm_up(self, params: list[SamplingParams], prompt_length: int | None = None) -> float:
+        """Compiles what prompts of this length (by default: any) will call -> seconds. What it leaves is never seen."""
         begun = time.perf_counter()
-        if self.fixed_lengths and prompt_length:
-            for width in {min(prompt_length, PREFILL_LENGTHS[-1]), prompt_length % PREFILL_LENGTHS[-1] or 1}:
+        if self.fixed_lengths:
+            chunk, widths = PREFILL_LENGTHS[-1], set(PREFILL_LENGTHS)
+            if prompt_length is not None:
+                widths = {fixed_length(min(chunk, prompt_length - at)) for at in range(0, prompt_length, chunk)}
+            for width in sorted(widths):
+                width = min(width, self.model.max_seq_length)
                 self.prefill([[0] * width] * len(params), [0] * len(params), params)
         zeros = torch.zeros(len(params), 1, dtype=torch.long, device=self.device)
         greedy = all(row.temperature == 0 for row in params)

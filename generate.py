@@ -215,7 +215,7 @@ def main() -> None:
     engine = Engine(model, args.compile, args.compile_prefill)
     if args.compile or args.compile_prefill:
         log("compiling ... (later runs find it in the cache)")
-        seconds = engine.warm_up([params] * batch_size, max(map(len, prompts), default=0))
+        seconds = engine.warm_up([params] * batch_size, max(map(len, prompts), default=None))
         log(f"compiled in {seconds:.1f} s")
     with profiler(args.profile):
         if args.interactive:

@@ -273,7 +273,8 @@ def _read_config(folder: Path) -> dict:
 
 def _is_llama(folder: Path, config: dict) -> bool:
     """Whether transformers 5 uses its class LlamaTokenizer, which takes no more than the vocabulary from the file. (Its
-    other such classes change nothing for the models they are meant for; tokenizer.json is taken at its word there.)"""
+    other such classes either change nothing, as Qwen2Tokenizer, or split words as the model was not trained to, as
+    GPT2Tokenizer for files that split digits: there tokenizer.json is taken at its word.)"""
     model = _read_json(folder / "config.json")
     declared = str(config.get("tokenizer_class") or model.get("tokenizer_class")).removesuffix("Fast")
     if declared != "LlamaTokenizer" or model.get("model_type") in ("mistral", "mixtral", "qwen2"):
