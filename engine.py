@@ -85,10 +85,12 @@ class Engine:
             at = begin + torch.arange(width)
             input_pos = torch.where(at < lengths, start + at, self.model.max_seq_length)  # padding: the spare slot
             key_pos = self.key_positions(int((start + lengths.clamp(max=begin + width)).max()))
-            hidden = self._hidden(torch.tensor(padded).to(self.device), input_pos.to(self.device), key_pos)
-            for row, tokens in enumerate(rows):
-                if begin < len(tokens) <= begin + width:
-                    last[row] = hidden[row, len(tokens) - 1 - begin]
+            only = (lengths[:, 0] - 1 - begin).clamp(0, width - 1)  # each row's last token, if it is in this chunk
+            inputs = (torch.tensor(padded), input_pos, only)
+            tokens, input_pos, only = (tensor.to(self.device) for tensor in inputs)
+            hidden = self._hidden(tokens, input_pos, key_pos, only)
+            ends = ((begin < lengths) & (lengths <= begin + width)).to(self.device)
+            last = torch.where(ends, hidden[:, 0], last)
         position = (start + lengths)[:, 0].to(self.device)
         return sample(self.model.logits(last), sampling_tensors(params, self.device), position)[:, None]
 
@@ -111,10 +113,11 @@ class Engine:
             for width in sorted(widths):
                 width = min(width, self.model.max_seq_length)
                 self.prefill([[0] * width] * len(params), [0] * len(params), params)
-        zeros = torch.zeros(len(params), 1, dtype=torch.long, device=self.device)
+        # Two tensors: compiled code would remember if both were one.
+        token, input_pos = (torch.zeros(len(params), 1, dtype=torch.long, device=self.device) for _ in range(2))
         greedy = all(row.temperature == 0 for row in params)
         for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
-            self.decode(zeros, zeros, 1, sampling_tensors(params, self.device), greedy).tolist()
+            self.decode(token, input_pos, 1, sampling_tensors(params, self.device), greedy).tolist()
         return time.perf_counter() - begun
 
 

@@ -430,7 +430,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.kv_cache: KVCache | None = None
 
-    def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor, only: Tensor | None = None
+    ) -> Tensor:
         B, S, _ = x.shape
         heads = self.wqkv(x).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
@@ -438,8 +440,15 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         self.kv_cache.update(input_pos, k, v)
+        if only is not None:
+            q, input_pos = pick(q, only), pick(input_pos, only)
         y = attention(q, self.kv_cache.k, self.kv_cache.v, input_pos, key_pos, self.window)
-        return self.wo(y.view(B, S, -1))
+        return self.wo(y.view(*y.shape[:2], -1))
+
+
+def pick(x: Tensor, only: Tensor) -> Tensor:
+    """One token of each row: [B, S, ...] and indices [B] -> [B, 1, ...]."""
+    return x[torch.arange(len(only), device=x.device), only][:, None]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
@@ -484,8 +493,12 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     @torch.compiler.nested_compile_region  # traced and compiled once, called for every layer
-    def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), input_pos, cos, sin, key_pos)
+    def forward(
+        self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor, only: Tensor | None = None
+    ) -> Tensor:
+        """[B, S, dim] -> the same, or [B, 1, dim]: of each row just token `only` [B], though all reach the cache."""
+        y = self.attention(self.attention_norm(x), input_pos, cos, sin, key_pos, only)
+        x = (x if only is None else pick(x, only)) + y
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -523,14 +536,19 @@ class Transformer(nn.Module):
         """
         return self.logits(self.hidden(tokens, input_pos, key_pos))
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, key_pos: Tensor | None = None) -> Tensor:
-        """The normalized output of the last layer, [B, S, dim]."""
+    def hidden(
+        self, tokens: Tensor, input_pos: Tensor, key_pos: Tensor | None = None, only: Tensor | None = None
+    ) -> Tensor:
+        """The normalized output of the last layer, [B, S, dim]; with `only` [B] that of one token a row, [B, 1, dim].
+
+        A prefill needs no more, and saves most of the last layer's work.
+        """
         x = self.tok_embeddings(tokens)
         cos, sin = rope_angles(self.config.rope, self.rope_freqs, input_pos, padding=self.max_seq_length)
         key_pos = self.key_pos if key_pos is None else key_pos
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, input_pos, cos, sin, key_pos)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, input_pos, cos, sin, key_pos, only))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V]."""

@@ -1,0 +1,182 @@
+"""generate.py as a process: a bare environment, signals, closed streams, pipes, terminals, a missing compiler."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Result, assert_refused, converse
+
+import generate
+
+SCRIPT = Path(generate.__file__).resolve()
+
+
+def start(*args, shell=None, env=None, **others):
+    """`python generate.py ARGS...`; `shell` redirects, as in '<&-'."""
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    if shell:
+        command = ["sh", "-c", f'exec "$0" "$@" {shell}', *command]
+    streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = {"OMP_NUM_THREADS": "1"} | (dict(os.environ) if env is None else env)
+    return subprocess.Popen(command, env=env, **(streams | others))
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return Result(process.returncode, out.decode(), err.decode())
+
+
+# As a process: signals, closed streams, terminals
+
+
+def quick(folder, *more):
+    return ("--checkpoint_path", folder, "--prompt", "def f(x):", "--max_new_tokens", 12, *more)
+
+
+def test_process_with_a_bare_environment(base_folder, script):
+    """From another folder, by a relative path, without HOME, in the C locale, on a dumb terminal."""
+    env = {"LC_ALL": "C", "TERM": "dumb", "NO_COLOR": "1", "PATH": "/usr/bin:/bin"}
+    args = quick(base_folder.name, "--temperature", 1, "--seed", 5)
+    result = finish(start(*args, cwd=base_folder.parent, env=env))
+    assert result.code == 0, result.err
+    assert result.out == script(*quick(base_folder, "--temperature", 1, "--seed", 5)).out
+    assert len(result.err.splitlines()) == 2
+
+
+def test_process_refuses_what_is_not_utf8(base_folder):
+    result = finish(start("--checkpoint_path", base_folder, "--prompt", b"ab\xff".decode(errors="surrogateescape")))
+    assert_refused(result, "UTF-8")
+
+
+def test_interrupted_while_it_generates(base_folder):
+    process = start("--checkpoint_path", base_folder, "--prompt", "10", "--max_new_tokens", 2000)
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    result = finish(process)
+    assert result.code == 130
+    assert "Traceback" not in result.err and len(result.err.splitlines()) <= 1
+
+
+def test_interrupted_while_it_imports(base_folder):
+    """Importing torch takes a second or more, and that is when people notice a typing error."""
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *map(str, quick(base_folder))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stderr:
+        if b"torch." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    said = [line for line in err.decode().splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, out, said) == (130, b"", [])
+
+
+def test_a_reader_that_has_seen_enough(base_folder):
+    process = start("--checkpoint_path", base_folder, "--prompt", "10", "--max_new_tokens", 2000)
+    process.stdout.read(5)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait() == 141
+    assert "Traceback" not in err and "Exception" not in err and "error" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_a_full_disk(base_folder):
+    result = finish(start(*quick(base_folder), shell=">/dev/full"))
+    assert result.code == 2 and "Traceback" not in result.err
+    assert re.search(r"^error: .*No space left on device", result.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("args", [("--interactive",), ("--prompt_file", "-")], ids=" ".join)
+def test_closed_stdin(base_folder, args):
+    result = finish(start("--checkpoint_path", base_folder, *args, shell="<&-"))
+    assert "Traceback" not in result.err and result.out == ""
+    assert result.code == (0 if args == ("--interactive",) else 2)
+
+
+def test_closed_stdout(base_folder):
+    result = finish(start(*quick(base_folder), shell=">&-"))
+    assert "Traceback" not in result.err and result.code in (0, 2)
+
+
+def test_closed_stderr(base_folder, script):
+    result = finish(start(*quick(base_folder), shell="2>&-"))
+    assert (result.code, result.out) == (0, script(*quick(base_folder)).out)
+
+
+class Terminal:
+    """generate.py --interactive at a pseudo-terminal."""
+
+    def __init__(self, folder):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            args = ["--checkpoint_path", str(folder), "--interactive", "--max_new_tokens", "5"]
+            os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
+            os.execv(sys.executable, [sys.executable, str(SCRIPT), *args])
+
+    def read_until(self, end):
+        text = b""
+        while not text.endswith(end) and select.select([self.fd], [], [], 240)[0]:
+            try:
+                text += os.read(self.fd, 4096)
+            except OSError:  # the other side is closed
+                break
+        return text.decode(errors="replace").replace("\r\n", "\n")
+
+    def type(self, data):
+        os.write(self.fd, data)
+
+    def exit_code(self):
+        pid, self.pid = self.pid, None
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(chat_folder):
+    terminal = Terminal(chat_folder)
+    yield terminal
+    if terminal.pid:  # the test has failed
+        os.kill(terminal.pid, signal.SIGKILL)
+        terminal.exit_code()
+    os.close(terminal.fd)
+
+
+def test_at_a_terminal(terminal, chat_folder, script):
+    reply = converse(script, chat_folder, "hello", args=("--max_new_tokens", 5)).out
+    assert "/clear" in terminal.read_until(b"> ")
+    terminal.type(b"hello\n")
+    echo, speed = "hello\n" + reply, r"prefill [^\n]+\n> "
+    assert re.fullmatch(re.escape(echo) + speed, terminal.read_until(b"\n> "))
+    terminal.type(b"\x04")  # Ctrl-D
+    assert "Traceback" not in terminal.read_until(b"nothing") and terminal.exit_code() == 0
+
+
+def test_ctrl_c_at_a_terminal(terminal):
+    terminal.read_until(b"> ")
+    terminal.type(b"\x03")
+    rest = terminal.read_until(b"nothing")
+    assert "Traceback" not in rest and terminal.exit_code() == 130
+
+
+@pytest.mark.slow
+def test_compiled_process(base_folder, script):
+    result = finish(start(*quick(base_folder, "--temperature", 0.8, "--seed", 3, "--compile")))
+    assert result.code == 0, result.err
+    assert result.out == script(*quick(base_folder, "--temperature", 0.8, "--seed", 3)).out
+    assert re.search(r"^compiled in [\d.]+ s$", result.err, re.MULTILINE)
+
+
+def test_compile_without_a_compiler(base_folder, tmp_path):
+    """One line that says what is missing, or text all the same."""
+    env = dict(os.environ) | {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = finish(start(*quick(base_folder, "--compile"), env=env))
+    assert "Traceback" not in result.err and "compiler" in result.err
+    assert result.code == 2 if not result.out else result.code == 0
