@@ -45,6 +45,7 @@ class FakeHub(ThreadingHTTPServer):
     def env(self, hf_home: Path) -> dict[str, str]:
         """What makes a huggingface_hub of its own process come here, with a cache of its own."""
         return {
+            "HF_HUB_OFFLINE": "0",
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server_address[1]}",
             "HF_HOME": str(hf_home),
             "HF_HUB_DISABLE_XET": "1",
