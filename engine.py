@@ -9,6 +9,7 @@ A step: the model's logits of the last token, sampled inside the same compiled f
 while the device works on the next.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,7 @@ class Engine:
     def warm_up(self, params: list[SamplingParams], prompt_length: int | None = None) -> float:
         """Compiles what prompts of this length (by default: any) will call -> seconds. What it leaves is never seen."""
         begun = time.perf_counter()
+        gc.disable()  # a compilation makes millions of objects, and hardly any garbage
         if self.fixed_lengths:
             chunk, widths = PREFILL_LENGTHS[-1], set(PREFILL_LENGTHS)
             if prompt_length is not None:
@@ -118,6 +120,7 @@ class Engine:
         greedy = all(row.temperature == 0 for row in params)
         for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
             self.decode(token, input_pos, 1, sampling_tensors(params, self.device), greedy).tolist()
+        gc.enable()
         return time.perf_counter() - begun
 
 
