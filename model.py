@@ -244,7 +244,8 @@ class _FieldReader:
         if fields is None or not isinstance(newer, dict):
             raise self.error("rope_parameters" if fields is not None else "rope_scaling", "is not an object")
         fields.update(newer)
-        fields.setdefault("rope_theta", self.value("rope_theta", 10000.0))
+        usual = 1e6 if self.value("model_type") == "minimind" else 1e4
+        fields.setdefault("rope_theta", self.value("rope_theta", usual))
         fields.setdefault("original_max_position_embeddings", self.value("original_max_position_embeddings"))
         where = "rope_parameters" if newer else "rope_scaling" if self.value("rope_scaling") else "rope"
         read = _FieldReader(fields, f"{self.where}: {where}")
