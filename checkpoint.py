@@ -20,15 +20,17 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+import kernels
 from errors import UserError
 from model import ModelConfig, Transformer, expected_shapes
 
@@ -36,6 +38,7 @@ DEMO = Path(__file__).parent / "demo" / "target"  # the small trained model that
 
 FORMAT = "gpt-brisk"  # `format` in the metadata of weights in our names
 VERSION = "1"
+QUANTIZED = {"int8": 0, "int4-g32": 32, "int4-g64": 64, "int4-g128": 128}  # what the metadata calls it: its group size
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for a header
 CHUNK_BYTES = 32 * 2**20  # read and written at a time
 
@@ -65,6 +68,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; get the file again")
     return value
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, as it is. UserError when it can't be read."""
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a readable text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); re-encode it") from error
 
 
 def load_config(folder: Path | str) -> ModelConfig:
@@ -265,29 +278,52 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
 
     On a CPU, and in the dtype that is stored (`dtype=None`), the weights are mapped from the file: nothing is copied,
     and processes share them. Otherwise they are read, cast and moved tensor by tensor. UserError when a file or tensor
-    is missing, unexpected or misshapen, or when the memory does not suffice.
+    is missing, unexpected or misshapen, or when the memory does not suffice. Layers that are quantized are packed for
+    the device; `dtype` is then that of all the rest.
     """
     path, device = weights_path(path), torch.device(device)
     config = load_config(path.parent)
     stored, metadata = read_safetensors(path)
-    # Metadata that names a quantization would be honoured here; weights in our names without it are plain.
-    if metadata.get("format") == FORMAT and metadata.get("version") != VERSION:
-        raise UserError(f"{path} has version {metadata.get('version')!r}, not {VERSION!r}; convert again")
-    check_tensors(config, stored, path)
+    quantized = quantized_layers(path, metadata)
+    check_tensors(config, stored, path, quantized)
 
     dtype = dtype or stored["tok_embeddings.weight"].dtype
-    needed = sum(math.prod(tensor.shape) for tensor in stored.values()) * dtype.itemsize
-    check_memory(needed, f"the weights of {path.parent}", device)
+    parts = {layer: [f"{layer}.{part}" for part in ("weight", "scales", "zeros")[: 3 if group else 2]]
+             for layer, group in quantized.items()}  # fmt: skip
+    orders = {layer: f"{layer}.order" for layer in quantized if f"{layer}.order" in stored}
+    packed = {name for names in parts.values() for name in names} | set(orders.values())
+    sizes = (t.nbytes if name in packed else math.prod(t.shape) * dtype.itemsize for name, t in stored.items())
+    check_memory(sum(sizes), f"the weights of {path.parent}", device)
     state = {}
     for name, tensor in stored.items():
+        if name in packed:
+            continue
         if device.type == "cpu" and tensor.dtype == dtype and tensor.offset % dtype.itemsize == 0:
             state[name] = _mapped(tensor)
         else:
             state[name] = tensor.read().to(device, dtype)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next
+    for layer, group in quantized.items():
+        weight, *grid = (stored[name].read().to(device) for name in parts[layer])
+        bias = state.get(f"{layer}.bias")
+        if group:
+            order = _read_order(stored[orders[layer]], orders[layer]).to(device) if layer in orders else None
+            linear = kernels.Int4Linear.from_canonical(weight, *grid, 2 * weight.shape[1], group, bias, order)
+        else:
+            linear = kernels.Int8Linear.from_canonical(weight, *grid, bias)
+        parent, _, child = layer.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
     return model.eval().requires_grad_(False)
+
+
+def _read_order(tensor: StoredTensor, name: str) -> Tensor:
+    """UserError when it is no permutation."""
+    order = tensor.read()
+    if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype)):
+        raise UserError(f"{tensor.path}: tensor {name!r} does not hold each input once; convert the model again")
+    return order
 
 
 def _mapped(tensor: StoredTensor) -> Tensor:
@@ -304,22 +340,87 @@ def _mapped(tensor: StoredTensor) -> Tensor:
     return torch.frombuffer(pages, dtype=tensor.dtype, count=count, offset=tensor.offset - first).view(tensor.shape)
 
 
-def check_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], path: Path) -> None:
+def quantized_layers(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    """The layers of a weight file that are quantized: name -> group size of int4, 0 for int8.
+
+    `quantized` in the metadata says so, in JSON: {"layers.0.attention.wqkv": "int4-g32", ..., "output": "int8"}.
+    UserError when it is malformed, or from a newer version of this program.
+    """
+    if metadata.get("format") == FORMAT and metadata.get("version") != VERSION:
+        raise UserError(
+            f"{path} has version {metadata.get('version')!r}, this program knows {VERSION!r}; "
+            "update the program, or convert again"
+        )
+    try:
+        return {layer: QUANTIZED[form] for layer, form in json.loads(metadata.get("quantized", "{}")).items()}
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: `quantized` in its metadata is malformed; quantize the model again") from error
+
+
+def quantized_shapes(
+    config: ModelConfig, quantized: Mapping[str, int], ordered: Container[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """`expected_shapes` where these layers (name -> group size, 0 for int8) are quantized. ValueError if they can't be.
+
+    int8: `.weight` [out, in], `.scales` [out], w = q * scale. int4: `.weight` uint8 [out, in / 2], even inputs in the
+    low halves of the bytes, `.scales` and `.zeros` [out, in / group], w = (q - zero) * scale. An int4 layer that is
+    among the `ordered` has `.order` int32 [in] as well: its weight is for the inputs x[..., order].
+    """
+    plain = expected_shapes(config)
+    if "output" in quantized and config.tied:  # it gets a weight of its own; the embedding stays as it is
+        plain["output.weight"] = plain["tok_embeddings.weight"]
+    for layer, group in quantized.items():
+        shape = plain.get(f"{layer}.weight", ())
+        if layer == "tok_embeddings" or len(shape) != 2 or (group and shape[1] % group):
+            raise ValueError(f"{layer!r} is no layer that can be quantized in groups of {group}")
+    shapes = {}
+    for name, shape in plain.items():
+        layer, _, kind = name.rpartition(".")
+        group = quantized.get(layer) if kind == "weight" else None
+        shapes[name] = (shape[0], shape[1] // 2) if group else shape
+        if group is not None:
+            shapes[f"{layer}.scales"] = (shape[0], shape[1] // group) if group else shape[:1]
+        if group:
+            shapes[f"{layer}.zeros"] = shapes[f"{layer}.scales"]
+            if layer in ordered:
+                shapes[f"{layer}.order"] = shape[1:]
+    return shapes
+
+
+def check_tensors(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    path: Path,
+    quantized: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """UserError names the first tensor that is missing, misshapen, of a dtype that cannot be run, or unexpected."""
     if "model.embed_tokens.weight" in stored or "model.layers.0.input_layernorm.weight" in stored:
         raise UserError(
             f"{path} has the tensor names of Hugging Face; "
             f"run `python convert_hf_checkpoint.py --checkpoint_dir {path.parent}` first"
         )
-    shapes = expected_shapes(config)
+    try:
+        ordered = {layer for layer in quantized if f"{layer}.order" in stored}
+        shapes = quantized_shapes(config, quantized, ordered)
+    except ValueError as error:
+        raise UserError(f"{path}: by its metadata {error}; quantize the model again") from error
     for name, shape in shapes.items():
+        layer, _, kind = name.rpartition(".")
+        dtypes = FLOATS
+        if kind == "weight" and layer in quantized:
+            dtypes = (torch.uint8,) if quantized[layer] else (torch.int8,)
+        elif kind == "zeros":
+            dtypes = (torch.uint8, *FLOATS)
+        elif kind == "order":
+            dtypes = (torch.int32,)
         if name not in stored:
             raise UserError(f"{path}: tensor {name!r} is missing; convert the model again")
         if stored[name].shape != shape:
             found, meant = list(stored[name].shape), list(shape)
             raise UserError(f"{path}: tensor {name!r} has the shape {found}, config.json means {meant}; convert again")
-        if stored[name].dtype not in FLOATS:
-            raise UserError(f"{path}: tensor {name!r} is {stored[name].dtype}, not a float; convert the model again")
+        if stored[name].dtype not in dtypes:
+            found, meant = stored[name].dtype, "a float" if dtypes is FLOATS else dtypes[0]
+            raise UserError(f"{path}: tensor {name!r} is {found}, not {meant}; convert the model again")
     for name in stored:
         if name not in shapes:
             raise UserError(

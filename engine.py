@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels import Int4Linear, Int8Linear
 from model import Transformer
 from sampling import SamplingParams, SamplingTensors, sample, sampling_tensors
 from tokenizer import StreamingDetokenizer, Tokenizer
@@ -240,7 +241,8 @@ class Stats:
 def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that one decode step reads: all but the embedding, of which it reads a row a token."""
     unread = 0 if model.output is None else model.tok_embeddings.weight.nbytes
-    return sum(tensor.nbytes for tensor in model.parameters()) - unread
+    quantized = sum(layer.weight_bytes for layer in model.modules() if isinstance(layer, (Int8Linear, Int4Linear)))
+    return sum(tensor.nbytes for tensor in model.parameters()) + quantized - unread
 
 
 def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels  # noqa: F401  registers torch.ops.brisk
 from errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,9 +186,10 @@ class _FieldReader:
         if self.value("quantization_config"):
             method = self.config["quantization_config"]
             method = method.get("quant_method") if isinstance(method, dict) else method
-            raise self.error(
-                "quantization_config", f"{method!r} weights are not supported; convert the unquantized model"
-            )
+            if method not in ("gptq", "awq"):  # which the converter reads; the rest of it does not matter here
+                raise self.error(
+                    "quantization_config", f"{method!r} weights are not supported; convert the unquantized model"
+                )
         for name, value in self.config.items():
             known = name in READ or name in IGNORED or name.startswith("_")
             if not known and value not in (None, False, "", [], {}) and (name, value) != ("partial_rotary_factor", 1):
@@ -365,17 +367,9 @@ class Linear(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but one row on a CPU reads the weight at the speed of memory when it is compiled.
-
-    Inductor turns the multiply-and-sum into one vectorized loop over the weight's rows, which reads memory nearly twice
-    as fast as the BLAS call; eager code would write the product to memory first. as_strided makes Inductor store x
-    before that loop: otherwise what computes x, a norm say, is computed again for every row.
-    """
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        row = x.contiguous().as_strided((x.shape[-1],), (1,))
-        y = (weight.float() * row.float()).sum(-1)
-        y = y if bias is None else y + bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+    """F.linear, but a few rows on a CPU read a bfloat16 weight at the speed of memory."""
+    if x.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        return torch.ops.brisk.linear_bf16(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -455,6 +449,9 @@ def pick(x: Tensor, only: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
     """Queries [B, S, heads, D] over the first L = len(key_pos) entries of caches [max_B, kv_heads, T, D] -> like q."""
     B, S, n_heads, D = q.shape
+    if q.device.type == "cpu" and S <= 16:
+        # Reads what each row's positions allow, so its cost follows them and not key_pos.
+        return torch.ops.brisk.decode_attention(q, k, v, input_pos, window)
     n_kv_heads, L = k.shape[1], key_pos.shape[0]
     k, v = k[:B, :, :L], v[:B, :, :L]
     mask = key_pos <= input_pos[:, :, None]  # [B, S, L]

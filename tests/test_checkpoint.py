@@ -294,7 +294,7 @@ def test_config_that_is_not_json(tmp_path, text):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "gpt2"}, "model_type"),
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),
     ],
 )
@@ -417,7 +417,7 @@ def test_what_cannot_be_loaded(tmp_path):
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
     refused("model.safetensors is not a valid safetensors file: .*truncated", folder)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": checkpoint.FORMAT, "version": "99"})
-    refused("has version '99', not '1'", folder)
+    refused("has version '99', this program knows '1'", folder)
 
     folder = save(tmp_path / "sharded", tensors, name="a.safetensors")
     index = folder / "model.safetensors.index.json"

@@ -1,0 +1,390 @@
+"""The few ops PyTorch has no fast form of, as `torch.ops.brisk.*`: they compile, trace and can be checked.
+
+    y = torch.ops.brisk.linear_bf16(x, weight, bias)                     # few rows, at the speed of memory
+    layer = Int8Linear.from_canonical(weight, scales, bias)              # from the tensors on disk; y = layer(x)
+    layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
+    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window)
+
+Each op has a reference version in plain PyTorch, which runs on any device, and one in kernels_cpu.cpp. That is
+built at the first use and kept in ~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). Without a compiler there is one
+warning, and the reference versions do the work. GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
+
+The quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of K, the
+group being the weight's own for int4 and 128 for int8. So products are of integers, which a CPU does four at a time.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+
+ISAS = ("avx512", "avx2", "portable")  # the best first
+CACHE_LINE = 64  # bytes
+PANEL = 32  # rows of a packed weight that are interleaved
+INT8_GROUP = 128  # activations that share a scale, where the weights have no groups
+GROUPSIZES = (32, 64, 128)
+ZERO_BYTES, ZERO_FLOATS = -1, -2  # how int4 zeros are packed, if they are not all the same integer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+
+_library = torch.library.Library("brisk", "DEF")
+_library.define("linear_bf16(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+_library.define("linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None) -> Tensor")
+_library.define(
+    "linear_int4(Tensor x, Tensor packed, int out_features, int groupsize, ScalarType scale_dtype, int zero, "
+    "Tensor? bias=None) -> Tensor"
+)
+_library.define(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None) -> Tensor"
+)
+
+
+def _op(fake):
+    """Registers the decorated reference version of an op, and `fake`, which makes an output of the right shape."""
+
+    def register(reference):
+        name = reference.__name__
+        torch.library.register_fake(f"brisk::{name}")(fake)
+
+        def first_use(*args):
+            # The library's own versions, once it is loaded, come before this one on CPUs.
+            if args[0].device.type == "cpu" and cpu_library() is not None:
+                return getattr(torch.ops.brisk, name).default(*args)
+            return reference(*args)
+
+        _library.impl(name, first_use, "CompositeExplicitAutograd")
+        return reference
+
+    return register
+
+
+@_op(lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], weight.shape[0]))
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times bfloat16 weight [N, K] -> [..., N] in x's dtype. Accumulates in float32."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+@_op(lambda x, packed, scales, bias=None: x.new_empty(*x.shape[:-1], scales.shape[0]))
+def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times an int8 weight from `pack_int8`, with a float32 scale for each of its N rows -> [..., N]."""
+    weight = unpack_int8(packed, scales.shape[0], x.shape[-1]).float() * scales[:, None]
+    return _reference_linear(x, weight, INT8_GROUP, bias)
+
+
+@_op(lambda x, packed, out_features, *args: x.new_empty(*x.shape[:-1], out_features))
+def linear_int4(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    groupsize: int,
+    scale_dtype: torch.dtype,
+    zero: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [..., K] times an int4 weight from `pack_int4`, which also says what `zero` is -> [..., out_features]."""
+    q, scales, zeros = unpack_int4(packed, out_features, x.shape[-1], groupsize, scale_dtype, zero)
+    weight = dequantize_int4(q, scales, zeros, x.shape[-1], groupsize, torch.float32)
+    return _reference_linear(x, weight, groupsize, bias)
+
+
+@_op(lambda q, k_cache, v_cache, input_pos, window=None: torch.empty_like(q, memory_format=torch.contiguous_format))
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int | None = None
+) -> Tensor:
+    """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B >= B, KV, T, D] -> [B, S, H, D].
+
+    A query sees the keys up to its position, with `window` only so many of them. Its cost follows the position, and
+    what the cache holds beyond does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
+    """
+    B, _, H, D = q.shape
+    kv_heads, T = k_cache.shape[1:3]
+    distance = input_pos[:, :, None] - torch.arange(T, device=q.device)
+    seen = (distance >= 0) & (distance < (T + 1 if window is None else window))  # [B, S, T]
+    k, v = (
+        cache[:B].float().masked_fill(~seen.any(1)[:, None, :, None], 0).repeat_interleave(H // kv_heads, 1)
+        for cache in (k_cache, v_cache)
+    )
+    scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * D**-0.5
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _reference_linear(x: Tensor, weight: Tensor, group: int, bias: Tensor | None) -> Tensor:
+    q, scale = quantize_activations(x.float(), group)
+    y = F.linear((q * scale).flatten(-2)[..., : x.shape[-1]], weight)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Float32 [..., K] -> whole numbers from -127 to 127 [..., groups, group] and scales [..., groups, 1]."""
+    x = F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    amax = x.abs().amax(-1, keepdim=True)
+    tiny = amax < 1e-36
+    inverse = torch.full_like(amax, 127) / amax  # 127 / amax would be 127 * (1 / amax), rounded twice
+    return (x * inverse.masked_fill(tiny, 0)).round(), (amax / 127).masked_fill(tiny, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: from the layout on disk to the order in which the kernels read
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """int8 [N, K] -> uint8 [N / 32, K / 4, 32, 4], both rounded up: for each 4 k, the bytes of 32 rows, plus 128."""
+    N, K = weight.shape
+    padded = weight if N % PANEL == K % 16 == 0 else F.pad(weight, (0, -K % 16, 0, -N % PANEL))
+    words = padded.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))  # [panels, 32, K / 4]
+    packed = empty_packed(words.numel() * 4, weight.device).view(torch.int32)
+    packed = packed.view(words.shape[0], words.shape[2], PANEL).copy_(words.transpose(1, 2))
+    return packed.bitwise_xor_(-0x7F7F7F80).view(torch.uint8).unflatten(-1, (PANEL, 4))
+
+
+def unpack_int8(packed: Tensor, N: int, K: int) -> Tensor:
+    """What pack_int8 packed."""
+    return (packed.transpose(1, 2).reshape(-1, packed.shape[1] * 4)[:N, :K] ^ 128).view(torch.int8)
+
+
+def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
+    """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
+
+    `packed` is uint8 [N / 32, groups, bytes]: for each 8 k, 4 bytes of each of 32 rows as they are; then the 32 scales
+    in their dtype; then the zeros as 32 bytes if `zero` is ZERO_BYTES, as 32 floats if it is ZERO_FLOATS; otherwise
+    `zero` is the zero of all groups. Groups begin at cache lines: with every other load across two, it took twice as
+    long.
+    """
+    N, groups = scales.shape
+    q = F.pad(q, (0, groups * groupsize // 2 - q.shape[1], 0, -N % PANEL))
+    words = q.contiguous().view(torch.int32).view(-1, PANEL, groups, groupsize // 8)
+    parts = [words.permute(0, 2, 3, 1), _by_panel(scales)]
+    low, high = zeros.aminmax()
+    zero = ZERO_FLOATS
+    if low >= 0 and high <= 255 and bool((zeros == zeros.round()).all()):
+        zero = int(low) if low == high else ZERO_BYTES
+    if zero < 0:
+        parts.append(_by_panel(zeros.to(torch.uint8 if zero == ZERO_BYTES else torch.float32)))
+    widths = [part[0, 0].numel() * part.element_size() for part in parts]
+    group_bytes = sum(widths) + -sum(widths) % CACHE_LINE
+    packed = empty_packed(words.shape[0] * groups * group_bytes, q.device).view(-1, groups, group_bytes)
+    packed[..., sum(widths) :] = 0
+    for part, slot in zip(parts, packed[..., : sum(widths)].split(widths, -1), strict=True):
+        slot.view(part.dtype).view(part.shape).copy_(part)
+    return packed, zero
+
+
+def _by_panel(x: Tensor) -> Tensor:
+    """[N, groups] -> [panels, groups, 32]."""
+    return F.pad(x, (0, 0, 0, -x.shape[0] % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2)
+
+
+def unpack_int4(
+    packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups]."""
+    zero_dtype = {ZERO_BYTES: torch.uint8, ZERO_FLOATS: torch.float32}.get(zero)
+    widths = [PANEL * groupsize // 2, PANEL * scale_dtype.itemsize, PANEL * zero_dtype.itemsize if zero_dtype else 0]
+    words, scales, zeros = (part.contiguous() for part in packed[..., : sum(widths)].split(widths, -1))
+    q = words.view(torch.int32).unflatten(-1, (-1, PANEL)).permute(0, 3, 1, 2).contiguous()  # [panels, 32, groups, ...]
+    q = q.view(torch.uint8).flatten(0, 1).flatten(1)[:N, : (K + 1) // 2]
+    scales = scales.view(scale_dtype).transpose(1, 2).flatten(0, 1)[:N]
+    if zero_dtype is None:
+        return q, scales, torch.full_like(scales, zero, dtype=torch.float32)
+    return q, scales, zeros.view(zero_dtype).transpose(1, 2).flatten(0, 1)[:N].float()
+
+
+def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int, dtype: torch.dtype) -> Tensor:
+    """w = (q - zero) * scale, [N, K], from the layout on disk."""
+    nibbles = torch.stack((q & 15, q >> 4), -1).flatten(1)[:, :K].float()
+    zeros, scales = (x.float().repeat_interleave(groupsize, 1)[:, :K] for x in (zeros, scales))
+    return ((nibbles - zeros) * scales).to(dtype)
+
+
+def empty_packed(nbytes: int, device: torch.device) -> Tensor:
+    """Bytes for a packed weight; on Linux in huge pages, so that reading it does not stop at the end of each 4 KiB."""
+    if device.type != "cpu" or nbytes < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b with W int8, a scale a row. Takes the place of model.Linear."""
+
+    def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None, in_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, scales.shape[0]
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    @classmethod
+    def from_canonical(cls, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> "Int8Linear":
+        """From int8 [N, K], scales [N] and a bias [N] of any float dtype. ValueError for other shapes."""
+        if weight.dtype != torch.int8 or weight.ndim != 2 or scales.shape != weight.shape[:1]:
+            raise ValueError(f"expected int8 [N, K] and scales [N], got {_describe(weight)} and {_describe(scales)}")
+        return cls(pack_int8(weight), scales.float().contiguous(), bias, weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.brisk.linear_int8(x, self.packed, self.scales, self.bias)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What one decode step reads."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T + b with W int4, w = (q - zero) * scale in groups of K. Takes the place of model.Linear."""
+
+    def __init__(
+        self,
+        packed: Tensor,
+        zero: int,
+        out_features: int,
+        in_features: int,
+        groupsize: int,
+        scale_dtype: torch.dtype,
+        bias: Tensor | None,
+        order: Tensor | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.groupsize = in_features, out_features, groupsize
+        self.scale_dtype, self.zero = scale_dtype, zero
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+
+    @classmethod
+    def from_canonical(
+        cls,
+        q: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        in_features: int,
+        groupsize: int,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> "Int4Linear":
+        """From uint8 [N, ceil(K / 2)], the low nibble the even k; scales (float16, bfloat16 or float32) and zeros (in
+        units of q, any dtype) [N, ceil(K / groupsize)]; a bias [N] of any float dtype; an order of the inputs, int32
+        [K], where x[..., order] is what the weight is for. ValueError for other shapes."""
+        N, K = q.shape[0], in_features
+        shape = (N, -(-K // groupsize))
+        if groupsize not in GROUPSIZES or q.dtype != torch.uint8 or q.shape != (N, -(-K // 2)):
+            raise ValueError(f"expected uint8 [N, {-(-K // 2)}] in groups of 32, 64 or 128, got {_describe(q)}")
+        if scales.shape != shape or zeros.shape != shape or not scales.dtype.is_floating_point:
+            raise ValueError(f"expected scales and zeros {shape}, got {_describe(scales)} and {_describe(zeros)}")
+        if order is not None and order.shape != (K,):
+            raise ValueError(f"expected an order of {K} inputs, got {_describe(order)}")
+        packed, zero = pack_int4(q, scales, zeros, K, groupsize)
+        return cls(packed, zero, N, K, groupsize, scales.dtype, bias, order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x[..., self.order]
+        return torch.ops.brisk.linear_int4(
+            x, self.packed, self.out_features, self.groupsize, self.scale_dtype, self.zero, self.bias
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """What one decode step reads."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library for CPUs
+
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("kernels_cpu.h", "kernels_cpu.cpp", "kernels_cpu_ops.cpp")]
+# kernels_cpu.cpp is compiled once for each instruction set.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16")] + ["-mprefer-vector-width=512"]
+ISA_FLAGS = {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX2_FLAGS + AVX512_FLAGS}
+
+
+@functools.cache
+def cpu_library() -> ctypes.CDLL | None:
+    """The library with the CPU versions, built if need be; None, after a warning, where it can't be."""
+    wanted = os.environ.get("GPT_BRISK_ISA")
+    if wanted is not None and wanted not in ISAS:
+        raise UserError(f"GPT_BRISK_ISA={wanted} is unknown; set it to one of {', '.join(ISAS)}, or unset it")
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        print(
+            f"warning: the CPU kernels could not be built, so this will be slow: {error}", file=sys.stderr, flush=True
+        )
+        return None
+    library.brisk_use.restype = ctypes.c_bool
+    library.brisk_use.argtypes = [ctypes.c_char_p]
+    if wanted is not None and not library.brisk_use(wanted.encode()):
+        raise UserError(f"GPT_BRISK_ISA={wanted}: this processor does not have it; unset it")
+    if wanted is None:
+        next(isa for isa in ISAS if library.brisk_use(isa.encode()))
+    return library
+
+
+def build() -> Path:
+    """Compiles the CPU library unless that was done before -> the library. Raises OSError or SubprocessError."""
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    torch_folder = Path(torch.__file__).parent
+    common = ["-std=c++20", "-O3", "-fPIC", "-Wno-psabi"]
+    jobs = {isa: [FOLDER / "kernels_cpu.cpp", f"-DBRISK_ISA={isa}", *ISA_FLAGS[isa]] for isa in ISAS}
+    # The ops keep to PyTorch's stable interface: its headers compile in a third of the time of the others.
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", torch_folder / "include"]  # what PyTorch 2.10 has
+    jobs["ops"] = [FOLDER / "kernels_cpu_ops.cpp", "-fopenmp", *stable, *["-DBRISK_X86"] * on_x86]
+    if not on_x86:
+        del jobs["avx512"], jobs["avx2"]
+    version = repr(([source.read_bytes() for source in SOURCES], common, jobs, torch.__version__, platform.machine()))
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "gpt-brisk")
+    library = folder / f"brisk_{hashlib.sha256(version.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler (g++) was found")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one builds
+        if library.exists():
+            return library
+        objects = [f"{temporary}/{name}.o" for name in jobs]
+        commands = [
+            [compiler, *common, *flags, "-c", "-o", out] for flags, out in zip(jobs.values(), objects, strict=True)
+        ]
+        running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        messages = [process.communicate()[1] for process in running]
+        for process, message in zip(running, messages, strict=True):
+            if process.returncode:
+                lines = [line for line in message.splitlines() if "error" in line] or [f"{compiler} failed"]
+                raise OSError(lines[0])
+        # Without -fopenmp: its symbols are then found in the OpenMP library that PyTorch has loaded, whatever its name.
+        libraries = ["-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"]
+        subprocess.run([compiler, "-shared", *objects, *libraries, "-o", f"{temporary}/library.so"], check=True)
+        os.replace(f"{temporary}/library.so", library)
+    return library

@@ -1,0 +1,73 @@
+// What the kernels (kernels_cpu.cpp, compiled for each instruction set) and the ops (kernels_cpu_ops.cpp) share.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace brisk {
+
+enum Type { F32, F16, BF16 };
+
+constexpr int64_t PANEL = 32;       // rows of a quantized weight that are interleaved
+constexpr int64_t ACT_GROUP = 128;  // activations share a scale in groups of this many for int8, of a group for int4
+
+// A quantized weight as kernels.py packs it: panels of 32 rows, one after another, K padded to whole groups.
+//   int8: for each 4 k, 32 rows of 4 bytes (w + 128). The scale of a row is in `scales`.
+//   int4: for each group: for each 8 k, 32 rows of 4 bytes as they are on disk (even k in the low nibble); 32 scales;
+//         32 zeros (bytes or floats), unless all zeros are the same integer; up to a whole number of cache lines.
+struct Weight {
+    const uint8_t* packed;
+    const float* scales;  // int8
+    int bits;
+    int64_t n, k, group, groups;
+    Type scale_type;  // int4
+    int64_t zero;     // int4: the zero of all groups, or ZERO_BYTES or ZERO_FLOATS
+    int64_t group_bytes;  // int4
+    int64_t panel_bytes;
+};
+enum { ZERO_BYTES = -1, ZERO_FLOATS = -2 };
+
+// Activations quantized to 8 bits. A tile of R rows is laid out as [k / 4][R][4], its scales and starts as [groups][R]:
+// the order in which the kernel reads them.
+struct Activations {
+    int8_t* q;
+    float* scale;
+    int32_t* start;  // what a group's sum of products starts from: minus the sum of q, times the zero if all share one
+};
+
+struct Vector {  // any tensor's data and its type
+    const void* data;
+    Type type;
+};
+
+struct Kernels {
+    int tile_rows;       // linear_quantized takes 1..tile_rows rows
+    int bf16_tile_rows;  // linear_bf16
+    bool bf16_products;  // linear_bf16 takes bf16 activations, otherwise float ones padded with zeros to 16
+
+    // `groups` of one row, which is row r of a tile of R rows that begins at `to`.
+    void (*quantize)(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to);
+    // R rows times the panels [begin, end) -> y, rows [N] of type `type`, R of them `w.n` apart.
+    void (*linear_quantized)(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
+                             void* y);
+    // R rows [R, stride] times the rows [begin, end) of w [N, K].
+    void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int64_t stride, int R, int64_t begin,
+                        int64_t end, Vector bias, Type type, void* y);
+    void (*to_float)(Vector x, int64_t offset, int64_t count, int64_t padded, float* to);
+    void (*from_float)(const float* from, int64_t count, Type type, void* to, int64_t offset);
+    // Queries [G, D] over the keys [begin, end) of one head: the largest score, the sum of exp(score - largest), and
+    // the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has attend_scratch(G, D) floats.
+    void (*attend)(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset,
+                   int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch);
+};
+
+constexpr int64_t KEYS = 64;  // keys that attention takes at once
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + 2 * G) * round_up(D, 16) + G * KEYS; }
+inline int64_t size_of(Type type) { return type == F32 ? 4 : 2; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+extern const Kernels portable, avx2, avx512;
+
+}  // namespace brisk

@@ -1,0 +1,336 @@
+// The ops of kernels.py on CPUs: checks, threads, and the choice of the instruction set. The work itself is done by the
+// kernels in kernels_cpu.cpp.
+
+#include <omp.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels_cpu.h"
+
+namespace brisk {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const Kernels* chosen = nullptr;
+
+const Kernels* find(const std::string& name) {
+#ifdef BRISK_X86
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (name == "avx512") return has_avx512 ? &avx512 : nullptr;
+    if (name == "avx2") return has_avx2 ? &avx2 : nullptr;
+#endif
+    return name == "portable" ? &portable : nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers
+
+Type type_of(ScalarType type) {
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                    "expected float32, float16 or bfloat16");
+    return type == ScalarType::Float ? F32 : type == ScalarType::Half ? F16 : BF16;
+}
+
+std::string shape_of(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + "]";
+}
+
+Vector vector_of(const Tensor& tensor) { return {tensor.const_data_ptr(), type_of(tensor.scalar_type())}; }
+
+Vector bias_of(const OptionalTensor& bias, int64_t n) {
+    if (!bias.has_value()) return {nullptr, F32};
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n && bias->is_contiguous(), "bias: expected [", n, "], got ",
+                    shape_of(*bias));
+    return vector_of(*bias);
+}
+
+Tensor in_order(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+typedef std::unique_ptr<char, Free> Memory;
+
+Memory allocate(int64_t bytes) { return Memory((char*)std::aligned_alloc(64, round_up(bytes + 1, 64))); }
+
+// Runs work(thread, threads) on PyTorch's own threads.
+template <class Work>
+void parallel(const Work& work) {
+    const int threads = omp_in_parallel() ? 1 : torch::stable::get_num_threads();
+    if (threads == 1) return work(0, 1);
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num(), omp_get_num_threads());
+}
+
+struct Range {
+    int64_t begin, end;
+};
+
+Range share(int64_t total, int thread, int threads) {
+    return {total * thread / threads, total * (thread + 1) / threads};
+}
+
+// Contiguous, like x but for the last size.
+Tensor empty_output(const Tensor& x, int64_t n) {
+    constexpr int64_t MOST = 64;
+    const int64_t dims = x.dim();
+    STD_TORCH_CHECK(dims <= MOST, "expected at most ", MOST, " dimensions");
+    int64_t sizes[MOST], strides[MOST], stride = 1;
+    for (int64_t i = dims - 1; i >= 0; i--) {
+        sizes[i] = i == dims - 1 ? n : x.size(i);
+        strides[i] = stride;
+        stride *= sizes[i];
+    }
+    AtenTensorHandle y;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, (int32_t)x.scalar_type(), 0, -1, &y));
+    return Tensor(y);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantized linear
+
+// x [..., K] times a packed weight. All threads quantize the activations together, then each takes its panels.
+Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bias) {
+    const Tensor x = in_order(input);
+    Tensor y = empty_output(x, w.n);
+    const int64_t rows = w.k ? x.numel() / w.k : 0, panels = (w.n + PANEL - 1) / PANEL;
+    if (!rows || !w.n) return y;
+    const int64_t padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
+    const Kernels& kernels = *chosen;
+    const Vector bias_vector = bias_of(bias, w.n), x_vector = vector_of(x);
+    Memory q = allocate(rows * padded_k), scale = allocate(rows * w.groups * 4), start = allocate(rows * w.groups * 4);
+    // Rows in tiles of nearly equal size.
+    const int64_t tiles = (rows + kernels.tile_rows - 1) / kernels.tile_rows;
+    const auto tile = [&](int64_t i) { return Range{rows * i / tiles, rows * (i + 1) / tiles}; };
+    const auto activations = [&](Range rows_of_tile) {
+        const int64_t first = rows_of_tile.begin;
+        return Activations{(int8_t*)q.get() + first * padded_k, (float*)scale.get() + first * w.groups,
+                           (int32_t*)start.get() + first * w.groups};
+    };
+    char* out = (char*)y.mutable_data_ptr();
+    parallel([&](int thread, int threads) {
+        const Range units = share(rows * w.groups, thread, threads);
+        for (int64_t i = 0; i < tiles; i++) {
+            const Range r = tile(i);
+            for (int64_t row = r.begin; row < r.end; row++) {
+                const int64_t begin = std::max<int64_t>(units.begin - row * w.groups, 0);
+                const int64_t end = std::min<int64_t>(units.end - row * w.groups, w.groups);
+                if (begin < end)
+                    kernels.quantize(w, x_vector, row, begin, end, r.end - r.begin, row - r.begin, activations(r));
+            }
+        }
+#pragma omp barrier
+        const Range mine = share(panels, thread, threads);
+        // One panel for all rows before the next: it comes from memory once.
+        for (int64_t panel = mine.begin; panel < mine.end; panel++)
+            for (int64_t i = 0; i < tiles; i++) {
+                const Range r = tile(i);
+                kernels.linear_quantized(w, activations(r), r.end - r.begin, panel, panel + 1, bias_vector,
+                                         x_vector.type, out + r.begin * w.n * size_of(x_vector.type));
+            }
+    });
+    return y;
+}
+
+void check_packed(const Tensor& packed, const Weight& w, int64_t panel_bytes) {
+    const int64_t panels = (w.n + PANEL - 1) / PANEL;
+    STD_TORCH_CHECK(
+        packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == panels * panel_bytes,
+        "packed: expected ", panels * panel_bytes, " bytes for [", w.n, ", ", w.k, "], got ", packed.numel());
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& bias) {
+    STD_TORCH_CHECK(scales.dim() == 1 && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
+                    "scales: expected float32 [N]");
+    const int64_t k = x.size(-1);
+    Weight w{};
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.scales = (const float*)scales.const_data_ptr();
+    w.bits = 8, w.n = scales.size(0), w.k = k, w.group = ACT_GROUP, w.groups = (k + ACT_GROUP - 1) / ACT_GROUP;
+    w.panel_bytes = PANEL * round_up(k, 16);
+    check_packed(packed, w, w.panel_bytes);
+    return linear_quantized(x, w, bias);
+}
+
+Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t n, int64_t group, ScalarType scale_type,
+                   int64_t zero, const OptionalTensor& bias) {
+    STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "groupsize: expected 32, 64 or 128, got ", group);
+    Weight w{};
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.bits = 4, w.n = n, w.k = x.size(-1), w.group = group;
+    w.groups = (w.k + group - 1) / group, w.scale_type = type_of(scale_type), w.zero = zero;
+    const int64_t zero_bytes = zero == ZERO_BYTES ? 1 : zero == ZERO_FLOATS ? 4 : 0;
+    w.group_bytes = round_up(PANEL * (group / 2 + size_of(w.scale_type) + zero_bytes), 64);
+    w.panel_bytes = w.groups * w.group_bytes;
+    check_packed(packed, w, w.panel_bytes);
+    return linear_quantized(x, w, bias);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bf16 linear
+
+constexpr int64_t GEMM_ROWS = 17;  // from so many rows on, oneDNN's GEMM is faster
+
+Tensor gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+    const auto like_x = [&](const Tensor& y) { return torch::stable::to(y, x.scalar_type()); };
+    StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(like_x(w)),
+                             torch::stable::detail::from(bias.has_value() ? OptionalTensor(like_x(*bias)) : bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& bias) {
+    STD_TORCH_CHECK(w.dim() == 2 && w.scalar_type() == ScalarType::BFloat16 && input.size(-1) == w.size(1),
+                    "weight: expected bfloat16 [N, ", input.size(-1), "], got ", shape_of(w));
+    const int64_t n = w.size(0), k = w.size(1), rows = k ? input.numel() / k : 0;
+    if (rows >= GEMM_ROWS || !rows || !n || !w.is_contiguous())
+        return gemm(input, w, bias);
+    const Tensor x = in_order(input);
+    Tensor y = empty_output(x, n);
+    const Vector bias_vector = bias_of(bias, n), x_vector = vector_of(x);
+    // dpbf16ps takes bf16 on both sides; other activations go as floats.
+    const Kernels& kernels = chosen->bf16_products && x_vector.type != BF16 ? *find("avx2") : *chosen;
+    const int64_t stride = kernels.bf16_products ? k : round_up(k, 16);
+    Memory floats;
+    if (!kernels.bf16_products) {
+        floats = allocate(rows * stride * 4);
+        for (int64_t r = 0; r < rows; r++)
+            kernels.to_float(x_vector, r * k, k, stride, (float*)floats.get() + r * stride);
+    }
+    const char* data = floats ? floats.get() : (const char*)x_vector.data;
+    const int64_t tiles = (rows + kernels.bf16_tile_rows - 1) / kernels.bf16_tile_rows;
+    constexpr int64_t BLOCK = 16;  // rows of w for all rows of x before the next: the second time they are in the cache
+    parallel([&](int thread, int threads) {
+        const Range mine = share((n + BLOCK - 1) / BLOCK, thread, threads);
+        for (int64_t block = mine.begin; block < mine.end; block++)
+            for (int64_t i = 0; i < tiles; i++) {
+                const Range r{rows * i / tiles, rows * (i + 1) / tiles};
+                kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k,
+                                    data + r.begin * stride * (floats ? 4 : 2), stride, r.end - r.begin, block * BLOCK,
+                                    smaller(n, block * BLOCK + BLOCK), bias_vector, x_vector.type,
+                                    (char*)y.mutable_data_ptr() + r.begin * n * size_of(x_vector.type));
+            }
+    });
+    return y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention
+
+// A task is one row, one head of keys and values, and 256 keys; the parts of a row's softmax are put together after.
+// Where a part begins does not depend on the threads.
+Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos,
+                        std::optional<int64_t> window) {
+    constexpr int64_t PART = 256;
+    STD_TORCH_CHECK(query.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes().equals(v_cache.sizes()) &&
+                        k_cache.is_contiguous() && v_cache.is_contiguous() &&
+                        k_cache.scalar_type() == v_cache.scalar_type(),
+                    "expected q [B, S, H, D] and contiguous caches [max_B, KV, T, D] of one type");
+    const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
+    const int64_t KV = k_cache.size(1), T = k_cache.size(2);
+    STD_TORCH_CHECK(k_cache.size(0) >= B && k_cache.size(3) == D && KV && H % KV == 0, "q ", shape_of(query),
+                    " does not go with caches ", shape_of(k_cache));
+    STD_TORCH_CHECK(input_pos.scalar_type() == ScalarType::Long && input_pos.dim() == 2 && input_pos.size(0) == B &&
+                        input_pos.size(1) == S,
+                    "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
+    STD_TORCH_CHECK(!window.has_value() || *window > 0, "window: expected 1 or more, got ", window.value_or(0));
+    const Tensor q = in_order(query), pos = in_order(input_pos);
+    Tensor y = empty_output(q, D);
+    if (!y.numel()) return y;
+    const int64_t G = H / KV, padded = round_up(D, 16), row_floats = padded + 2;
+    const Vector q_vector = vector_of(q), k = vector_of(k_cache), v = vector_of(v_cache);
+
+    // The keys [begin, end) that a query sees, and for each row of the batch the parts that any of its queries sees.
+    const int64_t* at = (const int64_t*)pos.const_data_ptr();
+    const auto keys_of = [&](int64_t b, int64_t s) {
+        const int64_t end = std::min(std::max<int64_t>(at[b * S + s] + 1, 0), T);
+        return Range{window.has_value() ? std::max<int64_t>(at[b * S + s] + 1 - *window, 0) : 0, end};
+    };
+    std::vector<Range> parts(B);
+    std::vector<int64_t> first_task(B + 1, 0);
+    for (int64_t b = 0; b < B; b++) {
+        Range seen{T, 0};
+        for (int64_t s = 0; s < S; s++) {
+            const Range keys = keys_of(b, s);
+            seen = {std::min(seen.begin, keys.begin), std::max(seen.end, keys.end)};
+        }
+        parts[b] = {seen.begin / PART, std::max(seen.begin / PART + 1, (seen.end + PART - 1) / PART)};
+        first_task[b + 1] = first_task[b] + KV * (parts[b].end - parts[b].begin);
+    }
+    // Of each task and query: the sum of values, the largest score, the sum of weights.
+    Memory partial = allocate(first_task[B] * S * G * row_floats * 4);
+    const auto part_of = [&](int64_t task, int64_t s) {
+        return (float*)partial.get() + (task * S + s) * G * row_floats;
+    };
+    parallel([&](int thread, int threads) {
+        Memory scratch = allocate(attend_scratch(G, D) * 4);
+        const Range tasks = share(first_task[B], thread, threads);
+        int64_t b = 0;
+        for (int64_t task = tasks.begin; task < tasks.end; task++) {
+            while (task >= first_task[b + 1]) b++;
+            const int64_t count = parts[b].end - parts[b].begin, i = task - first_task[b], head = i / count;
+            const int64_t begin = (parts[b].begin + i % count) * PART;
+            for (int64_t s = 0; s < S; s++) {
+                const Range keys = keys_of(b, s);
+                float* out = part_of(task, s);
+                chosen->attend(q_vector, ((b * S + s) * H + head * G) * D, G, D, k, v, (b * KV + head) * T * D,
+                               std::max(begin, keys.begin), std::min(begin + PART, keys.end), out + G * padded,
+                               out + G * padded + G, out, (float*)scratch.get());
+            }
+        }
+#pragma omp barrier
+        const Range rows = share(B * S * H, thread, threads);
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+            const int64_t rb = row / (S * H), s = row / H % S, head = row % H / G, g = row % G;
+            const int64_t count = parts[rb].end - parts[rb].begin, task = first_task[rb] + head * count;
+            float* sum = (float*)scratch.get();
+            float largest = -INFINITY, weight = 0;
+            for (int64_t i = 0; i < count; i++) largest = std::max(largest, part_of(task + i, s)[G * padded + g]);
+            std::fill(sum, sum + padded, 0.0f);
+            for (int64_t i = 0; i < count; i++) {
+                const float* part = part_of(task + i, s);
+                if (part[G * padded + G + g] == 0) continue;  // this query sees none of these keys
+                const float share = std::exp(part[G * padded + g] - largest);
+                weight += share * part[G * padded + G + g];
+                for (int64_t d = 0; d < padded; d++) sum[d] += share * part[g * padded + d];
+            }
+            for (int64_t d = 0; d < D; d++) sum[d] = weight == 0 ? 0 : sum[d] / weight;
+            chosen->from_float(sum, D, q_vector.type, y.mutable_data_ptr(), row * D);
+        }
+    });
+    return y;
+}
+
+}  // namespace
+}  // namespace brisk
+
+// Chooses the kernels by the name of an instruction set: whether the processor has it.
+extern "C" __attribute__((visibility("default"))) bool brisk_use(const char* isa) {
+    const brisk::Kernels* found = brisk::find(isa);
+    if (found) brisk::chosen = found;
+    return found != nullptr;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
+    m.impl("linear_bf16", TORCH_BOX(&brisk::linear_bf16));
+    m.impl("linear_int8", TORCH_BOX(&brisk::linear_int8));
+    m.impl("linear_int4", TORCH_BOX(&brisk::linear_int4));
+    m.impl("decode_attention", TORCH_BOX(&brisk::decode_attention));
+}

@@ -1,0 +1,279 @@
+"""Turns the weights of a checkpoint into int8 or int4, in a file beside them that every script takes as it is.
+
+    python quantize.py --mode int8 --checkpoint_path checkpoints/ORG/NAME        -> .../model_int8.safetensors
+    python quantize.py --mode int4 | int4-gptq [--groupsize 32|64|128]           -> .../model_int4-gptq-g32.safetensors
+    ... [--calibration FILE] [--act_order] [--keep_output] [--device cuda]
+    python generate.py --checkpoint_path checkpoints/ORG/NAME/model_int8.safetensors ...
+
+int8       symmetric, a scale for each output row: w = q * scale. `.weight` int8 [out, in], `.scales` float32 [out].
+int4       symmetric, a scale for each group of inputs: w = (q - 8) * scale, q in 0..15. `.weight` uint8 [out, in / 2],
+           even inputs in the low halves of the bytes, `.scales` bfloat16 and `.zeros` uint8 (all 8) [out, in / group].
+           Clipping is searched for the least squared error.
+int4-gptq  the same layout, rounded so that each layer's output on real text changes least (GPTQ, see rounding.py).
+
+In groups of 32, a decode step reads 4.5 bits a weight of int4. Norms, biases and embeddings stay as they are; where the
+output projection is tied to the embedding, the file holds both, the projection quantized. The metadata says how, layer
+by layer (checkpoint.quantized_layers reads it). Works tensor by tensor, GPTQ block by block.
+"""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import StoredTensor, gb
+from errors import ArgumentParser, UserError, run
+from model import Block, KVCache, ModelConfig, RMSNorm, expected_shapes, rope_angles, rope_frequencies
+from rounding import SCALE_DTYPE, gptq_layer, input_hessian, pack_int4, quantize_int4, quantize_int8
+from tokenizer import load_tokenizer
+
+MODES = ("int8", "int4", "int4-gptq")
+GROUPSIZES = (128, 64, 32)
+ELEMENTS = 2**20  # of a weight, worked on at a time
+CALIBRATION = checkpoint.DEMO.parent / "calibration.txt"
+WINDOW, WINDOWS = 1024, 32  # tokens of calibration text run together, and how many times at most
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layer by layer
+
+Parts = tuple[Tensor, ...]  # of a quantized layer: weight, scales and, for int4, zeros, on the CPU
+
+
+class Source:
+    """The tensors of a checkpoint, in runs of rows. UserError names one that is not finite."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor], device: torch.device):
+        self.stored, self.device = stored, device
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """As they are stored; `output.weight` is the embedding where there is no other."""
+        tensor = self.stored.get(name) or self.stored["tok_embeddings.weight"]
+        rows = rows_at_a_time(tensor.shape)
+        for start in range(0, tensor.shape[0], rows):
+            chunk = tensor.read(start, min(start + rows, tensor.shape[0]))
+            if not bool(chunk.isfinite().all()):
+                raise UserError(f"{tensor.path}: tensor {name!r} holds NaN or infinity; get the weights again")
+            yield chunk
+
+    def floats(self, name: str) -> Iterator[Tensor]:
+        """In float32, on the device."""
+        return (chunk.to(self.device, torch.float32) for chunk in self.chunks(name))
+
+
+def rows_at_a_time(shape: Sequence[int]) -> int:
+    return max(ELEMENTS // max(math.prod(shape[1:]), 1), 1)
+
+
+def rounded_layers(source: Source, quantized: Mapping[str, int]) -> Iterator[tuple[str, Parts]]:
+    """Each layer to nearest, on its own."""
+    for layer, groupsize in quantized.items():
+        chunks = source.floats(f"{layer}.weight")
+        if groupsize:
+            parts = [pack_int4(*quantize_int4(rows, groupsize)) for rows in chunks]
+        else:
+            parts = [tuple(part.cpu() for part in quantize_int8(rows)) for rows in chunks]
+        yield layer, tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def gptq_layers(
+    source: Source, quantized: Mapping[str, int], config: ModelConfig, tokens: Tensor, act_order: bool, progress: tqdm
+) -> Iterator[tuple[str, Parts]]:
+    """Each layer by GPTQ, on the inputs that the layers before it, quantized, give for `tokens` [N, T].
+
+    One block is in memory at a time, and one Hessian.
+    """
+    length = tokens.shape[1]
+    hidden = torch.cat(list(source.chunks("tok_embeddings.weight")))[tokens].float()  # [N, T, dim]
+    input_pos = torch.arange(length, device=source.device)[None]
+    angles = rope_angles(config.rope, rope_frequencies(config.rope, config.head_dim, source.device), input_pos)
+    cache = (1, config.n_kv_heads, length + 1, config.head_dim)
+
+    def windows() -> Iterator[Tensor]:
+        return (window[None].to(source.device) for window in hidden)
+
+    def quantize_layer(layer: str, chunks: Iterable[Tensor], hessian: Tensor) -> tuple[str, Parts]:
+        if not bool(hessian.isfinite().all()):
+            raise UserError(f"the calibration text overflows in {layer!r}; the weights are broken, get them again")
+        parts, error = gptq_layer(chunks, hessian, quantized[layer], act_order)
+        progress.set_postfix_str(f"{layer} output error {error:.2%}")
+        return layer, parts
+
+    for i in range(config.n_layers):
+        with torch.device("meta"):
+            block = Block(config, i)
+        prefix = f"layers.{i}."
+        state = {name: torch.cat(list(source.floats(prefix + name))) for name in block.state_dict()}
+        block.load_state_dict(state, assign=True)
+        block.attention.kv_cache = KVCache(cache, torch.float32, source.device)
+
+        def run(x: Tensor, block: Block = block) -> Tensor:
+            return block(x, input_pos, *angles, input_pos[0])
+
+        for layer in (layer for layer in quantized if layer.startswith(prefix)):
+            linear = block.get_submodule(layer.removeprefix(prefix))
+            rows = linear.weight.split(rows_at_a_time(linear.weight.shape))
+            yield quantize_layer(layer, rows, input_hessian(linear, windows(), run))
+        for n, window in enumerate(windows()):
+            hidden[n] = run(window)[0]
+    if "output" in quantized:
+        norm = RMSNorm(config.dim, config.norm_eps)
+        norm.weight = nn.Parameter(next(source.floats("norm.weight")), requires_grad=False)
+        hessian = sum(x.t() @ x for x in (norm(window[0]) for window in windows()))
+        yield quantize_layer("output", source.floats("output.weight"), hessian)
+
+
+def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torch.device) -> Tensor:
+    """Windows of tokens, int64 [N, T], of a text. UserError when it is too short to tell inputs apart."""
+    tokens = torch.tensor(load_tokenizer(folder).encode(checkpoint.read_text(path)), dtype=torch.long)
+    # Fewer tokens than inputs leave directions that no text was seen to use, and the Hessian without an inverse.
+    widest = max(config.dim, config.n_heads * config.head_dim, config.ffn_dim)
+    if len(tokens) < widest:
+        raise UserError(
+            f"the calibration text {path} has {len(tokens)} tokens, this model needs {widest} or more;"
+            " give a longer text as --calibration"
+        )
+    if int(tokens.max()) >= config.vocab_size:
+        raise UserError(f"the tokenizer in {folder} has more tokens than the model; get the one that belongs to it")
+    length = min(WINDOW, config.context_length, len(tokens))
+    count = min(len(tokens) // length, WINDOWS)
+    # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
+    checkpoint.check_memory(4 * (count * length * config.dim + 4 * widest**2), f"calibrating on {path}", device)
+    return tokens[: count * length].view(count, length)
+
+
+def plan_layers(config: ModelConfig, mode: str, groupsize: int, keep_output: bool) -> dict[str, int]:
+    """The layers to quantize, in the order of the file: name -> group size, 0 for int8.
+
+    Where `groupsize` does not divide a layer's input, the largest smaller one that does; UserError where none does.
+    """
+    shapes = expected_shapes(config)
+    if config.tied:
+        shapes["output.weight"] = shapes["tok_embeddings.weight"]
+    layers = {}
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if len(shape) != 2 or layer == "tok_embeddings" or (layer == "output" and keep_output):
+            continue
+        fitting = [size for size in GROUPSIZES if size <= groupsize and shape[1] % size == 0]
+        if mode != "int8" and not fitting:
+            raise UserError(
+                f"no group of {groupsize} or a smaller size divides the {shape[1]} inputs of {layer!r};"
+                " take --mode int8"
+            )
+        layers[layer] = 0 if mode == "int8" else fitting[0]
+    return layers
+
+
+def quantize(
+    path: Path | str,
+    mode: str,
+    groupsize: int = 32,
+    calibration: Path = CALIBRATION,
+    act_order: bool = False,
+    keep_output: bool = False,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Quantizes a checkpoint (a folder, or its weight file or index) and returns the file that it wrote.
+
+    UserError when it is quantized already, does not fit the mode, holds NaN, or the calibration text is too short.
+    """
+    path, device = checkpoint.weights_path(path), torch.device(device)
+    config = checkpoint.load_config(path.parent)
+    stored, metadata = checkpoint.read_safetensors(path)
+    if checkpoint.quantized_layers(path, metadata):
+        raise UserError(f"{path} is quantized already ({metadata.get('mode')}); quantize the original weights")
+    checkpoint.check_tensors(config, stored, path)
+    quantized = plan_layers(config, mode, groupsize, keep_output)
+    shapes = checkpoint.quantized_shapes(config, quantized)
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    for layer in quantized:
+        dtypes[f"{layer}.weight"] = torch.int8 if mode == "int8" else torch.uint8
+        dtypes[f"{layer}.scales"] = torch.float32 if mode == "int8" else SCALE_DTYPE
+        dtypes[f"{layer}.zeros"] = torch.uint8
+    tensors = {name: (dtypes[name], shape) for name, shape in shapes.items()}
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
+    checkpoint.check_disk(size, path)
+    metadata = {
+        "format": checkpoint.FORMAT,
+        "version": checkpoint.VERSION,
+        "dtype": str(dtypes["tok_embeddings.weight"]).removeprefix("torch."),
+        "mode": mode,
+        "quantized": json.dumps({layer: f"int4-g{group}" if group else "int8" for layer, group in quantized.items()}),
+    }
+    if mode != "int8":
+        metadata["groupsize"] = str(groupsize)
+
+    source = Source(stored, device)
+    tokens = read_calibration(calibration, path.parent, config, device) if mode == "int4-gptq" else None
+    progress = tqdm(total=len(quantized), unit="layer", desc=f"quantizing to {mode}", disable=None)
+    if tokens is not None:
+        metadata |= {"calibration_tokens": str(tokens.numel()), "act_order": str(act_order).lower()}
+        results = gptq_layers(source, quantized, config, tokens, act_order, progress)
+    else:
+        results = rounded_layers(source, quantized)
+    parts: dict[str, Tensor] = {}
+
+    def chunks(name: str) -> Iterable[Tensor]:
+        layer, _, kind = name.rpartition(".")
+        if layer not in quantized or kind == "bias":
+            return source.chunks(name)
+        if kind == "weight":  # comes first in the file, its scales and zeros behind it
+            done, tensors = next(results)
+            parts.update(zip((f"{done}.weight", f"{done}.scales", f"{done}.zeros"), tensors, strict=False))
+            progress.update()
+        return [parts.pop(name)]
+
+    name = f"model_{mode}.safetensors" if mode == "int8" else f"model_{mode}-g{groupsize}.safetensors"
+    with progress:
+        checkpoint.write_safetensors(path.parent / name, tensors, chunks, metadata)
+    return path.parent / name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Quantize a checkpoint to int8 or int4.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--mode", choices=MODES, required=True)
+    add("--checkpoint_path", type=Path, default=checkpoint.DEMO, help="a converted folder; default: the embedded demo")
+    add("--groupsize", type=int, choices=sorted(GROUPSIZES), help="inputs that share a scale, int4 only; default: 32")
+    add("--calibration", type=Path, metavar="FILE", help="text for int4-gptq, like what the model is to read and write")
+    add("--act_order", action="store_true", help="int4-gptq: round the inputs that matter most first")
+    add("--keep_output", action="store_true", help="leave the output projection as it is")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute; the file is the same")
+    args = parser.parse_args()
+    if args.mode == "int8" and args.groupsize:
+        raise UserError("--groupsize goes with int4; int8 has a scale for each row, leave it out")
+    if args.mode != "int4-gptq" and (args.calibration or args.act_order):
+        raise UserError("--calibration and --act_order go with --mode int4-gptq; leave them out")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda is not available here; take --device cpu")
+    written = quantize(
+        args.checkpoint_path,
+        args.mode,
+        args.groupsize or 32,
+        args.calibration or CALIBRATION,
+        args.act_order,
+        args.keep_output,
+        device,
+    )
+    print(
+        f"wrote {written}: {gb(written.stat().st_size)}; "
+        f'try: python generate.py --checkpoint_path {shlex.quote(str(written))} --prompt "Hello"',
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

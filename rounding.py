@@ -1,0 +1,178 @@
+"""Weights as small integers: to nearest, or by GPTQ (https://arxiv.org/abs/2210.17323). Tensors only, no files.
+
+    levels, scales = quantize_int8(weight)                                # w = q * scale, a scale a row
+    levels, scales = quantize_int4(weight, groupsize=32)                  # w = (q - 8) * scale, a scale a group
+    hessian = input_hessian(linear, inputs, run)                          # of a layer, while a model runs real text
+    (packed, scales, zeros), error = gptq_layer([weight], hessian, 32)    # rounded so that its output changes least
+
+Weights are float32 [out, in], and a group is `groupsize` inputs of an output. Scales of int4 are such as bfloat16 has:
+16 bits cost nothing, because the levels are chosen after the scale is rounded, and it has the range that float16 lacks.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+SCALE_DTYPE = torch.bfloat16  # of int4
+ZERO = 8  # of int4: kernels read nothing for a zero that all groups share
+CLIPPING = [1.09 - 0.03 * step for step in range(13)]  # of a group's range, what is tried
+BLOCK = 128  # inputs between updates of the whole rest of a weight; a multiple of every group size
+DAMPING = 0.01  # of the mean of the Hessian's diagonal
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [out, in] -> int8 [out, in] and float32 scales [out]: the largest of a row becomes 127."""
+    scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / scales[:, None]).round().to(torch.int8), scales
+
+
+def to_levels(weight: Tensor, scale: Tensor) -> Tensor:
+    """The levels 0..15, as floats, that stand for `weight` in w = (q - 8) * scale."""
+    return (weight / scale + ZERO).round().clamp(0, 15)
+
+
+def choose_scale(groups: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The scale, float32 [...], of each group [..., g]: of those that clip it more or less, the best.
+
+    Best is the least squared error, each element's weighted by `importance` [g] if given. The levels reach from -8 to
+    7, so a scale has the sign that puts the largest weight on the side of the 8. Scales are such as bfloat16 has.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    unit = largest.abs().clamp(min=tiny)[..., None]  # squares are taken in units of it
+    best, best_scale = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+    for part in CLIPPING:
+        scale = (part * (largest / -ZERO)).to(SCALE_DTYPE).float()
+        scale = torch.where(scale.abs() < tiny, tiny, scale)
+        wrong = (to_levels(groups, scale[..., None]) - ZERO) * (scale[..., None] / unit) - groups / unit
+        error = wrong.square().sum(-1) if importance is None else (wrong.square() * importance).sum(-1)
+        better = error < best
+        best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
+    """float32 [out, in] -> levels [out, in] and scales [out, in / groupsize], both float32: round to nearest."""
+    groups = weight.unflatten(1, (-1, groupsize))
+    scales = choose_scale(groups)
+    return to_levels(groups, scales[..., None]).flatten(1), scales
+
+
+def pack_int4(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize_int4` returns -> as the file holds it: packed levels, scales, zeros."""
+    levels = levels.to(torch.uint8)
+    packed = levels[:, ::2] | levels[:, 1::2] << 4
+    return packed.cpu(), scales.to(SCALE_DTYPE).cpu(), torch.full(scales.shape, ZERO, dtype=torch.uint8)
+
+
+def dequantize_int4(levels: Tensor, scales: Tensor) -> Tensor:
+    """What `quantize_int4` returns -> the weight that it stands for, [out, in]."""
+    return ((levels.unflatten(1, (scales.shape[1], -1)) - ZERO) * scales[..., None]).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPTQ
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper triangular U [in, in] with H^-1 = U^T U, of H damped.
+
+    Inputs that the calibration text never moved get a curvature of their own, so that they are simply rounded.
+    """
+    # With J that reverses the order, J H J = L L^T gives H = R R^T with R = J L J upper triangular, and U = R^-1: one
+    # factorization and one inversion of a triangle, rather than an inverse and a factorization of that.
+    backwards, failed = hessian.flip(0, 1), True
+    diagonal = backwards.diagonal()
+    diagonal[diagonal == 0] = 1
+    damping = DAMPING * diagonal.mean()
+    while failed:  # more of it where float32 can't tell the least eigenvalues from 0
+        diagonal += damping
+        lower, failed = torch.linalg.cholesky_ex(backwards)
+        damping *= 10
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+
+
+def gptq(
+    weight: Tensor, importance: Tensor, factor: Tensor, groupsize: int, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """float32 [out, in] -> levels and scales like `quantize_int4`, by GPTQ.
+
+    Inputs are rounded one after the other, and what each rounding does wrong is taken back, as far as that goes, by
+    those that follow. `importance` [in] is the Hessian's diagonal, `factor` its `inverse_factor`. Scales are chosen
+    when a group begins, from what its weights have become by then; given an `order` [in] in which inputs are taken,
+    which is then also that of `factor`, they are chosen up front, so that groups are of neighbours all the same.
+    """
+    out, width = weight.shape
+    left = weight.t().clone() if order is None else weight.t()[order]  # [in, out]: an input's weights side by side
+    scales = weight.new_empty(width // groupsize, out)
+    if order is not None:
+        scales = choose_scale(weight.unflatten(1, (-1, groupsize)), importance.view(-1, groupsize)).t()
+    levels = torch.empty_like(left)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        block, errors = left[start:stop], torch.empty_like(left[start:stop])
+        for i in range(start, stop):
+            group = (i if order is None else int(order[i])) // groupsize
+            if order is None and i % groupsize == 0:
+                inside = block[i - start : i - start + groupsize]
+                scales[group] = choose_scale(inside.t(), importance[i : i + groupsize])
+            here = block[i - start]
+            levels[i] = to_levels(here, scales[group])
+            errors[i - start] = (here - (levels[i] - ZERO) * scales[group]) / factor[i, i]
+            block[i - start + 1 :] -= factor[i, i + 1 : stop, None] * errors[i - start]
+        left[stop:] -= factor[start:stop, stop:].t() @ errors
+    if order is not None:
+        levels[order] = levels.clone()
+    return levels.t().contiguous(), scales.t().contiguous()
+
+
+def gptq_layer(
+    chunks: Iterable[Tensor], hessian: Tensor, groupsize: int, act_order: bool = False
+) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
+    """Quantizes a layer, given as float32 rows of its weight, which are overwritten with what they become.
+
+    Returns the layer as the file holds it and how far its outputs are off: the root of the squared error's share.
+    """
+    order = hessian.diagonal().argsort(descending=True) if act_order else None
+    factor = inverse_factor(hessian if order is None else hessian[order][:, order])
+    packed, wrong, whole = [], 0.0, 0.0
+    for weight in chunks:
+        quantized = gptq(weight, hessian.diagonal(), factor, groupsize, order)
+        rounded = dequantize_int4(*quantized)
+        change = rounded - weight
+        wrong += float(((change @ hessian) * change).sum())
+        whole += float(((weight @ hessian) * weight).sum())
+        weight.copy_(rounded)
+        packed.append(pack_int4(*quantized))
+    return tuple(torch.cat(parts) for parts in zip(*packed, strict=True)), math.sqrt(max(wrong, 0) / (whole or 1))
+
+
+class Reached(Exception):
+    """Ends a forward where a layer's input is known."""
+
+
+def input_hessian(layer: nn.Module, inputs: Iterable[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of x x^T, float32 [in, in], over every x that `layer` sees while `run` is called on each of `inputs`.
+
+    The paper's H is twice that, which changes nothing.
+    """
+    hessian = torch.zeros(2 * layer.weight.shape[1:], device=layer.weight.device)
+
+    def collect(_, args: tuple[Tensor]) -> None:
+        x = args[0].flatten(0, -2)
+        hessian.addmm_(x.t(), x)
+        raise Reached
+
+    hook = layer.register_forward_pre_hook(collect)
+    for x in inputs:
+        with contextlib.suppress(Reached):
+            run(x)
+    hook.remove()
+    return hessian

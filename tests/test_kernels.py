@@ -1,0 +1,456 @@
+"""The ops of kernels.py against float64, in every instruction set that this processor has, and under torch.compile.
+
+The bounds follow from the arithmetic: the output is rounded once to its dtype, sums are in float32, and where
+activations are quantized, each is off by at most half a step of its group.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import nn
+
+import kernels
+from errors import UserError
+from kernels import Int4Linear, Int8Linear
+
+ROOT = Path(__file__).parent.parent
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+few = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    found = kernels.cpu_library()
+    if found is None:
+        pytest.skip("no C++ compiler")
+    yield found
+    next(isa for isa in kernels.ISAS if found.brisk_use(isa.encode()))
+
+
+@pytest.fixture(scope="module", params=[*kernels.ISAS, "reference"])
+def op(request, library):
+    """The ops, as one instruction set or the reference versions do them."""
+    if request.param == "reference":
+        yield kernels
+    elif library.brisk_use(request.param.encode()):
+        yield torch.ops.brisk
+    else:
+        pytest.skip(f"this processor has no {request.param}")
+    next(isa for isa in kernels.ISAS if library.brisk_use(isa.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may go in
+
+
+def activations(generator: torch.Generator, rows: int, K: int, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(rows, K, generator=generator)
+    if kind == "outlier":
+        x[:, K // 2] *= 1000
+    elif kind == "large":
+        x *= 1e3 if dtype == torch.float16 else 1e15
+    elif kind == "tiny":
+        x *= 1e-4 if dtype == torch.float16 else 1e-15
+    elif kind == "zero":
+        x.zero_()
+    elif kind == "equal":
+        x[:] = x[0, 0]
+    elif kind == "one":
+        x = F.one_hot(torch.randint(0, K, (rows,), generator=generator), K).float() * 3
+    return x.to(dtype)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 17),
+        "N": st.one_of(st.integers(1, 100), st.just(128)),
+        "K": st.one_of(st.integers(1, 400), st.sampled_from([64, 256, 512])),
+        "kind": st.sampled_from(["normal", "normal", "outlier", "large", "tiny", "zero", "equal", "one"]),
+        "dtype": st.sampled_from(["bf16", "f16", "f32"]),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+def draw(shape: dict) -> tuple[torch.Generator, torch.Tensor, torch.Tensor | None]:
+    """A generator, activations [rows, K] and a bias [N] that the activations' dtype holds exactly."""
+    dtype = DTYPES[shape["dtype"]]
+    generator = torch.Generator().manual_seed(shape["seed"])
+    x = activations(generator, shape["rows"], shape["K"], shape["kind"], dtype)
+    bias = torch.randn(shape["N"], generator=generator).to(dtype) if shape["bias"] else None
+    return generator, x, bias
+
+
+def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias, extra: torch.Tensor | float = 0.0) -> None:
+    """y [rows, N] against x W^T + b in float64; `extra` is what quantizing the activations may change."""
+    products = x.double().abs() @ weight.double().abs().T
+    exact = x.double() @ weight.double().T
+    if bias is not None:
+        exact, products = exact + bias.double(), products + bias.double().abs()
+    tiny = torch.finfo(y.dtype).tiny * (1 + x.shape[1])  # what is smaller may be flushed to zero
+    summed = products * 2**-23 * (8 + x.shape[1] / 8)  # float32, in lanes
+    rounded = (exact.abs() + extra + summed) * torch.finfo(y.dtype).eps / 2
+    bound = rounded + summed + extra + tiny
+    finite = exact.abs() + bound < torch.finfo(y.dtype).max
+    error = (y.double() - exact).abs()
+    assert y.shape == exact.shape
+    assert (error[finite] <= bound[finite]).all(), (error / bound)[finite].max()
+
+
+def activation_error(x: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
+    """At most half a step of each group (and what float32 rounds) times the sum of the weights in it, [rows, N]."""
+    K = x.shape[1]
+    pad = (0, -K % group)
+    steps = F.pad(x.double().abs(), pad).unflatten(1, (-1, group)).amax(-1) / 127
+    sums = F.pad(weight.double().abs(), pad).unflatten(1, (-1, group)).sum(-1)
+    return (0.5001 * steps) @ sums.T + 1e-36 * sums.sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers
+
+
+@few
+@given(shape=shapes)
+def test_bf16(op, shape):
+    generator, x, bias = draw(shape)
+    weight = torch.randn(shape["N"], shape["K"], generator=generator).bfloat16()
+    if x.dtype == torch.float16:
+        weight = weight.half().bfloat16()
+    check(op.linear_bf16(x, weight, bias), x, weight, bias)
+
+
+@few
+@given(shape=shapes, low=st.sampled_from([-128, -127, 0]))
+def test_int8(op, shape, low):
+    generator, x, bias = draw(shape)
+    q = torch.randint(low, 128, (shape["N"], shape["K"]), dtype=torch.int8, generator=generator)
+    scales = torch.rand(shape["N"], generator=generator) / 100
+    y = op.linear_int8(x, kernels.pack_int8(q), scales, bias)
+    weight = q.double() * scales.double()[:, None]
+    check(y, x, weight, bias, activation_error(x, weight, 128))
+
+
+@few
+@given(
+    shape=shapes,
+    groupsize=st.sampled_from(kernels.GROUPSIZES),
+    scale_dtype=st.sampled_from(["bf16", "f16", "f32"]),
+    zero_kind=st.sampled_from(["same", "whole", "float"]),
+)
+def test_int4(op, shape, groupsize, scale_dtype, zero_kind):
+    generator, x, bias = draw(shape)
+    q, scales, zeros = int4_weight(generator, shape["N"], shape["K"], groupsize, scale_dtype, zero_kind)
+    packed, zero = kernels.pack_int4(q, scales, zeros, shape["K"], groupsize)
+    assert {"same": zero == 8, "whole": zero != kernels.ZERO_FLOATS, "float": True}[zero_kind]
+    y = op.linear_int4(x, packed, shape["N"], groupsize, scales.dtype, zero, bias)
+    weight = kernels.dequantize_int4(q, scales.double(), zeros.double(), shape["K"], groupsize, torch.float64)
+    # The zero is subtracted after the sum: float32 rounds q and the zero on their own.
+    apart = (x.double().abs() @ weight_size(scales, zeros, shape["K"], groupsize).T) * 2**-20
+    check(y, x, weight, bias, activation_error(x, weight, groupsize) + apart)
+
+
+def int4_weight(generator, N: int, K: int, groupsize: int, scale_dtype: str = "f16", zero_kind: str = "same"):
+    groups = -(-K // groupsize)
+    q = torch.randint(0, 256, (N, -(-K // 2)), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(N, groups, generator=generator) / 8).to(DTYPES[scale_dtype])
+    zeros = torch.full((N, groups), 8.0)
+    if zero_kind == "whole":
+        zeros = torch.randint(0, 16, (N, groups), generator=generator).float()
+    elif zero_kind == "float":
+        zeros = torch.randn(N, groups, generator=generator) * 10
+    return q, scales, zeros
+
+
+def weight_size(scales: torch.Tensor, zeros: torch.Tensor, K: int, groupsize: int) -> torch.Tensor:
+    return ((15 + zeros.double().abs()) * scales.double().abs()).repeat_interleave(groupsize, 1)[:, :K]
+
+
+def test_int4_low_nibble_is_the_even_k():
+    q = torch.tensor([[0x21, 0x43]], dtype=torch.uint8)
+    weight = kernels.dequantize_int4(q, torch.tensor([[0.5]]), torch.tensor([[8.0]]), 4, 32, torch.float32)
+    assert weight.tolist() == [[-3.5, -3.0, -2.5, -2.0]]
+    layer = Int4Linear.from_canonical(q, torch.tensor([[0.5]]), torch.tensor([[8.0]]), 4, 32)
+    assert layer(torch.eye(4)).flatten().tolist() == [-3.5, -3.0, -2.5, -2.0]
+
+
+@few
+@given(
+    N=st.integers(1, 100),
+    K=st.integers(1, 300),
+    groupsize=st.sampled_from(kernels.GROUPSIZES),
+    seed=st.integers(0, 999),
+)
+def test_packing_can_be_undone(N, K, groupsize, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=generator)
+    assert torch.equal(kernels.unpack_int8(kernels.pack_int8(w), N, K), w)
+    kind = ["same", "whole", "float"][seed % 3]
+    q, scales, zeros = int4_weight(generator, N, K, groupsize, ["bf16", "f16", "f32"][seed // 3 % 3], kind)
+    packed, zero = kernels.pack_int4(q, scales, zeros, K, groupsize)
+    unpacked = kernels.unpack_int4(packed, N, K, groupsize, scales.dtype, zero)
+    for before, after in zip((q, scales, zeros), unpacked, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(op, value):
+    x = torch.randn(3, 200).bfloat16()
+    x[1, 77] = value
+    w = torch.randint(-127, 128, (40, 200), dtype=torch.int8)
+    for y in (
+        op.linear_bf16(x, torch.randn(40, 200).bfloat16(), None),
+        op.linear_int8(x, kernels.pack_int8(w), torch.ones(40), None),
+    ):
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
+def test_leading_dimensions_and_views(op):
+    x = torch.randn(2, 3, 100, 2)[..., 0].bfloat16()
+    w = torch.randint(-127, 128, (40, 100), dtype=torch.int8)
+    scales = torch.rand(40)
+    y = op.linear_int8(x, kernels.pack_int8(w), scales, None)
+    assert y.shape == (2, 3, 40)
+    torch.testing.assert_close(y.view(6, 40), op.linear_int8(x.reshape(6, 100), kernels.pack_int8(w), scales, None))
+    assert op.linear_int8(x[:0], kernels.pack_int8(w), scales, None).shape == (0, 3, 40)
+
+
+def test_many_rows():
+    torch.manual_seed(0)
+    x = torch.randn(70, 256).bfloat16()
+    weight = torch.randn(96, 256).bfloat16()
+    check(torch.ops.brisk.linear_bf16(x, weight), x, weight, None)
+    q = torch.randint(-127, 128, (96, 256), dtype=torch.int8)
+    weight = q.double() / 100
+    y = Int8Linear.from_canonical(q, torch.full((96,), 0.01, dtype=torch.float64).float())(x)
+    check(y, x, weight, None, activation_error(x, weight, 128) + 1e-5)
+
+
+def test_the_instruction_sets_agree(library):
+    """Activations are quantized to the same integers everywhere, so only the order of float32 sums differs."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 500).bfloat16() * torch.tensor([1, 1e-3, 30, 1e5, 1]).bfloat16()[:, None]
+    layer = Int8Linear.from_canonical(torch.randint(-127, 128, (70, 500), dtype=torch.int8), torch.rand(70))
+    x = x.float()  # of bfloat16 numbers: many lie exactly between two integers once they are scaled
+    expected = kernels.linear_int8(x, layer.packed, layer.scales)
+    for isa in kernels.ISAS:
+        if library.brisk_use(isa.encode()):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+attention_shapes = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 3),
+        "S": st.integers(1, 5),
+        "KV": st.integers(1, 3),
+        "G": st.sampled_from([1, 2, 3, 4, 7, 8]),
+        "D": st.sampled_from([2, 16, 20, 32, 48, 64, 80, 96, 128, 160]),
+        "T": st.integers(8, 700),
+        "window": st.one_of(st.none(), st.integers(1, 10), st.integers(11, 600)),
+        "dtype": st.sampled_from(["bf16", "f16", "f32"]),
+        "scale": st.sampled_from([0.0, 1.0, 1.0, 30.0]),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@few
+@given(shape=attention_shapes)
+def test_attention(op, shape):
+    B, S, KV, G, D, T = (shape[name] for name in ("B", "S", "KV", "G", "D", "T"))
+    dtype, generator = DTYPES[shape["dtype"]], torch.Generator().manual_seed(shape["seed"])
+    start = torch.randint(0, T - S + 1, (B, 1), generator=generator)
+    pos = start + torch.arange(S)
+    if S > 1 and start[0, 0] + S < T:
+        pos[0, -1] = T - 1  # padding, as the prefill puts it into the cache's last slot
+    q = (torch.randn(B, S, KV * G, D, generator=generator) * shape["scale"]).to(dtype)
+    k, v = (torch.randn(B + 1, KV, T, D, generator=generator).to(dtype) for _ in range(2))
+    distance = pos[:, :, None] - torch.arange(T)
+    seen = (distance >= 0) & (distance < (shape["window"] or T))
+    expected = F.scaled_dot_product_attention(
+        q.double().transpose(1, 2), k[:B].double(), v[:B].double(), attn_mask=seen[:, None], enable_gqa=True
+    ).transpose(1, 2)
+    if op is not kernels or not (S > 1 and pos[0, -1] == T - 1):
+        for cache in (k, v):  # what no query of a row sees may be anything
+            cache[:B].masked_fill_(~seen.any(1)[:, None, :, None], float("nan"))
+    y = op.decode_attention(q, k, v, pos, shape["window"])
+    scores = (q.double().abs().amax() * k.double().nan_to_num().abs().amax() * D**0.5).item()
+    bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2**-22 * (8 + scores) * 6 + torch.finfo(dtype).tiny
+    assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all()
+
+
+def test_attention_sees_nothing_of_other_queries(op):
+    """Of two queries of one row, the earlier one must not be touched by what the later one sees."""
+    if op is kernels:
+        pytest.skip("the reference version multiplies masked values by zero")
+    q = torch.randn(1, 2, 4, 64).bfloat16()
+    k, v = torch.randn(1, 2, 200, 64).bfloat16(), torch.randn(1, 2, 200, 64).bfloat16()
+    k[:, :, 50:], v[:, :, 50:] = float("nan"), float("nan")
+    y = op.decode_attention(q, k, v, torch.tensor([[49, 199]]), None)
+    assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As PyTorch ops
+
+
+def examples() -> dict[str, tuple]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 100).bfloat16()
+    q, scales, zeros = int4_weight(torch.Generator().manual_seed(0), 48, 100, 32, zero_kind="whole")
+    packed, zero = kernels.pack_int4(q, scales, zeros, 100, 32)
+    cache = torch.randn(2, 2, 300, 32).bfloat16()
+    return {
+        "linear_bf16": (x, torch.randn(48, 100).bfloat16(), torch.randn(48).bfloat16()),
+        "linear_int8": (x, kernels.pack_int8(torch.randint(-127, 128, (48, 100), dtype=torch.int8)), torch.rand(48)),
+        "linear_int4": (x, packed, 48, 32, scales.dtype, zero, None),
+        "decode_attention": (torch.randn(2, 1, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7], [299]]), 100),
+    }
+
+
+@pytest.mark.parametrize("name", examples())
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.brisk, name).default, examples()[name])
+
+
+@pytest.mark.parametrize("name", examples())
+def test_the_result_does_not_depend_on_the_threads(name):
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(getattr(torch.ops.brisk, name)(*examples()[name]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", examples())
+def test_wrong_shapes_are_refused(name):
+    x, *rest = examples()[name]
+    with pytest.raises(RuntimeError, match=r"expected|does not go"):
+        getattr(torch.ops.brisk, name)(x[..., :20], *rest)
+
+
+class Layer(nn.Module):
+    def __init__(self, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.int8 = Int8Linear.from_canonical(
+            torch.randint(-127, 128, (96, 64), dtype=torch.int8, generator=generator),
+            torch.rand(96, generator=generator),
+        )
+        self.int4 = Int4Linear.from_canonical(*int4_weight(generator, 64, 64, 32), 64, 32)
+        self.weight = nn.Parameter(torch.randn(64, 64, generator=generator).bfloat16(), requires_grad=False)
+        self.register_buffer("k", torch.zeros(1, 1, 16, 32).bfloat16())
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        q, k = torch.tanh(self.int8(x) / 100).view(1, 1, 3, 32).split([2, 1], 2)
+        self.k[:, :, pos[0]] = k.transpose(1, 2)
+        y = torch.ops.brisk.decode_attention(q, self.k, self.k, pos).view(1, 1, 64)
+        return x + torch.ops.brisk.linear_bf16(torch.tanh(self.int4(y)), self.weight) / 50  # does not amplify rounding
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_compiled_in_a_nested_region():
+    layers = nn.ModuleList(Layer(seed) for seed in range(3))
+
+    def step(x, pos):
+        for layer in layers:
+            x = layer(x, pos)
+        return x
+
+    x = torch.randn(1, 1, 64).bfloat16()
+    expected = [step(x + i, torch.tensor([[i]])) for i in range(3)]
+    for layer in layers:
+        layer.k.zero_()
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    for i in range(3):
+        torch.testing.assert_close(compiled(x + i, torch.tensor([[i]])), expected[i], rtol=0.05, atol=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_the_instruction_set_can_be_forced():
+    code = (
+        "import kernels, torch; x = torch.ones(1, 4); w = torch.ones(1, 4).bfloat16();"
+        "print(torch.ops.brisk.linear_bf16(x, w).item())"
+    )
+    assert run(code, GPT_BRISK_ISA="portable").stdout == "4.0\n"
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("GPT_BRISK_ISA", "sse9")
+    with pytest.raises(UserError, match="sse9 is unknown; set it to one of avx512, avx2, portable"):
+        kernels.cpu_library.__wrapped__()
+
+
+def test_without_a_compiler_there_is_one_warning(tmp_path):
+    code = (
+        "import kernels, torch; x = torch.ones(1, 4); w = torch.ones(1, 4).bfloat16();"
+        "print([torch.ops.brisk.linear_bf16(x, w).item() for _ in range(2)])"
+    )
+    result = run(code, CXX="/bin/false", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.stdout == "[4.0, 4.0]\n" and result.stderr.count("warning:") == 1
+    assert not list(tmp_path.glob("*.so"))
+    result = run(code, CXX="", PATH="/nowhere", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.stdout == "[4.0, 4.0]\n" and "no C++ compiler" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_may_build_at_once(tmp_path):
+    code = "import kernels; print(kernels.build())"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert both[0].communicate()[0] == both[1].communicate()[0]
+    assert [path.suffix for path in tmp_path.iterdir() if path.name != "lock"] == [".so"]
+
+
+BYTES = torch.zeros(4, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Int8Linear.from_canonical(torch.zeros(4, 4), torch.ones(4)),
+        lambda: Int8Linear.from_canonical(torch.zeros(4, 4, dtype=torch.int8), torch.ones(3)),
+        lambda: Int4Linear.from_canonical(
+            torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1), torch.ones(4, 1), 40, 32
+        ),
+        lambda: Int4Linear.from_canonical(
+            torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1), torch.ones(4, 2), 32, 32
+        ),
+        lambda: Int4Linear.from_canonical(
+            torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1), torch.ones(4, 1), 32, 48
+        ),
+    ],
+)
+def test_canonical_tensors_of_the_wrong_shape(make):
+    with pytest.raises(ValueError, match="expected"):
+        make()
