@@ -5,23 +5,23 @@
     ... [--revision R] [--out DIR] [--dtype bfloat16|float16|float32]
 
 Reads model.safetensors, pytorch_model.bin (both also in shards) and MiniMind's .pth, whose path --checkpoint_dir may
-name. Works tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill
-leaves the old checkpoint, or none, never a mix.
+name. Checkpoints that others quantized to 4 bits, by GPTQ or AWQ, stay so; --dtype is then that of all the rest. Works
+tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill leaves the old
+checkpoint, or none, never a mix.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
+import functools
 import json
+import math
 import os
-import pickle
 import re
 import shlex
 import shutil
 import sys
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from checkpoint import StoredTensor, gb
 from errors import ArgumentParser, UserError
 from hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
 from model import ModelConfig, expected_shapes
+from pickled import PickledFiles, PickledTensor
+from quantized_formats import Dequantized, Format, QuantizedLinear, is_quantized, quantized_linear, read_format
 from tokenizer import load_tokenizer
 
 SHARD_BYTES = 5 * 10**9
-REMAP_BYTES = 64 * 2**20  # how much of a mapped .bin file may become resident
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Our tensors, and those that each is made of, one below the other. Llama, Mistral, Qwen and MiniMind share the names.
@@ -63,69 +64,6 @@ MINIMIND_V1_NAMES = {name: [name] for name in HF_NAMES} | {
 IGNORED = re.compile(r"(|.*\.)(rotary_emb\.inv_freq|(attention|self_attn)\.(masked_bias|mask)|pos_cis|freqs_(cos|sin))")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pickled weights
-
-
-class PickledFiles:
-    """The `.bin` or `.pth` files of a checkpoint, one of them mapped at a time.
-
-    What is read of a map stays resident, so it is mapped anew before that is much. UserError when a file is damaged or
-    holds more than tensors.
-    """
-
-    def __init__(self, files: list[Path]):
-        self.tensors: dict[str, PickledTensor] = {}
-        for path in files:
-            self.load(path)
-            for name, tensor in self.state.items():
-                self.tensors[name] = PickledTensor(self, path, name, tensor.dtype, tuple(tensor.shape))
-
-    def load(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path} is missing; get the complete checkpoint folder")
-        self.path, self.state, self.resident = path, {}, 0
-        self.mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 can only be loaded as a whole
-        if not self.mapped:
-            checkpoint.check_memory(path.stat().st_size, str(path))
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
-        except Exception as error:  # a damaged pickle can raise anything
-            if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
-                raise UserError(
-                    f"{path} holds more than tensors ({found[1]}), which could run code; get it as safetensors"
-                ) from error
-            what = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is not a readable PyTorch file ({what}); get the file again") from error
-        if not isinstance(state, dict):
-            raise UserError(f"{path} holds {type(state).__name__}, not a table of tensors; save a state_dict")
-        for name, value in state.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-                raise UserError(f"{path} holds more than tensors ({name!r} is not one); save a plain state_dict")
-        self.state = state
-
-
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor of a pickled file; reads like a StoredTensor."""
-
-    files: PickledFiles
-    path: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        files = self.files
-        if files.path != self.path or (files.mapped and files.resident > REMAP_BYTES):
-            files.load(self.path)
-        rows = files.state[self.name].detach()
-        rows = (rows[start:stop] if self.shape else rows).clone(memory_format=torch.contiguous_format)
-        files.resident += rows.nbytes
-        return rows
-
-
 Source = StoredTensor | PickledTensor
 
 
@@ -147,20 +85,26 @@ def open_weights(path: Path) -> dict[str, Source]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one of our tensors: a whole tensor of the source."""
+    """Rows of one of our tensors: a whole tensor of the source, or a quantized layer."""
 
-    tensor: Source
+    tensor: Source | QuantizedLinear | Dequantized
     interleaved_heads: int = 0  # heads of q or k whose RoPE pairs lie next to each other
 
 
-def plan_tensors(config: ModelConfig, tensors: Mapping[str, Source], is_v1: bool) -> dict[str, list[Piece]]:
-    """Our names, each with the pieces of the source that it is made of.
+def plan_tensors(
+    config: ModelConfig, tensors: Mapping[str, Source], is_v1: bool, form: Format | None = None
+) -> dict[str, list[Piece]]:
+    """The names of our unquantized model, each with the pieces of the source that it is made of.
 
-    UserError names the first tensor that is missing, misshapen or not a float, then the first that is unexpected.
+    UserError names the first tensor that is missing, misshapen or of a wrong type, then the first that is unexpected.
     """
     plan: dict[str, list[Piece]] = {}
-    used = set()
-    for ours, shape in expected_shapes(config).items():
+    used, unequal = set(), []
+    head, embedding = ("output", "tok_embeddings") if is_v1 else ("lm_head", "model.embed_tokens")
+    shapes = expected_shapes(config)
+    if config.tied and is_quantized(head, tensors):  # the embedding, quantized, which itself stays as it is
+        shapes["output.weight"] = shapes["tok_embeddings.weight"]
+    for ours, shape in shapes.items():
         layer, part, kind = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", ours).groups()
         names = (MINIMIND_V1_NAMES if is_v1 else HF_NAMES)[part]
         prefix = "model." + layer if layer and not is_v1 else layer
@@ -169,8 +113,13 @@ def plan_tensors(config: ModelConfig, tensors: Mapping[str, Source], is_v1: bool
             rows = [count * config.head_dim for count in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
             heads = [config.n_heads, config.n_kv_heads, 0] if is_v1 else heads
         plan[ours] = []
-        for name, count, interleaved in zip(names, rows, heads, strict=True):
-            name = f"{prefix}{name}.{kind}"
+        for stem, count, interleaved in zip((prefix + name for name in names), rows, heads, strict=True):
+            if kind == "weight" and len(shape) == 2 and ours != "tok_embeddings.weight" and is_quantized(stem, tensors):
+                linear = quantized_linear(form, stem, tensors, (count, shape[1]))
+                used |= {f"{linear.name}.{part}" for part in linear.tensors}
+                plan[ours].append(Piece(linear))
+                continue
+            name = f"{stem}.{kind}"
             if name not in tensors:
                 raise UserError(f"tensor {name!r} is missing from the weights; config.json and weights do not match")
             found, expected = tensors[name].shape, (count, *shape[1:])
@@ -183,9 +132,20 @@ def plan_tensors(config: ModelConfig, tensors: Mapping[str, Source], is_v1: bool
                 raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
             used.add(name)
             plan[ours].append(Piece(tensors[name], interleaved))
-    head, embedding = ("output", "tok_embeddings") if is_v1 else ("lm_head", "model.embed_tokens")
+        if not alike([piece.tensor for piece in plan[ours]]):
+            unequal.append(layer + part)
+            plan[ours] = [
+                Piece(Dequantized(piece.tensor)) if isinstance(piece.tensor, QuantizedLinear) else piece
+                for piece in plan[ours]
+            ]
+    if unequal:
+        message = "are quantized differently and cannot be fused so; they become floats"
+        print(f"warning: the parts of {', '.join(unequal)} {message}", file=sys.stderr)
     for name, tensor in tensors.items():
         if name in used or IGNORED.fullmatch(name):
+            continue
+        # AutoGPTQ gave every layer a bias.
+        if name.endswith(".bias") and f"{name.removesuffix('.bias')}.qweight" in used and not any_nonzero(tensor):
             continue
         if config.tied and name == f"{head}.weight":
             if not equal(tensor, tensors[f"{embedding}.weight"]):
@@ -198,12 +158,24 @@ def plan_tensors(config: ModelConfig, tensors: Mapping[str, Source], is_v1: bool
     return plan
 
 
+def alike(parts: list[Source | QuantizedLinear]) -> bool:
+    """Whether these can be one layer: none of them is quantized, or all, and one order of the inputs serves all."""
+    if not all(isinstance(part, QuantizedLinear) for part in parts):
+        return not any(isinstance(part, QuantizedLinear) for part in parts)
+    orders = [torch.arange(part.shape[1]) if part.order is None else part.order for part in parts]
+    return all(torch.equal(order, orders[0]) for order in orders)
+
+
+def any_nonzero(tensor: Source) -> bool:
+    return any(bool(rows.any()) for rows in slices(tensor))
+
+
 def equal(a: Source, b: Source) -> bool:
     same = a.shape == b.shape and a.dtype == b.dtype
     return same and all(torch.equal(x, y) for x, y in zip(slices(a), slices(b), strict=True))
 
 
-def slices(tensor: Source) -> Iterator[Tensor]:
+def slices(tensor: Source | Dequantized) -> Iterator[Tensor]:
     """The tensor in runs of rows of at most CHUNK_BYTES."""
     rows = tensor.shape[0]
     step = max(checkpoint.CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize), 1)
@@ -262,7 +234,8 @@ def minimind_v1_config(config: dict[str, Any], tensors: Mapping[str, Source]) ->
 
 def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> torch.dtype:
     """The dtype that is stored. A checkpoint of ours has one: where the source mixes, that of config.json."""
-    stored = {piece.tensor.dtype for pieces in plan.values() for piece in pieces}
+    tensors = [piece.tensor for pieces in plan.values() for piece in pieces]
+    stored = {tensor.dtype for tensor in tensors if not isinstance(tensor, QuantizedLinear)}
     if len(stored) > 1:
         named = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
         stored = {named or plan["tok_embeddings.weight"][0].tensor.dtype}
@@ -290,16 +263,22 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_byt
         raise UserError(f"{source} is already converted; name it as --checkpoint_path to generate.py")
     raw_config = read_config(source / "config.json", tensors)
     config = ModelConfig.from_hf(raw_config)
-    plan = plan_tensors(config, tensors, is_v1="tok_embeddings.weight" in tensors)
+    form = read_format(raw_config, source)
+    plan = plan_tensors(config, tensors, "tok_embeddings.weight" in tensors, form)
     dtype = dtype or choose_dtype(raw_config, plan)
     check_tokenizer(source, config)
 
-    shapes = expected_shapes(config)
-    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    stored, quantized = stored_tensors(config, plan, dtype)
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
     path = out.resolve()
     if path.exists() and path.samefile(source):
         raise UserError(f"--out {out} is the source itself; name another folder")
-    checkpoint.check_disk(parameters * dtype.itemsize, path)
+    checkpoint.check_disk(size, path)
+    dtype_name = str(dtype).removeprefix("torch.")
+    metadata = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "dtype": dtype_name}
+    if quantized:
+        forms = {layer: f"int4-g{groupsize}" for layer, groupsize in quantized.items()}
+        metadata |= {"mode": form.method, "quantized": json.dumps(forms)}
 
     def write(folder: Path) -> None:
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
@@ -309,12 +288,13 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_byt
         if not (source / "config.json").exists() or checkpoint.read_json(source / "config.json") != raw_config:
             with checkpoint.write_atomically(folder / "config.json") as file:
                 file.write(json.dumps(raw_config, indent=2).encode())
-        write_weights(folder, plan, shapes, dtype, shard_bytes)
+        write_weights(folder, plan, stored, metadata, shard_bytes)
 
     replace_folder(path, write)
-    dtype_name = str(dtype).removeprefix("torch.")
+    parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
+    kind = f"int4 ({form.method.upper()}) and {dtype_name}" if quantized else dtype_name
     return (
-        f"wrote {out}: {parameters / 1e6:,.1f} M parameters, {dtype_name}, {gb(parameters * dtype.itemsize)}; "
+        f"wrote {out}: {parameters / 1e6:,.1f} M parameters, {kind}, {gb(size)}; "
         f'try: python generate.py --checkpoint_path {shlex.quote(str(out))} --prompt "Hello"'
     )
 
@@ -329,36 +309,67 @@ def check_tokenizer(source: Path, config: ModelConfig) -> None:
         )
 
 
+def stored_tensors(
+    config: ModelConfig, plan: Mapping[str, list[Piece]], dtype: torch.dtype
+) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, int]]:
+    """What is written: name -> dtype and shape; and the layers of it that are quantized: name -> group size."""
+    linears = {name.removesuffix(".weight"): [piece.tensor for piece in pieces] for name, pieces in plan.items()
+               if isinstance(pieces[0].tensor, QuantizedLinear)}  # fmt: skip
+    quantized = {layer: parts[0].groupsize for layer, parts in linears.items()}
+    ordered = [layer for layer, parts in linears.items() if parts[0].order is not None]
+    stored = {}
+    for name, shape in checkpoint.quantized_shapes(config, quantized, ordered).items():
+        layer, _, kind = name.rpartition(".")
+        stored[name] = dtype, shape
+        if layer in quantized and kind != "bias":
+            scales = functools.reduce(torch.promote_types, (part.tensors["scales"].dtype for part in linears[layer]))
+            dtypes = {"weight": torch.uint8, "scales": scales, "zeros": torch.uint8, "order": torch.int32}
+            stored[name] = dtypes[kind], shape
+    return stored, quantized
+
+
 def write_weights(
-    folder: Path, plan: Mapping[str, list[Piece]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int
+    folder: Path,
+    plan: Mapping[str, list[Piece]],
+    stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    limit: int,
 ) -> None:
     """Writes model.safetensors, or shards of at most `limit` bytes and their index."""
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in stored.items()}
     shards: list[list[str]] = [[]]
-    for name in shapes:
+    for name in stored:
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > limit:
             shards.append([])
         shards[-1].append(name)
-    metadata = {
-        "format": checkpoint.FORMAT, "version": checkpoint.VERSION, "dtype": str(dtype).removeprefix("torch.")
-    }  # fmt: skip
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else ["model.safetensors"]
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None, desc="converting") as progress:
 
         def chunks(name: str) -> Iterator[Tensor]:
-            for piece in plan[name]:
-                for rows in [rotate_half_order(piece)] if piece.interleaved_heads else slices(piece.tensor):
-                    yield cast(rows, dtype, name)
-                    progress.update(rows.numel() * dtype.itemsize)
+            layer, _, kind = name.rpartition(".")
+            for piece in plan[name] if name in plan else plan[f"{layer}.weight"]:
+                for rows in pieces_of(piece, kind):
+                    rows = cast(rows, stored[name][0], name)
+                    yield rows
+                    progress.update(rows.nbytes)
+                if kind == "order":  # one serves all
+                    break
 
         for file, names in zip(files, shards, strict=True):
-            checkpoint.write_safetensors(folder / file, {n: (dtype, shapes[n]) for n in names}, chunks, metadata)
+            checkpoint.write_safetensors(folder / file, {n: stored[n] for n in names}, chunks, metadata)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         with checkpoint.write_atomically(folder / "model.safetensors.index.json") as file:
             file.write(json.dumps(index, indent=2).encode())
+
+
+def pieces_of(piece: Piece, kind: str) -> Iterable[Tensor]:
+    """The rows of a piece, or of the tensor of that `kind` if it is a quantized layer, in runs."""
+    if isinstance(piece.tensor, QuantizedLinear):
+        return [piece.tensor.order] if kind == "order" else piece.tensor.read(kind)
+    return [rotate_half_order(piece)] if piece.interleaved_heads else slices(piece.tensor)
 
 
 def rotate_half_order(piece: Piece) -> Tensor:

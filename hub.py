@@ -7,12 +7,14 @@ Every answer of the hub or the network that is not a file ends as one UserError 
 """
 
 import errno
+import fnmatch
 import glob
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import checkpoint
+import quantized_formats
 from errors import UserError
 from model import ModelConfig
 
@@ -21,8 +23,10 @@ TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-WEIGHT_FILES = (  # the first that is there is taken
+WEIGHT_FILES = (  # the first that is there is taken; gptq_model-4bit-128g.safetensors is AutoGPTQ's name
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "gptq_model-*g.safetensors", "gptq_model-*g.safetensors.index.json", "gptq_model-*g.bin",
+    "gptq_model-*g.bin.index.json", "*.pth",
 )  # fmt: skip
 
 
@@ -65,7 +69,8 @@ def fetch(repo: str, revision: str | None) -> Path:
         return Path(hub.snapshot_download(repo, revision=info.sha, allow_patterns=patterns, max_workers=4))
 
     weights = choose_weights(sizes, repo)
-    small = [*CONFIG_FILES, *TOKENIZER_FILES, *([weights] if weights.endswith(".json") else [])]
+    small = [*CONFIG_FILES, *quantized_formats.CONFIG_FILES, *TOKENIZER_FILES]
+    small += [weights] if weights.endswith(".json") else []
     folder = get([name for name in small if name in sizes])
     files = [file.name for file in checkpoint.read_index(folder / weights)] if weights in small else [weights]
     for name in files:
@@ -73,6 +78,7 @@ def fetch(repo: str, revision: str | None) -> Path:
             raise UserError(f"{repo} has no {name}, though its {weights} names it; take another --revision")
     if "config.json" in sizes and "hidden_size" in (config := checkpoint.read_json(folder / "config.json")):
         ModelConfig.from_hf(config)
+        quantized_formats.read_format(config, folder)
     missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=info.sha)]
     checkpoint.check_disk(sum(sizes[name] for name in missing), Path(hub.constants.HF_HUB_CACHE))
     return get(files)
@@ -94,14 +100,13 @@ def what_the_hub_says(error: Exception, repo: str, revision: str | None) -> str 
 
 
 def choose_weights(names: Iterable[str], where: object) -> str:
-    """The weight file, or index, to read of a folder or repo: safetensors before .bin before a single .pth."""
+    """The weight file, or index, to read of a folder or repo: that of the first pattern in WEIGHT_FILES."""
     names = list(names)
-    for name in WEIGHT_FILES:
-        if name in names:
-            return name
-    pth = sorted(name for name in names if name.endswith(".pth") and "/" not in name)
-    if len(pth) > 1:
-        raise UserError(f"{where} holds several .pth files ({', '.join(pth)}); name one of them as --checkpoint_dir")
-    if not pth:
-        raise UserError(f"{where} has no weights (model.safetensors, pytorch_model.bin or .pth); take another")
-    return pth[0]
+    for pattern in WEIGHT_FILES:
+        found = sorted(name for name in names if fnmatch.fnmatchcase(name, pattern) and "/" not in name)
+        if len(found) > 1:
+            kind = pattern.removeprefix("*")
+            raise UserError(f"{where} holds several {kind} files ({', '.join(found)}); name one as --checkpoint_dir")
+        if found:
+            return found[0]
+    raise UserError(f"{where} has no weights (model.safetensors, pytorch_model.bin or .pth); take another")

@@ -457,7 +457,7 @@ def test_what_is_no_checkpoint(tmp_path):
     refused("in has no weights", source)
     for name in ("a.pth", "b.pth"):
         (source / name).touch()
-    refused(r"several .pth files \(a.pth, b.pth\); name one of them", source)
+    refused(r"several .pth files \(a.pth, b.pth\); name one as", source)
     shutil.rmtree(source)
 
     save(source, shards="100KB")
