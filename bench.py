@@ -1,30 +1,36 @@
 """How fast: prefill and decode in tokens a second, the share of what the memory allows, and other programs beside it.
 
-    python bench.py                                                   # the 1b shape, random weights
-    python bench.py --shape 8b --device cuda
-    python bench.py --checkpoint_path checkpoints/org/name --against transformers llama.cpp
-    python bench.py --startup --long_cache                            # two more measurements, see there
+    python bench.py                                                   # the 1b shape, random weights, bf16
+    python bench.py --mode bf16 int8 int4 --against llama.cpp transformers
+    python bench.py --shape 8b --device cuda --mode int8 int4
+    python bench.py --checkpoint_path checkpoints/org/name/model_int8.safetensors
+    python bench.py --mode int4 --batch_size 8 --positions 0 1000 4000 8000 --startup --long_cache   # more, see there
 
-A table goes to stdout and, with every single measurement beside it as JSON, into --out.
+A table goes to stdout, and into --out with every single measurement as JSON and a chart as PNG. --mode quantizes
+unquantized weights in memory, in groups of --groupsize for int4; by default they are run as they are stored.
 
-What is timed. Machines drift, so all take turns in one process: a round measures the read bandwidth once and then one
-prefill and one decode of each contender; warm-up rounds, which compile, come before and are left out. All figures are
-medians over the rounds, and ratios are ratios of medians.
+What is timed. Machines drift, so all take turns in one process: a round measures, for each contender, one prefill, the
+read bandwidth and one decode; warm-up rounds, which compile, come before and are left out. All figures are medians over
+the rounds (of the bandwidth, over all measurements), and ratios are ratios of medians.
 - Prefill: `prompt_length` random tokens into an empty cache, up to the token that follows them. All contenders compute
   logits for the last token only.
 - Decode: `new_tokens` greedy steps at batch 1 from there on, at positions `prompt_length` and up. Every step ends in
   the next token; no sampling, no text.
 - Ours is what `generate.py --compile` runs: a compiled decode step and an eager prefill, or a compiled one with
   --compile_prefill. The KV cache has `max_seq_length` positions.
-- transformers runs its forward on views of the same tensors: once eager with its default, growing cache, once compiled
-  (prefill and decode apart, each for its exact shape) with a static cache that is as short as the run allows. Ratios
-  are against the better of the two, for prefill and for decode.
-- llama.cpp reads the same weights, in the same dtype, from a GGUF file, through its C API and without its sampler.
+- transformers runs its forward on views of the same unquantized tensors: once eager with its default, growing cache,
+  once compiled (prefill and decode apart, each for its exact shape) with a static cache that is as short as the run
+  allows. Ratios are against the better of the two, for prefill and for decode.
+- llama.cpp reads the same weights from a GGUF file, through its C API and without its sampler: as BF16 for bf16, all
+  matrices as Q8_0 for int8 and as Q4_0 for int4 (its own quantizer would make the output projection a larger Q6_K).
 - All use --threads threads. A GPU's work is timed by its events, up to a synchronisation.
 
 A decode step reads every weight once (of an embedding that is not also the output, one row) and the cache up to its
 position. These bytes over its time are its GB/s; over the read bandwidth, its share of the roofline. The read bandwidth
-is that of summing a buffer far larger than the caches.
+is that of summing a buffer far larger than the caches; on CPUs hand-written loads were no faster.
+
+--batch_size and --positions decode over caches that are filled with random values. They take turns like the above, each
+of them with one row, or with position 100, to be compared with.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
@@ -37,41 +43,30 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench_peers import Unavailable, llama_cpp_peers, transformers_peers, versions
+from bench_models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model, rebuild
+from bench_peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers, versions
+from bench_report import markdown, plot, summarize
 from bench_startup import measure_startup, write_checkpoint
 from checkpoint import DEMO, check_memory, load_config, load_model, read_json, weights_path, write_atomically
 from engine import Engine, cache_bytes, check_compiler, peak_memory, weight_bytes
 from errors import ArgumentParser, UserError
 from generate import log, pick_device
-from model import ModelConfig, Transformer, expected_shapes
+from kernels import GROUPSIZES
+from model import ModelConfig, Transformer
 from sampling import SamplingParams, sampling_tensors
 
-LLAMA: dict[str, Any] = dict(
-    model_type="llama", num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, tie_word_embeddings=False
-)  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {  # as config.json; "demo" is the embedded checkpoint
-    "1b": LLAMA | dict(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, vocab_size=32000, max_position_embeddings=8192,
-        rope_parameters=dict(rope_type="default", rope_theta=500000.0),
-    ),
-    "8b": LLAMA | dict(  # Llama 3.1
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256,
-        max_position_embeddings=131072, rope_parameters=dict(
-            rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-            original_max_position_embeddings=8192,
-        ),
-    ),
-}  # fmt: skip
-MODES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PEERS = ("transformers", "llama.cpp")
 BUFFER_BYTES = {"cpu": 2**30, "cuda": 2**32}  # read to measure the bandwidth
+BASE_POSITION = 100  # what --positions are compared with
+DIFFERENT = {"int8": 0.2, "int4": 0.8}  # errors of a peer's logits from which it does not compute the same
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -80,26 +75,42 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Ours:
-    """The engine of generate.py as a contender (see bench_peers.py): a cache of its own, the weights of `model`."""
+    """The engine of generate.py as a contender (see bench_peers.py): caches of its own, the layers of `model`."""
 
-    def __init__(self, model: Transformer, max_seq_length: int, compile_prefill: bool):
-        with torch.device("meta"):
-            twin = Transformer(model.config)
-        twin.load_state_dict(model.state_dict(), assign=True)
-        twin.eval().requires_grad_(False).setup_caches(1, max_seq_length)
+    def __init__(self, model: Transformer, max_seq_length: int, compile_prefill: bool = False, rows: int = 1):
+        twin = rebuild(model)
+        twin.setup_caches(rows, max_seq_length)
         self.engine = Engine(twin, compile=True, compile_prefill=compile_prefill)
-        self.params = sampling_tensors([GREEDY], self.engine.device)
+        self.params = sampling_tensors([GREEDY] * rows, self.engine.device)
+        self.rows = rows
 
     def prefill(self, prompt: list[int]) -> int:
         return self.engine.prefill([prompt], [0], [GREEDY]).item()
 
     def decode(self, token: int, position: int, steps: int) -> list[int]:
-        tokens = [torch.tensor([[token]], device=self.engine.device)]
-        input_pos = torch.tensor([[position]], device=self.engine.device)
+        """The tokens of the first row."""
+        tokens = [torch.full((self.rows, 1), token, device=self.engine.device)]
+        input_pos = torch.full((self.rows, 1), position, device=self.engine.device)
         for step in range(steps):
             tokens.append(self.engine.decode(tokens[-1], input_pos, position + step + 1, self.params, greedy=True))
             input_pos = input_pos + 1
         return torch.cat(tokens[1:], 1)[0].tolist()
+
+    def fill_cache(self) -> None:
+        """With random values, as if all positions had been there. (What was never written takes no memory to read.)"""
+        for layer in self.engine.model.layers:
+            layer.attention.kv_cache.k.uniform_(-1, 1)
+            layer.attention.kv_cache.v.uniform_(-1, 1)
+
+
+@dataclass
+class Contender:
+    """Something that takes turns, and what the report needs to know of it."""
+
+    runner: Any
+    program: str
+    mode: str
+    weight_bytes: int
 
 
 def timed(device: torch.device, function: Callable, *args) -> tuple[float, Any]:
@@ -123,160 +134,127 @@ def read_bandwidth(buffer: torch.Tensor) -> float:
 
 
 def take_turns(
-    contenders: dict[str, Any], prompt: list[int], new_tokens: int, rounds: int, device: torch.device
-) -> tuple[list[float], dict[str, dict[str, list]]]:
-    """Runs the rounds -> the bandwidths in GB/s, and each contender's prefill_s and decode_s, a value a round.
+    turns: Mapping[str, tuple[Any, int]],
+    new_tokens: int,
+    rounds: int,
+    device: torch.device,
+    prompt: list[int] | None = None,
+) -> dict[str, dict[str, list]]:
+    """Runs the rounds -> prefill_s, decode_s and the read_gb_s between them of each turn, a value a round.
 
-    `tokens` are those of the warm-up: the first after the prompt, and the decoded ones.
+    A turn is a contender and the position at which it decodes, which is the end of the prompt if there is one; without
+    one there is no prefill. `tokens` are those of the warm-up.
     """
-    bandwidths: list[float] = []
-    times: dict[str, dict[str, list]] = {name: {"prefill_s": [], "decode_s": []} for name in contenders}
+    times: dict[str, dict[str, list]] = {name: {} for name in turns}
     buffer = torch.ones(BUFFER_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     warm_up = 3 if device.type == "cuda" else 1  # CUDA graphs: warm up, record, replay
     for number in range(-warm_up, rounds):
-        bandwidth = read_bandwidth(buffer)
-        for name, contender in contenders.items():
-            prefill_s, first = timed(device, contender.prefill, prompt)
-            decode_s, tokens = timed(device, contender.decode, first, len(prompt), new_tokens)
+        for name, (contender, position) in turns.items():
+            measured, first = {}, 0
+            if prompt:
+                measured["prefill_s"], first = timed(device, contender.prefill, prompt)
+            measured["read_gb_s"] = read_bandwidth(buffer)
+            measured["decode_s"], tokens = timed(device, contender.decode, first, position, new_tokens)
             if number < 0:
-                times[name]["tokens"] = [first, *tokens]
-                log(f"warm-up: {name} took {prefill_s + decode_s:.1f} s")
+                times[name] = {"tokens": [first, *tokens], **{key: [] for key in measured}}
             else:
-                times[name]["prefill_s"].append(prefill_s)
-                times[name]["decode_s"].append(decode_s)
-        if number >= 0:
-            bandwidths.append(bandwidth)
-            log(f"round {number + 1} of {rounds}: {bandwidth:.1f} GB/s; " + "; ".join(
-                f"{name}: prefill {t['prefill_s'][-1]:.2f} s, decode {new_tokens / t['decode_s'][-1]:.1f} tok/s"
-                for name, t in times.items()
-            ))  # fmt: skip
-    return bandwidths, times
+                for key, value in measured.items():
+                    times[name][key].append(value)
+            prefill = f"prefill {measured['prefill_s']:.2f} s, " if prompt else ""
+            log(
+                f"{'warm-up' if number < 0 else f'round {number + 1} of {rounds}'}: {name}: {prefill}decode "
+                f"{measured['decode_s'] / new_tokens * 1e3:.1f} ms a token; read {measured['read_gb_s']:.1f} GB/s"
+            )
+    return times
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is run
+# More measurements
 
 
-@torch.no_grad()
-def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Transformer:
-    """The same model each time: norms of 1, no biases, the rest uniform so that activations keep their size."""
-    needed = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * dtype.itemsize
-    check_memory(needed, "a model of this shape", device)
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            weight.zero_()
-        elif "norm" in name:
-            weight.fill_(1)
-        else:
-            bound = (3 / weight.shape[1]) ** 0.5
-            weight.uniform_(-bound, bound, generator=generator)
-    return model.eval().requires_grad_(False)
-
-
-def logits_error(contender, model: Transformer, prompt: list[int]) -> float:
+def logits_error(peer, model: Transformer, prompt: list[int]) -> float:
     """How far a peer's logits after the prompt are from ours: |theirs - ours| / |ours|, Euclidean."""
+    model = rebuild(model)
     device = model.tok_embeddings.weight.device
     model.setup_caches(1, len(prompt))
     with torch.inference_mode():
         hidden = model.hidden(torch.tensor([prompt], device=device), torch.arange(len(prompt), device=device)[None])
         ours = model.logits(hidden[0, -1]).float().cpu()
-    contender.prefill(prompt)
-    return float((contender.last_logits.cpu() - ours).norm() / ours.norm())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One more measurement
+    peer.prefill(prompt)
+    return float((peer.last_logits.cpu() - ours).norm() / ours.norm())
 
 
 def measure_long_cache(model: Transformer, new_tokens: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """What a long cache costs while it is empty: decoding at position 100 with 256 positions and with 8192."""
     lengths, new_tokens = (256, min(8192, model.config.context_length)), min(new_tokens, 100)
-    contenders = {f"a cache of {length}": Ours(model, length, compile_prefill=False) for length in lengths}
-    _, times = take_turns(contenders, random_prompt(100, model.config), new_tokens, rounds, device)
+    turns = {f"a cache of {length}": (Ours(model, length), BASE_POSITION) for length in lengths}
+    times = take_turns(turns, new_tokens, rounds, device, random_prompt(BASE_POSITION, model.config))
     short, long = (statistics.median(t["decode_s"]) / new_tokens * 1e3 for t in times.values())
     decode_s = {length: t["decode_s"] for length, t in zip(lengths, times.values(), strict=True)}
     return {"decode_s": decode_s, "short_ms": short, "long_ms": long, "ratio": long / short, "max_seq_length": lengths}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
+def measure_positions(
+    ours: Mapping[str, Ours], positions: list[int], new_tokens: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """What a step costs that much further on, each mode: extra time, and what reading the cache of so many takes."""
+    turns = {}
+    for mode, runner in ours.items():
+        runner.fill_cache()
+        turns |= {f"{mode} at {at}": (runner, at) for at in sorted({BASE_POSITION, *positions})}
+    times = take_turns(turns, new_tokens, rounds, device)
+    bandwidth = statistics.median(value for t in times.values() for value in t["read_gb_s"])
+    found = []
+    for mode, runner in ours.items():
+        base = statistics.median(times[f"{mode} at {BASE_POSITION}"]["decode_s"]) / new_tokens
+        for position in sorted({BASE_POSITION, *positions}):
+            t = times[f"{mode} at {position}"]
+            step_s = statistics.median(t["decode_s"]) / new_tokens
+            extra = cache_bytes(runner.engine.model, 1, position - BASE_POSITION)
+            found.append({
+                "mode": mode,
+                "position": position,
+                "decode_s": t["decode_s"],
+                "read_gb_s": t["read_gb_s"],
+                "decode_ms": step_s * 1e3,
+                "extra_ms": (step_s - base) * 1e3,
+                "cache_read_ms": extra / bandwidth / 1e6,
+            })  # fmt: skip
+    return found
 
 
-def summarize(
-    bandwidths: list[float], times: dict[str, dict], prompt_length: int, new_tokens: int, step_bytes: int
-) -> dict[str, Any]:
-    """Medians of what `take_turns` measured, and ratios of ours to each peer (above 1: ours is faster)."""
-    bandwidth = statistics.median(bandwidths)
-    contenders = {}
-    for name, t in times.items():
-        prefill_s, step_s = statistics.median(t["prefill_s"]), statistics.median(t["decode_s"]) / new_tokens
-        rate = step_bytes / step_s / 1e9
-        contenders[name] = {
-            **t,
-            "prefill_tok_s": prompt_length / prefill_s,
-            "decode_tok_s": 1 / step_s,
-            "decode_ms": step_s * 1e3,
-            "gb_s": rate,
-            "roofline_share": rate / bandwidth,
-        }
-    ours, ratios = contenders["gpt-brisk"], {}
-    for peer in PEERS:
-        variants = [values for name, values in contenders.items() if name.startswith(peer)]
-        if variants:
-            ratios[peer] = {
-                key: ours[f"{key}_tok_s"] / max(variant[f"{key}_tok_s"] for variant in variants)
-                for key in ("decode", "prefill")
-            }
-    return {
-        "read_bandwidth": {"rounds_gb_s": bandwidths, "gb_s": bandwidth, "decode_tok_s": bandwidth * 1e9 / step_bytes},
-        "contenders": contenders,
-        "ratios": ratios,
-    }
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a table and a few lines."""
-    machine, settings, bandwidth = report["machine"], report["settings"], report["read_bandwidth"]
-    compiled = "compiled" if settings["compile_prefill"] else "eager"
-    lines = [
-        f"**{settings['name']}, {settings['mode']}** on {machine['device']}, {machine['threads']} threads, "
-        f"torch {machine['versions']['torch']}, {machine['date'][:10]}; medians of {settings['rounds']} rounds",
-        "",
-        f"| | prefill {settings['prompt_length']}, tok/s | decode, tok/s | ms a token | GB/s | of the roofline |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, row in report["contenders"].items():
-        version = machine["versions"].get("llama-cpp-python" if name == "llama.cpp" else name.split(",")[0])
-        label = f"gpt-brisk, {compiled} prefill" if name == "gpt-brisk" else f"{name} ({version})"
-        lines.append(
-            f"| {label} | {row['prefill_tok_s']:.1f} | {row['decode_tok_s']:.1f} | {row['decode_ms']:.1f} "
-            f"| {row['gb_s']:.1f} | {row['roofline_share']:.0%} |"
-        )
-    lines.append(f"| *read bandwidth* | | {bandwidth['decode_tok_s']:.1f} | | {bandwidth['gb_s']:.1f} | 100% |")
-    lines.append("")
-    for peer, ratio in report["ratios"].items():
-        better = " (the better of its two, each)" if peer == "transformers" else ""
-        lines.append(f"- ours / {peer}{better}: decode {ratio['decode']:.2f}x, prefill {ratio['prefill']:.2f}x")
-    lines += [f"- skipped: {peer}: {reason}" for peer, reason in report["skipped"].items()]
-    if startup := report.get("startup"):
-        lines.append(
-            f"- process start to first tokens: {startup['cold_median_s']:.1f} s compiled from scratch, "
-            f"{startup['warm_median_s']:.1f} s with a warm cache; resident memory over weights: "
-            f"{startup['loaded_to_weights']:.2f} after loading, {startup['used_to_weights']:.2f} after a forward pass"
-        )
-    if cache := report.get("long_cache"):
-        lines.append(
-            f"- decode at position 100: {cache['short_ms']:.1f} ms a token with --max_seq_length "
-            f"{cache['max_seq_length'][0]}, {cache['long_ms']:.1f} with {cache['max_seq_length'][1]}: "
-            f"{cache['ratio']:.3f} to 1"
-        )
-    if report["peak_gpu_memory_gb"]:
-        lines.append(f"- peak GPU memory, all contenders: {report['peak_gpu_memory_gb']:.2f} GB")
-    return "\n".join(lines) + "\n"
+def measure_batches(
+    models: Mapping[str, Transformer],
+    sizes: list[int],
+    position: int,
+    new_tokens: int,
+    rounds: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Tokens a second of so many rows together, each mode, and how many times that of one row it is."""
+    turns, sizes = {}, sorted({1, *sizes})
+    for mode, model in models.items():
+        for rows in sizes:
+            runner = Ours(model, -(-(position + new_tokens) // 128) * 128, rows=rows)
+            runner.fill_cache()
+            turns[f"{mode} x {rows}"] = (runner, position)
+    times = take_turns(turns, new_tokens, rounds, device)
+    found = []
+    for mode in models:
+        single = statistics.median(times[f"{mode} x 1"]["decode_s"])
+        for rows in sizes:
+            t = times[f"{mode} x {rows}"]
+            step_s = statistics.median(t["decode_s"])
+            found.append({
+                "mode": mode,
+                "batch_size": rows,
+                "decode_s": t["decode_s"],
+                "read_gb_s": t["read_gb_s"],
+                "decode_ms": step_s / new_tokens * 1e3,
+                "decode_tok_s": rows * new_tokens / step_s,
+                "times_one_row": rows * single / step_s,
+            })  # fmt: skip
+    return found
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -306,6 +284,8 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--shape", choices=(*SHAPES, "demo"), help="random weights, or the demo; default: 1b")
     source.add_argument("--checkpoint_path", type=Path, help="a converted folder or a weight file in one")
+    add("--mode", nargs="+", choices=MODES, help="one or several; default: as the weights are stored")
+    add("--groupsize", type=int, choices=GROUPSIZES, default=32, help="of int4")
     add("--against", nargs="+", choices=PEERS, default=[], help="run these as well, where they are installed")
     add("--out", type=Path, default=Path("bench_out"), help="where results go, and weights that other programs read")
     add("--prompt_length", type=int, default=512, help="tokens of a prefill")
@@ -315,13 +295,17 @@ def parse_args() -> argparse.Namespace:
     add("--compile_prefill", action="store_true", help="compile our prefill as well")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=int, help="default: one a core")
+    add("--batch_size", type=int, nargs="+", default=[], help="measure decoding so many rows at once as well")
+    add("--positions", type=int, nargs="+", default=[], help="measure decoding at these positions as well")
     add("--startup", action="store_true", help="measure the time to the first token and the memory of generate.py")
     add("--long_cache", action="store_true", help="measure decoding at position 100 in caches of 256 and 8192")
     args = parser.parse_args()
-    for name in ("prompt_length", "new_tokens", "rounds", "max_seq_length", "threads"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value < 2**31:
-            raise UserError(f"--{name} {value} is out of range; it must be 1 or more")
+    for name in ("prompt_length", "new_tokens", "rounds", "max_seq_length", "threads", "batch_size", "positions"):
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            least = 0 if name == "positions" else 1
+            if value is not None and not least <= value < 2**31:
+                raise UserError(f"--{name} {value} is out of range; it must be {least} or more")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; name a folder")
     return args
@@ -329,14 +313,15 @@ def parse_args() -> argparse.Namespace:
 
 def cache_length(args: argparse.Namespace, context: int) -> int:
     """The positions of our KV cache: --max_seq_length, or what is needed in the steps that generate.py takes."""
-    needed = args.prompt_length + args.new_tokens
+    start = max([args.prompt_length, *args.positions, BASE_POSITION if args.positions else 0])
+    needed = start + args.new_tokens
     limit = min(args.max_seq_length or context, context)
     if args.max_seq_length and args.max_seq_length > context:
         raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
     if needed > limit:
         raise UserError(
-            f"a prompt of {args.prompt_length} tokens and {args.new_tokens} new ones exceed the limit of {limit}; "
-            "lower --prompt_length or --new_tokens"
+            f"{start} tokens and {args.new_tokens} new ones exceed the limit of {limit}; "
+            "lower --prompt_length, --positions or --new_tokens"
         )
     return args.max_seq_length or min(context, max(1024, 1 << (needed - 1).bit_length()))
 
@@ -345,73 +330,140 @@ def random_prompt(length: int, config: ModelConfig) -> list[int]:
     return [random.Random(i).randrange(config.vocab_size) for i in range(length)]
 
 
+def make_models(
+    args: argparse.Namespace, path: Path | None, config: ModelConfig, device: torch.device
+) -> tuple[Transformer, dict[str, Transformer]]:
+    """The model as it is stored, and a model for each mode to measure."""
+    begun = time.perf_counter()
+    dtype = torch.bfloat16 if args.mode else None
+    stored = random_model(config, device) if path is None else load_model(path, device, dtype)
+    models = {}
+    for mode in dict.fromkeys(args.mode or [mode_of(stored)]):
+        if mode == mode_of(stored):
+            models[mode] = stored
+        elif mode_of(stored) in ("int8", "int4"):
+            raise UserError(f"{path} is {mode_of(stored)}; leave out --mode, or name the unquantized checkpoint")
+        else:
+            check_memory(weight_bytes(stored) // 2, f"the model in {mode}", device)
+            models[mode] = quantize_model(stored, mode, args.groupsize)
+        log(f"{mode}: {weight_bytes(models[mode]) / 1e9:.2f} GB a step")
+    log(f"ready in {time.perf_counter() - begun:.1f} s")
+    return stored, models
+
+
+def make_peers(
+    args: argparse.Namespace, hf_config: dict[str, Any], stored: Transformer, modes: list[str], max_length: int
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that --against names, and why some are left out."""
+    contenders, skipped = {}, {}
+    size, unquantized = weight_bytes(stored), mode_of(stored)
+    for program in dict.fromkeys(args.against):
+        try:
+            if unquantized in ("int8", "int4"):
+                raise Unavailable("it needs the unquantized weights; name them and, with --mode, what to make of them")
+            if program == "llama.cpp":
+                for mode in modes:
+                    peer, path, kind = llama_cpp_peer(
+                        stored, mode, args.out / "weights", max_length, torch.get_num_threads()
+                    )
+                    contenders[f"llama.cpp {kind}"] = Contender(peer, program, mode, gguf_bytes(path))
+            elif unquantized in modes:
+                for name, peer in transformers_peers(hf_config, stored, max_length).items():
+                    contenders[name] = Contender(peer, program, unquantized, size)
+            else:
+                raise Unavailable(f"it runs unquantized weights only; add {unquantized} to --mode")
+        except Unavailable as reason:
+            skipped[program] = str(reason)
+            log(f"skipped: {program}: {reason}")
+    return contenders, skipped
+
+
+def measure_contenders(
+    args: argparse.Namespace,
+    hf_config: dict[str, Any],
+    stored: Transformer,
+    models: dict[str, Transformer],
+    ours: dict[str, Ours],
+) -> dict[str, Any]:
+    """Prefill and decode of ours and the peers, those of one mode one after the other."""
+    device, prompt = stored.tok_embeddings.weight.device, random_prompt(args.prompt_length, stored.config)
+    contenders = {
+        f"gpt-brisk {format_of(models[mode])}": Contender(runner, "gpt-brisk", mode, weight_bytes(models[mode]))
+        for mode, runner in ours.items()
+    }
+    peers, skipped = make_peers(args, hf_config, stored, list(models), args.prompt_length + args.new_tokens)
+    differences = {name: logits_error(peer.runner, models[peer.mode], prompt) for name, peer in peers.items()}
+    for name, difference in differences.items():
+        if difference > DIFFERENT.get(peers[name].mode, 0.1):
+            log(f"warning: the logits of {name} are {difference:.0%} off ours: it does not compute the same")
+    order = list(models)
+    contenders = dict(sorted((contenders | peers).items(), key=lambda item: order.index(item[1].mode)))
+
+    turns = {name: (contender.runner, len(prompt)) for name, contender in contenders.items()}
+    times = take_turns(turns, args.new_tokens, args.rounds, device, prompt)
+    cached = cache_bytes(stored, 1, args.prompt_length + args.new_tokens // 2)
+    about = {
+        name: {"program": c.program, "mode": c.mode, "bytes_per_step": c.weight_bytes + cached}
+        for name, c in contenders.items()
+    }
+    return {
+        **summarize(about, times, args.prompt_length, args.new_tokens),
+        "skipped": skipped,
+        "logits_error": differences,
+        "cache_bytes_per_step": cached,
+        "peak_gpu_memory_gb": peak_memory(device) / 1e9 if device.type == "cuda" else None,
+    }
+
+
 def main() -> None:
     args = parse_args()
     device = pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = args.checkpoint_path.absolute().name if args.checkpoint_path else args.shape or "1b"
-    made_up = name in SHAPES and not args.checkpoint_path
+    made_up = not args.checkpoint_path and args.shape != "demo"
     path = None if made_up else weights_path(args.checkpoint_path or DEMO)
+    name = path.parent.absolute().name if args.checkpoint_path else args.shape or "1b"
     hf_config = SHAPES[name] if path is None else read_json(path.parent / "config.json")
     config = ModelConfig.from_hf(hf_config) if path is None else load_config(path.parent)
     length, needed = cache_length(args, config.context_length), args.prompt_length + args.new_tokens
-    prompt = random_prompt(args.prompt_length, config)
     if args.long_cache and config.context_length <= 256:
         raise UserError(f"--long_cache needs a context above 256, and {name} has {config.context_length}; leave it out")
 
     check_compiler()
-    begun = time.perf_counter()
-    model = random_model(config, device) if path is None else load_model(path, device)
-    copies = sum(tensor.nbytes for tensor in model.parameters()) if "llama.cpp" in args.against else 0
-    caches = cache_bytes(model, 1, length + len(args.against) * 2 * needed)
+    torch._dynamo.config.recompile_limit = 1000  # each mode, cache and batch is one of the same function
+    stored, models = make_models(args, path, config, device)
+    copies = sum(weight_bytes(model) for model in models.values()) if "llama.cpp" in args.against else 0
+    caches = cache_bytes(stored, len(models), length + sum(args.batch_size) * needed + len(args.against) * 2 * needed)
     check_memory(copies + caches + BUFFER_BYTES[device.type], "the benchmark beside the model", device)
-    log(f"{name}: {weight_bytes(model) / 1e9:.2f} GB a step, ready in {time.perf_counter() - begun:.1f} s")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    contenders, skipped = {"gpt-brisk": Ours(model, length, args.compile_prefill)}, {}
-    for peer in dict.fromkeys(args.against):
-        try:
-            if peer == "transformers":
-                contenders |= transformers_peers(hf_config, model, needed)
-            else:
-                contenders |= llama_cpp_peers(model, args.out / "weights", needed, torch.get_num_threads())
-        except Unavailable as reason:
-            skipped[peer] = str(reason)
-            log(f"skipped: {peer}: {reason}")
-    differences = {peer: logits_error(contenders[peer], model, prompt) for peer in list(contenders)[1:]}
-    for peer, difference in differences.items():
-        if difference > 0.1:
-            log(f"warning: the logits of {peer} are {difference:.0%} off ours: it does not compute the same")
-
-    bandwidths, times = take_turns(contenders, prompt, args.new_tokens, args.rounds, device)
-    step_bytes = weight_bytes(model) + cache_bytes(model, 1, args.prompt_length + args.new_tokens // 2)
-    mode = MODES[model.tok_embeddings.weight.dtype]
+    ours = {mode: Ours(model, length, args.compile_prefill) for mode, model in models.items()}
+    kept = ("prompt_length", "new_tokens", "rounds", "compile_prefill")
     report = {
         "machine": describe_machine(device),
-        "settings": {
-            "name": name,
-            "mode": mode,
-            **{key: getattr(args, key) for key in ("prompt_length", "new_tokens", "rounds", "compile_prefill")},
-            "max_seq_length": length,
-            "weight_bytes_per_step": weight_bytes(model),
-            "bytes_per_step": step_bytes,
-        },
-        **summarize(bandwidths, times, args.prompt_length, args.new_tokens, step_bytes),
-        "skipped": skipped,
-        "logits_error": differences,
-        "peak_gpu_memory_gb": peak_memory(device) / 1e9 if device.type == "cuda" else None,
+        "settings": {"name": name, "max_seq_length": length, **{key: getattr(args, key) for key in kept}},
+        **measure_contenders(args, hf_config, stored, models, ours),
     }
-    contenders.clear()
+    more = (args.new_tokens, args.rounds, device)
+    if args.positions:
+        report["positions"] = measure_positions(ours, args.positions, *more)
+    ours.clear()
+    if args.batch_size:
+        report["batches"] = measure_batches(models, args.batch_size, args.prompt_length, *more)
     if args.long_cache:
-        report["long_cache"] = measure_long_cache(model, args.new_tokens, args.rounds, device)
+        report["long_cache"] = {mode: measure_long_cache(model, *more) for mode, model in models.items()}
     if args.startup:
-        folder = path or write_checkpoint(args.out / "weights", hf_config, model)
-        report["startup"] = measure_startup(folder, args.rounds, device)
+        report["startup"] = {}
+        for mode, model in models.items():
+            as_it_is = path is not None and not args.mode
+            folder = path if as_it_is else write_checkpoint(args.out / "weights", hf_config, model)
+            report["startup"][mode] = measure_startup(folder, args.rounds, device)
     table = markdown(report)
+    stem = f"bench-{name}-{'-'.join(models)}"
     for suffix, text in (("json", json.dumps(report, indent=1)), ("md", table)):
-        with write_atomically(args.out / f"bench-{name}-{mode}.{suffix}") as file:
+        with write_atomically(args.out / f"{stem}.{suffix}") as file:
             file.write(text.encode())
+    plot(report, args.out / f"{stem}.png")
     print(table, end="")
 
 

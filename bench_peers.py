@@ -1,7 +1,7 @@
 """The programs that bench.py times beside ours: transformers and llama.cpp, on the same weights.
 
     peers = transformers_peers(hf_config, model, max_length=544)        # {"transformers, eager": ..., ...}
-    peers = llama_cpp_peers(model, folder, max_length=544, threads=2)   # {"llama.cpp": ...}
+    peer, path, kind = llama_cpp_peer(model, "int8", folder, max_length=544, threads=2)    # Q8_0, from a GGUF file
 
 A contender, here or in bench.py, has two methods, both greedy, at batch 1:
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from checkpoint import check_disk, lock_temporary
 from model import ModelConfig, Transformer, rope_frequencies
 
+GGUF_KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
 GGUF_ALIGNMENT = 64  # bytes; the default of 32 would put rows of AVX512 loads across cache lines
 
 
@@ -197,7 +198,7 @@ class LlamaCppPeer:
     def decode(self, token: int, position: int, steps: int) -> list[int]:
         tokens = [token]
         for _ in range(steps):  # the cache knows the position
-            tokens.append(int(self._step(tokens[-1:]).argmax()))
+            tokens.append(int(self._step(tokens[-1:]).numpy().argmax()))  # numpy: its threads would spin beside theirs
         return tokens[1:]
 
     def _step(self, tokens: list[int]) -> Tensor:
@@ -210,27 +211,33 @@ class LlamaCppPeer:
         return torch.frombuffer((ctypes.c_float * self.vocab_size).from_address(address), dtype=torch.float32)
 
 
-def llama_cpp_peers(model: Transformer, folder: Path, max_length: int, threads: int) -> dict[str, LlamaCppPeer]:
-    """llama.cpp on the same weights, written to `folder` as GGUF in the dtype they have."""
+def llama_cpp_peer(
+    model: Transformer, mode: str, folder: Path, max_length: int, threads: int
+) -> tuple[LlamaCppPeer, Path, str]:
+    """llama.cpp on these unquantized weights in the format that `mode` is compared with; its file, and the format."""
     llama = require("llama-cpp-python", "llama_cpp")
     gpu = model.tok_embeddings.weight.device.type == "cuda"
     if gpu and not llama.llama_supports_gpu_offload():
         raise Unavailable("llama-cpp-python is built without CUDA (reinstall it with CMAKE_ARGS=-DGGML_CUDA=on)")
-    path = write_gguf(model, folder)
-    return {"llama.cpp": LlamaCppPeer(llama, path, model.config.vocab_size, max_length, threads, gpu)}
+    kind = GGUF_KINDS[mode]
+    path = write_gguf(model, folder, kind)
+    return LlamaCppPeer(llama, path, model.config.vocab_size, max_length, threads, gpu), path, kind
 
 
 def fingerprint(model: Transformer) -> str:
     """A short name for these weights: a hash of the config and of the start of every tensor."""
     digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
-    for name, tensor in model.state_dict().items():
+    packed = {name: tensor for name, tensor in model.named_buffers() if name.endswith((".packed", ".scales"))}
+    for name, tensor in {**model.state_dict(), **packed}.items():
         start = tensor.reshape(-1)[:256].float().cpu().numpy().tobytes()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + start)
     return digest.hexdigest()[:12]
 
 
-def write_gguf(model: Transformer, folder: Path) -> Path:
+def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
     """Writes the weights as a GGUF file of the architecture "llama", without a vocabulary; returns its path.
+
+    All matrices are of one kind: that of the weights, "Q8_0" or "Q4_0". Norms are float32.
 
     The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Its RoPE pairs neighbours where ours pairs an
     element with the one half a head away, so the rows of q and k are interleaved. Unavailable for models that
@@ -246,11 +253,10 @@ def write_gguf(model: Transformer, folder: Path) -> Path:
     ):
         if unsupported:
             raise Unavailable(f"models with {what} are not written as GGUF here")
-    dtype = model.tok_embeddings.weight.dtype
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    kind, file_type = gguf.GGMLQuantizationType[names[dtype]], gguf.LlamaFileType
-    file_types = {"BF16": file_type.MOSTLY_BF16, "F16": file_type.MOSTLY_F16, "F32": file_type.ALL_F32}
-    path = folder / f"{fingerprint(model)}.gguf"
+    if kind.startswith("Q") and any(p.ndim == 2 and p.shape[1] % 32 for p in model.parameters()):
+        raise Unavailable(f"{kind} needs widths that are multiples of 32")
+    tensor_kind, file_types = gguf.GGMLQuantizationType[kind], gguf.LlamaFileType
+    path = folder / f"{fingerprint(model)}-{kind}.gguf"
     if path.exists():
         return path
     check_disk(sum(tensor.nbytes for tensor in model.parameters()), path)
@@ -260,7 +266,7 @@ def write_gguf(model: Transformer, folder: Path) -> Path:
     try:
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_custom_alignment(GGUF_ALIGNMENT)
-        writer.add_file_type(file_types[kind.name])
+        writer.add_file_type(file_types.ALL_F32 if kind == "F32" else file_types[f"MOSTLY_{kind}"])
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.context_length)
         writer.add_embedding_length(config.dim)
@@ -277,9 +283,12 @@ def write_gguf(model: Transformer, folder: Path) -> Path:
         for name, tensor in gguf_tensors(model).items():
             if tensor.dim() == 1:
                 writer.add_tensor(name, tensor.float().cpu().numpy())
+            elif kind.startswith("Q"):
+                rows = (gguf.quants.quantize(part.float().cpu().numpy(), tensor_kind) for part in tensor.split(512))
+                writer.add_tensor(name, torch.cat([*map(torch.from_numpy, rows)]).numpy(), raw_dtype=tensor_kind)
             else:
                 data = tensor.contiguous().cpu().view(torch.uint8).numpy()
-                writer.add_tensor(name, data, raw_dtype=kind)
+                writer.add_tensor(name, data, raw_dtype=tensor_kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -292,6 +301,12 @@ def write_gguf(model: Transformer, folder: Path) -> Path:
     finally:
         os.close(descriptor)
     return path
+
+
+def gguf_bytes(path: Path) -> int:
+    """Bytes of weights in a GGUF file that a decode step reads: all but an embedding that is not the output as well."""
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in require("gguf", "gguf").GGUFReader(path).tensors}
+    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
 
 
 def gguf_tensors(model: Transformer) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """How soon generate.py speaks and how much memory it takes: the part of bench.py that needs processes of its own.
 
     folder = write_checkpoint(Path("bench_out/weights"), hf_config, model)     # for a model that is made up
-    measure_startup(folder, rounds=3, device=torch.device("cpu"))              # {"cold_s": [...], "warm_s": [...], ...}
+    measure_startup(folder, rounds=3, device=torch.device("cpu"))              # {"first_s": [...], "cold_s": ...}
 
 A file that generate.py has to find is written once and kept for the next run.
 """
@@ -17,19 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench_peers import fingerprint
 from checkpoint import DEMO, FORMAT, VERSION, check_disk, write_atomically, write_safetensors
+from engine import weight_bytes
 from errors import UserError
 from generate import log
+from kernels import Int4Linear, Int8Linear, unpack_int4, unpack_int8
 from model import Transformer
 
 HERE = Path(__file__).parent
+GENERATE = HERE / "generate.py"
 MEMORY_PROBE = """
 import re, sys, torch
 from pathlib import Path
 from checkpoint import load_model
-from engine import peak_memory
+from engine import peak_memory, weight_bytes
 
 def peak():
     # ru_maxrss starts with what the parent had, on Linux
@@ -44,7 +48,8 @@ loaded = peak()
 model.setup_caches(1, 128)
 with torch.no_grad():
     model(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))
-print(sum(p.nbytes for p in model.parameters()), imported, loaded, peak())
+embedding = 0 if model.output is None else model.tok_embeddings.weight.nbytes
+print(weight_bytes(model) + embedding, imported, loaded, peak())
 """
 
 
@@ -52,12 +57,17 @@ def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer
     """The model as a checkpoint in `folder`, with the demo's tokenizer; one that is there already is kept."""
     folder = folder / fingerprint(model)
     if not (folder / "config.json").exists():
-        state = model.state_dict()
-        check_disk(sum(tensor.nbytes for tensor in state.values()), folder)
+        check_disk(weight_bytes(model) + model.tok_embeddings.weight.nbytes, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        metadata = {"format": FORMAT, "version": VERSION}
-        write_safetensors(folder / "model.safetensors", shapes, lambda name: [state[name].cpu()], metadata)
+        tensors, quantized = model.state_dict(), {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, (Int8Linear, Int4Linear)):
+                quantized[name], parts = canonical(layer)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        metadata = {"format": FORMAT, "version": VERSION, "quantized": json.dumps(quantized)}
+        path = folder / "model.safetensors"
+        write_safetensors(path, shapes, lambda name: [tensors[name].cpu().contiguous()], metadata)
         for source in DEMO.glob("tokenizer*"):
             (folder / source.name).write_bytes(source.read_bytes())
         with write_atomically(folder / "config.json") as file:  # last: it says that the rest is there
@@ -65,22 +75,35 @@ def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer
     return folder
 
 
+def canonical(layer: Int8Linear | Int4Linear) -> tuple[str, dict[str, Tensor | None]]:
+    """What a quantized layer is called in the metadata, and its tensors as they are on disk."""
+    sizes = layer.out_features, layer.in_features
+    if isinstance(layer, Int8Linear):
+        return "int8", {"weight": unpack_int8(layer.packed, *sizes), "scales": layer.scales, "bias": layer.bias}
+    grid = layer.groupsize, layer.scale_dtype, layer.zero
+    parts = zip(("weight", "scales", "zeros"), unpack_int4(layer.packed, *sizes, *grid), strict=True)
+    return f"int4-g{layer.groupsize}", {**dict(parts), "bias": layer.bias}
+
+
 def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str, Any]:
     """From the start of a process to its first tokens, and the memory that it takes, in seconds and GB.
 
     The clock runs from the start of `generate.py --compile --max_new_tokens 2 --json` until its line is on stdout: one
-    token of the prefill and one of the compiled loop. Each round runs it with an empty Inductor cache and then with
-    the one this left. The weights are in the page cache. Memory is the peak of a process that loads them (on the CPU)
-    before, after that, and after a forward pass that has touched all of them.
+    token of the prefill and one of the compiled loop. Each round starts it with nothing built, then with the kernels
+    of the CPU there but an empty Inductor cache (cold), and then with what this left (warm). The weights are in the
+    page cache. Memory is the peak of a process that loads them (on the CPU) before, after that, and after a forward
+    pass that has touched all of them.
     """
-    command = [sys.executable, str(HERE / "generate.py"), "--compile", "--checkpoint_path", str(folder), "--json"]
+    command = [sys.executable, str(GENERATE), "--compile", "--checkpoint_path", str(folder), "--json"]
     command += ["--prompt", "16", "--max_new_tokens", "2", "--device", device.type]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    times: dict[str, list[float]] = {"cold_s": [], "warm_s": []}
+    times: dict[str, list[float]] = {"first_s": [], "cold_s": [], "warm_s": []}
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
-            environment["TORCHINDUCTOR_CACHE_DIR"] = cache
-            for values in times.values():
+            environment["TORCH_EXTENSIONS_DIR"] = f"{cache}/kernels"
+            for kind, values in times.items():
+                if kind != "warm_s":
+                    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{kind}"
                 begun = time.perf_counter()
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
                 with subprocess.Popen(command, env=environment, **pipes) as child:
@@ -88,15 +111,18 @@ def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str
                     values.append(time.perf_counter() - begun)
                 if not line:
                     raise UserError(f"generate.py fails; see what it says to: {' '.join(command[1:])}")
-        cold, warm = times["cold_s"][-1], times["warm_s"][-1]
-        log(f"startup {number + 1} of {rounds}: {cold:.1f} s compiled from scratch, {warm:.1f} s with a warm cache")
+        first, cold, warm = (values[-1] for values in times.values())
+        log(
+            f"startup {number + 1} of {rounds}: {first:.1f} s with nothing built, {cold:.1f} s compiled from scratch, "
+            f"{warm:.1f} s with a warm cache"
+        )
+    del environment["TORCH_EXTENSIONS_DIR"]
     probe = [sys.executable, "-c", MEMORY_PROBE, str(folder)]
     output = subprocess.check_output(probe, cwd=HERE, env=environment)
     weights, imported, loaded, used = (int(word) for word in output.split())
     return {
         **times,
-        "cold_median_s": statistics.median(times["cold_s"]),
-        "warm_median_s": statistics.median(times["warm_s"]),
+        **{key.replace("_s", "_median_s"): statistics.median(values) for key, values in times.items()},
         "weights_gb": weights / 1e9,
         "resident_before_gb": imported / 1e9,
         "resident_loaded_gb": loaded / 1e9,

@@ -306,7 +306,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         model = Transformer(config)
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next
     for layer, group in quantized.items():
-        weight, *grid = (stored[name].read().to(device) for name in parts[layer])
+        weight, *grid = (_mapped(stored[name]).to(device) for name in parts[layer])  # packing copies them
         bias = state.get(f"{layer}.bias")
         if group:
             order = _read_order(stored[orders[layer]], orders[layer]).to(device) if layer in orders else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from kernels import Int4Linear, Int8Linear
+from kernels import Int4Linear, Int8Linear, cpu_library
 from model import Transformer
 from sampling import SamplingParams, SamplingTensors, sample, sampling_tensors
 from tokenizer import StreamingDetokenizer, Tokenizer
@@ -53,10 +53,15 @@ class Engine:
         self.fixed_lengths = compile_prefill
         self._decode: Callable = decode_one_token
         self._hidden: Callable = model.hidden
+        if self.compiled and self.device.type == "cpu" and cpu_library() is not None:
+            # A compiler that has built our kernels knows the instruction sets. Inductor would try out each at every
+            # start, which takes a second; at the first one five.
+            torch._inductor.config.cpp.vec_isa_ok = True
         if compile:
-            # CUDA graphs: the launches of a decode step cost more than its work on small models.
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True, dynamic=False)
+            # CUDA graphs: the launches of a decode step cost more than its work on small models. Sizes are not checked
+            # at every call of every kernel: that took 10 us a layer.
+            options = {"triton.cudagraphs": self.device.type == "cuda", "size_asserts": False}
+            self._decode = torch.compile(decode_one_token, options=options, fullgraph=True, dynamic=False)
         if compile_prefill:
             self._hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False)
 
@@ -121,6 +126,7 @@ class Engine:
         greedy = all(row.temperature == 0 for row in params)
         for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
             self.decode(token, input_pos, 1, sampling_tensors(params, self.device), greedy).tolist()
+        gc.freeze()  # what a compilation leaves behind stays, and would be searched at every collection and at the end
         gc.enable()
         return time.perf_counter() - begun
 
@@ -190,7 +196,8 @@ def generate(
 
 
 def check_compiler() -> None:
-    """UserError where torch.compile would not find a C++ compiler."""
+    """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler."""
+    import torch._inductor.compile_fx  # noqa: F401
     from torch._inductor import cpp_builder, exc
 
     try:

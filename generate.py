@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch
 from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Stats, Token, cache_bytes, check_compiler, generate, weight_bytes
 from errors import ArgumentParser, UserError
+from kernels import cpu_library
 from model import ModelConfig
 from sampling import SamplingParams
 from tokenizer import Tokenizer, load_tokenizer
@@ -201,10 +203,13 @@ def main() -> None:
         for sample in range(args.num_samples)
     )
 
-    if args.compile or args.compile_prefill:
-        check_compiler()
     begun = time.perf_counter()
-    model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None)
+    with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
+        compiler = pool.submit(check_compiler) if args.compile or args.compile_prefill else None
+        kernels = pool.submit(cpu_library) if device.type == "cpu" else None
+        model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None)
+        for job in filter(None, (compiler, kernels)):
+            job.result()
     check_memory(
         cache_bytes(model, batch_size, max_seq_length),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",

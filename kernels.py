@@ -8,9 +8,11 @@
 Each op has a reference version in plain PyTorch, which runs on any device, and one in kernels_cpu.cpp. That is
 built at the first use and kept in ~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). Without a compiler there is one
 warning, and the reference versions do the work. GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
+The versions for CUDA, in kernels_triton.py, are imported at the first use and bring weights into an order of their own.
 
-The quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of K, the
-group being the weight's own for int4 and 128 for int8. So products are of integers, which a CPU does four at a time.
+On CPUs the quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of
+K, the group being the weight's own for int4 and 128 for int8. So products are of integers, which a CPU does four at a
+time. On CUDA they don't.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +66,9 @@ def _op(fake):
         torch.library.register_fake(f"brisk::{name}")(fake)
 
         def first_use(*args):
-            # The library's own versions, once it is loaded, come before this one on CPUs.
-            if args[0].device.type == "cpu" and cpu_library() is not None:
+            # The versions of a device come before this one, once they are loaded.
+            device = args[0].device.type
+            if (device == "cpu" and cpu_library() is not None) or (device == "cuda" and cuda_kernels() is not None):
                 return getattr(torch.ops.brisk, name).default(*args)
             return reference(*args)
 
@@ -147,6 +151,8 @@ def quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def pack_int8(weight: Tensor) -> Tensor:
     """int8 [N, K] -> uint8 [N / 32, K / 4, 32, 4], both rounded up: for each 4 k, the bytes of 32 rows, plus 128."""
+    if weight.device.type == "cuda" and cuda_kernels() is not None:
+        return weight.contiguous()  # the Triton version takes it as it is
     N, K = weight.shape
     padded = weight if N % PANEL == K % 16 == 0 else F.pad(weight, (0, -K % 16, 0, -N % PANEL))
     words = padded.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))  # [panels, 32, K / 4]
@@ -157,6 +163,8 @@ def pack_int8(weight: Tensor) -> Tensor:
 
 def unpack_int8(packed: Tensor, N: int, K: int) -> Tensor:
     """What pack_int8 packed."""
+    if packed.dtype == torch.int8:
+        return packed
     return (packed.transpose(1, 2).reshape(-1, packed.shape[1] * 4)[:N, :K] ^ 128).view(torch.int8)
 
 
@@ -168,14 +176,18 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
     `zero` is the zero of all groups. Groups begin at cache lines: with every other load across two, it took twice as
     long.
     """
+    if q.device.type == "cuda" and cuda_kernels() is not None:
+        return cuda_kernels().pack_int4(q, scales, zeros, K, groupsize)
     N, groups = scales.shape
-    q = F.pad(q, (0, groups * groupsize // 2 - q.shape[1], 0, -N % PANEL))
-    words = q.contiguous().view(torch.int32).view(-1, PANEL, groups, groupsize // 8)
+    missing = (0, groups * groupsize // 2 - q.shape[1], 0, -N % PANEL)
+    words = (
+        (F.pad(q, missing) if any(missing) else q)
+        .contiguous()
+        .view(torch.int32)
+        .view(-1, PANEL, groups, groupsize // 8)
+    )
     parts = [words.permute(0, 2, 3, 1), _by_panel(scales)]
-    low, high = zeros.aminmax()
-    zero = ZERO_FLOATS
-    if low >= 0 and high <= 255 and bool((zeros == zeros.round()).all()):
-        zero = int(low) if low == high else ZERO_BYTES
+    zero = kind_of_zeros(zeros)
     if zero < 0:
         parts.append(_by_panel(zeros.to(torch.uint8 if zero == ZERO_BYTES else torch.float32)))
     widths = [part[0, 0].numel() * part.element_size() for part in parts]
@@ -187,6 +199,14 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
     return packed, zero
 
 
+def kind_of_zeros(zeros: Tensor) -> int:
+    """The zero of all groups, if that is the same whole number from 0 to 255; else ZERO_BYTES or ZERO_FLOATS."""
+    low, high = zeros.aminmax()
+    if low < 0 or high > 255 or bool((zeros != zeros.round()).any()):
+        return ZERO_FLOATS
+    return int(low) if low == high else ZERO_BYTES
+
+
 def _by_panel(x: Tensor) -> Tensor:
     """[N, groups] -> [panels, groups, 32]."""
     return F.pad(x, (0, 0, 0, -x.shape[0] % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2)
@@ -196,6 +216,8 @@ def unpack_int4(
     packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups]."""
+    if packed.ndim == 1:
+        return cuda_kernels().unpack_int4(packed, N, K, groupsize, scale_dtype, zero)
     zero_dtype = {ZERO_BYTES: torch.uint8, ZERO_FLOATS: torch.float32}.get(zero)
     widths = [PANEL * groupsize // 2, PANEL * scale_dtype.itemsize, PANEL * zero_dtype.itemsize if zero_dtype else 0]
     words, scales, zeros = (part.contiguous() for part in packed[..., : sum(widths)].split(widths, -1))
@@ -314,6 +336,21 @@ class Int4Linear(nn.Module):
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The versions for CUDA
+
+
+@functools.cache
+def cuda_kernels() -> ModuleType | None:
+    """kernels_triton, which registers itself; None, after a warning, where Triton is missing."""
+    try:
+        import kernels_triton
+    except ImportError as error:
+        print(f"warning: no Triton, so quantized layers and attention will be slow: {error}", file=sys.stderr)
+        return None
+    return kernels_triton
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ class Block(nn.Module):
 
     @torch.compiler.nested_compile_region  # traced and compiled once, called for every layer
     def forward(
-        self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor, only: Tensor | None = None
+        self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor, only: Tensor | None
     ) -> Tensor:
         """[B, S, dim] -> the same, or [B, 1, dim]: of each row just token `only` [B], though all reach the cache."""
         y = self.attention(self.attention_norm(x), input_pos, cos, sin, key_pos, only)
@@ -545,7 +545,7 @@ class Transformer(nn.Module):
         cos, sin = rope_angles(self.config.rope, self.rope_freqs, input_pos, padding=self.max_seq_length)
         key_pos = self.key_pos if key_pos is None else key_pos
         for layer in self.layers[:-1]:
-            x = layer(x, input_pos, cos, sin, key_pos)
+            x = layer(x, input_pos, cos, sin, key_pos, None)
         return self.norm(self.layers[-1](x, input_pos, cos, sin, key_pos, only))
 
     def logits(self, hidden: Tensor) -> Tensor:

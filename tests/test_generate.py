@@ -188,7 +188,7 @@ def test_profile_is_a_chrome_trace(script, base_folder, tmp_path):
     assert result.code == 0
     events = json.loads(path.read_text())["traceEvents"]
     assert {event["ph"] for event in events} >= {"X"}
-    assert sum(event.get("name") == "aten::scaled_dot_product_attention" for event in events) == 2 * 4
+    assert sum(event.get("name") == "brisk::decode_attention" for event in events) == 2 * 4
     assert os.listdir(tmp_path) == ["trace.json"]
 
 
