@@ -478,56 +478,57 @@ INLINE f32x16 sum_each(const f32x16 (&v)[16]) {
                              _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
     return (f32x16)_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 }
-constexpr int KEYS_AT_ONCE = 16;
-INLINE void scores_of(const uint16_t* q, const uint16_t* const (&keys)[16], int64_t D, float* to) {
-    f32x16 sums[16] = {};
-    for (int64_t d = 0; d < D; d += 32) {
-        Part x = part(q + d);
-        UNROLL for (int j = 0; j < 16; j++) sums[j] = multiply_add(sums[j], weights(keys[j] + d), x);
-    }
-    store(to, sum_each(sums));
-}
-#else
-constexpr int KEYS_AT_ONCE = 4;
-INLINE f32x16 sum_each(const f32x16 (&v)[4]) {
-    f32x16 sums = {};
-    for (int i = 0; i < 4; i++) sums[i] = sum_lanes(v[i]);
-    return sums;
-}
+INLINE f32x16 multiply_add(f32x16 sum, f32x16 k, f32x16 q) { return sum + k * q; }
+INLINE Part lanes(const uint16_t* x) { return part(x); }
 #endif
+INLINE f32x16 lanes(const float* x) { return load<f32x16>(x); }
 
-INLINE void scores_of(const float* q, const float* const (&keys)[KEYS_AT_ONCE], int64_t D, float* to) {
-    f32x16 sums[KEYS_AT_ONCE] = {};
-    for (int64_t d = 0; d < D; d += 16) {
-        f32x16 x = load<f32x16>(q + d);
-        UNROLL for (int j = 0; j < KEYS_AT_ONCE; j++) sums[j] += load<f32x16>(keys[j] + d) * x;
+// Scores [NQ, KEYS] of `count` keys, NK at once. Meanwhile the values, which come next, are fetched.
+template <int NQ, int NK, class T>
+INLINE void scores_of(const T* q, const T* k, const T* v, int64_t D, int64_t count, float* scores) {
+    int64_t key = 0;
+    for (; key + NK <= count; key += NK) {
+        f32x16 sums[NQ * NK] = {};
+        for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T))
+            UNROLL for (int j = 0; j < NK; j++) {
+                const auto of_key = lanes(k + (key + j) * D + d);
+                prefetch(v + (key + j) * D + d);
+                UNROLL for (int i = 0; i < NQ; i++)
+                    sums[i * NK + j] = multiply_add(sums[i * NK + j], of_key, lanes(q + i * D + d));
+            }
+        float* to = scores + key;
+#if AVX512
+        if constexpr (NQ * NK == 16) {
+            const f32x16 each = sum_each(sums);
+            UNROLL for (int i = 0; i < NQ; i++) memcpy(to + i * KEYS, (const float*)&each + i * NK, 4 * NK);
+            continue;
+        }
+#endif
+        for (int i = 0; i < NQ; i++)
+            for (int j = 0; j < NK; j++) to[i * KEYS + j] = sum_lanes(sums[i * NK + j]);
     }
-    f32x16 out = sum_each(sums);
-    memcpy(to, &out, 4 * KEYS_AT_ONCE);
+    if constexpr (NK > 1)
+        if (key < count) scores_of<NQ, 1>(q, k + key * D, v + key * D, D, count - key, scores + key);
 }
 
-// Scores [G, KEYS] of `count` keys; those after them get the last key's. What the values will be is fetched meanwhile.
 template <class T>
-INLINE void scores_of_block(const T* q, int64_t G, const T* k, int64_t D, int64_t count, const char* next,
-                            int64_t next_bytes, float* scores) {
-    for (int64_t first = 0; first < count; first += KEYS_AT_ONCE) {
-        const T* keys[KEYS_AT_ONCE];
-        for (int j = 0; j < KEYS_AT_ONCE; j++) keys[j] = k + smaller(first + j, count - 1) * D;
-        const int64_t until = next_bytes * (first + KEYS_AT_ONCE) / count;
-        for (int64_t at = next_bytes * first / count; at < until; at += 64) prefetch(next + at);
-        for (int64_t g = 0; g < G; g++) scores_of(q + g * D, keys, D, scores + g * KEYS + first);
-    }
+INLINE void scores_of_block(const T* q, int64_t G, const T* k, const T* v, int64_t D, int64_t count, float* scores) {
+    int64_t g = 0;
+    for (; AVX512 && g + 4 <= G; g += 4) scores_of<4, 4>(q + g * D, k, v, D, count, scores + g * KEYS);
+    for (; g < G; g++) scores_of<1, AVX512 ? 16 : 4>(q + g * D, k, v, D, count, scores + g * KEYS);
 }
 
 // out[NQ, D] += weights [NQ, KEYS] times values [count, D], for the 16 NV columns from d.
-template <int NQ, int NV, class T>
-INLINE void add_values(const T* v, int64_t D, int64_t d, int64_t count, const float* p, float* out) {
+template <int NQ, int NV>
+INLINE void add_values(const float* v, const float* next, int64_t D, int64_t d, int64_t count, const float* p,
+                       float* out) {
     f32x16 sums[NQ][NV];
     UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < NV; j++)
         sums[i][j] = load<f32x16>(out + i * D + d + 16 * j);
     for (int64_t key = 0; key < count; key++) {
         UNROLL for (int j = 0; j < NV; j++) {
-            f32x16 value = load_value(v + key * D + d + 16 * j);
+            f32x16 value = load<f32x16>(v + key * D + d + 16 * j);
+            prefetch(next + key * D + d + 16 * j);
             UNROLL for (int i = 0; i < NQ; i++) sums[i][j] += value * p[i * KEYS + key];
         }
     }
@@ -535,8 +536,40 @@ INLINE void add_values(const T* v, int64_t D, int64_t d, int64_t count, const fl
         store(out + i * D + d + 16 * j, sums[i][j]);
 }
 
+// The same for bf16, two columns of a 32-bit lane at a time: the sums of the even ones are apart from those of the odd.
+template <int NQ, int NV>
+INLINE void add_values(const uint16_t* v, const uint16_t* next, int64_t D, int64_t d, int64_t count, const float* p,
+                       float* out) {
+    constexpr int PAIRS = NV / 2;
+    f32x16 even[NQ][PAIRS], odd[NQ][PAIRS];
+    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < PAIRS; j++) {
+        const float* at = out + i * D + d + 32 * j;
+        f32x16 low = load<f32x16>(at), high = load<f32x16>(at + 16);
+        even[i][j] = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        odd[i][j] = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    }
+    for (int64_t key = 0; key < count; key++) {
+        UNROLL for (int j = 0; j < PAIRS; j++) {
+            u32x16 pair = load<u32x16>(v + key * D + d + 32 * j);
+            prefetch(next + key * D + d + 32 * j);
+            f32x16 first = (f32x16)(pair << 16), second = (f32x16)(pair & 0xffff0000u);
+            UNROLL for (int i = 0; i < NQ; i++) {
+                even[i][j] += first * p[i * KEYS + key];
+                odd[i][j] += second * p[i * KEYS + key];
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < PAIRS; j++) {
+        f32x16 e = even[i][j], o = odd[i][j];
+        float* at = out + i * D + d + 32 * j;
+        store(at, __builtin_shufflevector(e, o, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        store(at + 16, __builtin_shufflevector(e, o, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    }
+}
+
 template <class T>
-INLINE void add_block(const T* v, int64_t G, int64_t D, int64_t count, const float* p, float* out) {
+INLINE void add_block(const T* v, const T* next, int64_t G, int64_t D, int64_t count, const float* p, float* out) {
+    constexpr int STEP = sizeof(T) == 2 ? 32 : 16;  // columns: D is a multiple of it
     for (int64_t g = 0; g < G;) {
         const bool four = AVX512 && g + 4 <= G;
         for (int64_t d = 0; d < D;) {
@@ -544,14 +577,14 @@ INLINE void add_block(const T* v, int64_t G, int64_t D, int64_t count, const flo
             const float* at = p + g * KEYS;
             float* to = out + g * D;
             if (four && wide)
-                add_values<4, 4>(v, D, d, count, at, to);
+                add_values<4, 4>(v, next, D, d, count, at, to);
             else if (four)
-                add_values<4, 1>(v, D, d, count, at, to);
+                add_values<4, STEP / 16>(v, next, D, d, count, at, to);
             else if (wide)
-                add_values<1, 4>(v, D, d, count, at, to);
+                add_values<1, 4>(v, next, D, d, count, at, to);
             else
-                add_values<1, 1>(v, D, d, count, at, to);
-            d += wide ? 64 : 16;
+                add_values<1, STEP / 16>(v, next, D, d, count, at, to);
+            d += wide ? 64 : STEP;
         }
         g += four ? 4 : 1;
     }
@@ -581,7 +614,7 @@ INLINE void softmax_block(float* scores, int64_t count, float scale, float* larg
 
 void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset, int64_t begin,
             int64_t end, float* largest, float* sum, float* out, float* scratch) {
-    const int64_t padded = round_up(D, 16), bytes = D * size_of(k.type);
+    const int64_t padded = round_up(D, 16);
     float* keys = scratch;  // of a block, as floats with zeros after each, where the cache can't be read as it is
     float* values = keys + KEYS * padded;
     float* queries = values + KEYS * padded;
@@ -596,31 +629,29 @@ void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v
     memset(out, 0, G * padded * sizeof(float));
     for (int64_t first = begin; first < end; first += KEYS) {
         const int64_t count = smaller(KEYS, end - first), offset = kv_offset + first * D;
-        const char* k_at = (const char*)k.data + offset * size_of(k.type);
-        const char* v_at = (const char*)v.data + offset * size_of(v.type);
         // While one of K and V is worked on, memory delivers the other.
+        const int64_t next_offset = first + KEYS < end ? offset + KEYS * D : offset;
+        const uint16_t *k16 = (const uint16_t*)k.data, *v16 = (const uint16_t*)v.data;
+        const float *k32 = (const float*)k.data, *v32 = (const float*)v.data;
         if (as_bf16) {
 #if AVX512
-            scores_of_block((const uint16_t*)q.data + q_offset, G, (const uint16_t*)k_at, D, count, v_at,
-                            count * bytes, scores);
+            scores_of_block((const uint16_t*)q.data + q_offset, G, k16 + offset, v16 + offset, D, count, scores);
 #endif
         } else if (as_float) {
-            scores_of_block(queries, G, (const float*)k_at, D, count, v_at, count * bytes, scores);
+            scores_of_block(queries, G, k32 + offset, v32 + offset, D, count, scores);
         } else {
             for (int64_t j = 0; j < count; j++) to_float(k, offset + j * D, D, padded, keys + j * padded);
-            scores_of_block(queries, G, keys, padded, count, v_at, count * bytes, scores);
+            scores_of_block(queries, G, keys, values, padded, count, scores);
         }
         for (int64_t g = 0; g < G; g++)
             softmax_block(scores + g * KEYS, count, scale, largest + g, sum + g, out + g * padded, padded);
-        const int64_t following = smaller(KEYS, end - first - count) * bytes;
-        for (int64_t at = 0; at < following; at += 64) prefetch(k_at + count * bytes + at);
         if (as_bf16) {
-            add_block((const uint16_t*)v_at, G, D, count, scores, out);
+            add_block(v16 + offset, k16 + next_offset, G, D, count, scores, out);
         } else if (as_float) {
-            add_block((const float*)v_at, G, D, count, scores, out);
+            add_block(v32 + offset, k32 + next_offset, G, D, count, scores, out);
         } else {
             for (int64_t j = 0; j < count; j++) to_float(v, offset + j * D, D, padded, values + j * padded);
-            add_block(values, G, padded, count, scores, out);
+            add_block(values, values, G, padded, count, scores, out);
         }
     }
 }
