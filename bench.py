@@ -59,7 +59,7 @@ from checkpoint import DEMO, check_memory, load_config, load_model, read_json, w
 from engine import Engine, cache_bytes, check_compiler, peak_memory, weight_bytes
 from errors import ArgumentParser, UserError
 from generate import log, pick_device
-from kernels import GROUPSIZES
+from kernels import GROUPSIZES, allocate
 from model import ModelConfig, Transformer
 from sampling import SamplingParams, sampling_tensors
 
@@ -146,7 +146,7 @@ def take_turns(
     one there is no prefill. `tokens` are those of the warm-up.
     """
     times: dict[str, dict[str, list]] = {name: {} for name in turns}
-    buffer = torch.ones(BUFFER_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    buffer = allocate(BUFFER_BYTES[device.type], device).view(torch.float32).fill_(1)
     warm_up = 3 if device.type == "cuda" else 1  # CUDA graphs: warm up, record, replay
     for number in range(-warm_up, rounds):
         for name, (contender, position) in turns.items():

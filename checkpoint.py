@@ -276,10 +276,10 @@ def weights_path(path: Path | str) -> Path:
 def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """Loads a checkpoint, a folder or one weight file in it, for inference (eval mode, no gradients).
 
-    On a CPU, and in the dtype that is stored (`dtype=None`), the weights are mapped from the file: nothing is copied,
-    and processes share them. Otherwise they are read, cast and moved tensor by tensor. UserError when a file or tensor
-    is missing, unexpected or misshapen, or when the memory does not suffice. Layers that are quantized are packed for
-    the device; `dtype` is then that of all the rest.
+    `dtype` None keeps what is stored. On a CPU an embedding of which only rows are read stays mapped from the file; the
+    other weights are copied into huge pages, where a decode step reads them faster. Quantized layers are packed for
+    the device; `dtype` is then that of all the rest. UserError when a file or tensor is missing, unexpected or
+    misshapen, or when the memory does not suffice.
     """
     path, device = weights_path(path), torch.device(device)
     config = load_config(path.parent)
@@ -298,10 +298,14 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     for name, tensor in stored.items():
         if name in packed:
             continue
-        if device.type == "cpu" and tensor.dtype == dtype and tensor.offset % dtype.itemsize == 0:
-            state[name] = _mapped(tensor)
+        source = _mapped(tensor) if tensor.offset % tensor.dtype.itemsize == 0 else tensor.read()
+        if device.type != "cpu":
+            state[name] = source.to(device, dtype)
+        elif name == "tok_embeddings.weight" and source.dtype == dtype and ("output" in quantized or not config.tied):
+            state[name] = source
         else:
-            state[name] = tensor.read().to(device, dtype)
+            memory = kernels.allocate(source.numel() * dtype.itemsize, device)
+            state[name] = memory.view(dtype).view(source.shape).copy_(source)
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next

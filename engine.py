@@ -67,9 +67,7 @@ class Engine:
 
     def key_positions(self, length: int) -> Tensor:
         """The part of the cache that steps up to position `length` read: in coarse steps, so that shapes are few."""
-        # A CUDA graph is recorded for each length, so there they double.
-        on_cuda = self.device.type == "cuda"
-        rounded = max(256, 1 << (length - 1).bit_length()) if on_cuda else -(-length // 128) * 128
+        rounded = -(-length // 128) * 128
         key_pos = self.model.key_pos[: min(rounded, self.model.max_seq_length)]
         if self.compiled:  # the length varies without a new compilation
             torch._dynamo.maybe_mark_dynamic(key_pos, 0)
@@ -104,11 +102,13 @@ class Engine:
     @torch.no_grad()
     def decode(self, token: Tensor, input_pos: Tensor, length: int, params: SamplingTensors, greedy: bool) -> Tensor:
         """One step: tokens [B, 1] at positions [B, 1], all below `length` -> the next tokens, [B, 1]."""
+        # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
+        key_pos = self.key_positions(length) if self.device.type == "mps" else self.model.key_pos
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
             # The graph's next replay overwrites its output, and the host reads it one step late.
-            return self._decode(self.model, token, input_pos, self.key_positions(length), params, greedy).clone()
-        return self._decode(self.model, token, input_pos, self.key_positions(length), params, greedy)
+            return self._decode(self.model, token, input_pos, key_pos, params, greedy).clone()
+        return self._decode(self.model, token, input_pos, key_pos, params, greedy)
 
     def warm_up(self, params: list[SamplingParams], prompt_length: int | None = None) -> float:
         """Compiles what prompts of this length (by default: any) will call -> seconds. What it leaves is never seen."""

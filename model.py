@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels  # noqa: F401  registers torch.ops.brisk
+import kernels
 from errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,8 +401,9 @@ class KVCache(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        for name in ("k", "v"):
+            memory = kernels.allocate(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
+            self.register_buffer(name, memory, persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S]."""
@@ -449,7 +450,7 @@ def pick(x: Tensor, only: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
     """Queries [B, S, heads, D] over the first L = len(key_pos) entries of caches [max_B, kv_heads, T, D] -> like q."""
     B, S, n_heads, D = q.shape
-    if q.device.type == "cpu" and S <= 16:
+    if q.device.type in ("cpu", "cuda") and S <= 16:
         # Reads what each row's positions allow, so its cost follows them and not key_pos.
         return torch.ops.brisk.decode_attention(q, k, v, input_pos, window)
     n_kv_heads, L = k.shape[1], key_pos.shape[0]

@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 H200_SHARED_MEMORY = 227 * 1024
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=20, deadline=None)
 runs = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="no GPU; test_in_the_interpreter runs it"
 )
@@ -109,12 +109,12 @@ def draw(shape: dict) -> tuple[torch.Generator, torch.Tensor, torch.Tensor | Non
     elif shape["kind"] == "one":
         x = F.one_hot(torch.randint(0, shape["K"], (shape["rows"],), generator=generator), shape["K"]).float() * 3
     bias = torch.randn(shape["N"], generator=generator).to(dtype) if shape["bias"] else None
-    return generator, x.to(dtype), bias
+    return generator, *on_device(x.to(dtype), bias)
 
 
 def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias, size: torch.Tensor) -> None:
     """y [rows, N] against x W^T + b in float64; float32 sums hold products of x with values up to `size` [N, K]."""
-    y, x = y.cpu(), x.double()
+    x = x.double()
     exact, products, summed = (a @ b.double().T for a, b in ((x, weight), (x.abs(), weight.abs()), (x.abs(), size)))
     if bias is not None:
         exact, summed = exact + bias.double(), summed + bias.double().abs()
@@ -151,8 +151,8 @@ def on_device(*tensors):
 
 def check_int8(shape: dict) -> None:
     generator, x, bias = draw(shape)
-    q, scales = int8_weight(generator, shape["N"], shape["K"])
-    y = kernels_triton.linear_int8(*on_device(x, q, scales, bias))
+    q, scales = on_device(*int8_weight(generator, shape["N"], shape["K"]))
+    y = kernels_triton.linear_int8(x, q, scales, bias)
     weight = q.double() * scales.double()[:, None]
     check(y, x, weight, bias, weight.abs())
 
@@ -160,10 +160,10 @@ def check_int8(shape: dict) -> None:
 def check_int4(shape: dict, groupsize: int, scale_dtype: str, zero_kind: str) -> None:
     generator, x, bias = draw(shape)
     N, K = shape["N"], shape["K"]
-    q, scales, zeros = int4_weight(generator, N, K, groupsize, scale_dtype, zero_kind)
-    packed, zero = kernels_triton.pack_int4(*on_device(q, scales, zeros), K, groupsize)
+    q, scales, zeros = on_device(*int4_weight(generator, N, K, groupsize, scale_dtype, zero_kind))
+    packed, zero = kernels_triton.pack_int4(q, scales, zeros, K, groupsize)
     assert zero_kind == "floats" or (zero == 8) == (bool((zeros == 8).all()))
-    y = kernels_triton.linear_int4(*on_device(x, packed, N, groupsize, scales.dtype, zero, bias))
+    y = kernels_triton.linear_int4(x, packed, N, groupsize, scales.dtype, zero, bias)
     weight = kernels.dequantize_int4(q, scales.double(), zeros.double(), K, groupsize, torch.float64)
     # A nibble goes into the sum as 128 + q, or 1024 + q in float16.
     added = 15 + (1024 if x.dtype == torch.float16 else 128)
@@ -192,7 +192,7 @@ def test_int4(shape, groupsize, scale_dtype, zero_kind):
 
 @runs
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("rows", [1, 2, 8, 16, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 65])
 def test_sizes_that_all_blocks_divide(rows, dtype):
     shape = {"rows": rows, "N": 128, "K": 2048, "kind": "normal", "dtype": dtype, "bias": rows == 2, "seed": rows}
     check_int8(shape)
@@ -201,7 +201,7 @@ def test_sizes_that_all_blocks_divide(rows, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("N, K", [(6144, 4096), (4096, 14336), (28672, 4096), (128256, 4096)])
+@pytest.mark.parametrize("N, K", [(6144, 4096), (4096, 14336), (28672, 4096)])
 @pytest.mark.parametrize("rows", [1, 4, 16, 100])
 def test_the_sizes_of_a_model(rows, N, K):
     shape = {"rows": rows, "N": N, "K": K, "kind": "normal", "dtype": "bf16", "bias": False, "seed": rows}
@@ -275,8 +275,8 @@ attention_shapes = st.fixed_dictionaries(
         "KV": st.integers(1, 3),
         "G": st.sampled_from([1, 2, 3, 4, 7, 8]),
         "D": st.sampled_from([2, 16, 20, 64, 80, 128, 160]),
-        "T": st.integers(8, 700),
-        "window": st.one_of(st.none(), st.integers(1, 10), st.integers(11, 600)),
+        "T": st.integers(8, 400),
+        "window": st.one_of(st.none(), st.integers(1, 10), st.integers(11, 300)),
         "dtype": st.sampled_from(["bf16", "f16", "f32"]),
         "scale": st.sampled_from([0.0, 1.0, 1.0, 30.0]),
         "seed": st.integers(0, 2**31),
@@ -380,6 +380,13 @@ def test_outputs_are_as_the_fake_versions_promise(name):
     assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
 
 
+def test_layers_trace_without_data():
+    model = nn.Sequential(layers(96, 64, "meta")[0], layers(64, 48, "meta")[1])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = compiled(torch.empty(2, 1, 96, dtype=torch.bfloat16, device="meta"))
+    assert (y.shape, y.dtype) == ((2, 1, 48), torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", ["linear_bf16", "linear_int8", "linear_int4", "decode_attention"])
 def test_cuda_tensors_come_here(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{name}", "CUDA")
@@ -473,7 +480,7 @@ class Compiler:
         signature, constants, attributes = {}, {}, {}
         for at, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
-            if parameter.is_constexpr or value is None:
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[parameter.name], constants[at,] = "constexpr", value
                 continue
             number = isinstance(value, (int, float))
