@@ -273,8 +273,8 @@ constexpr int64_t AHEAD = 6144;  // bytes
 
 template <int BITS, int R>
 void panel_times_rows(const Weight& w, const uint8_t* at, Activations x, f32x16 (&y)[R][2]) {
-    // At one or two rows the hardware's own prefetching is as fast as memory, and more than that disturbs it.
-    constexpr bool FETCH = R > 2;
+    // At one or two rows of int8 the hardware's own prefetching is as fast as memory, and more than that disturbs it.
+    constexpr bool FETCH = BITS == 4 || R > 2;
     f32x16 total[R][2] = {};
     const int64_t padded_k = round_up(w.k, 16);
     for (int64_t g = 0; g < w.groups; g++) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -89,6 +90,22 @@ Range share(int64_t total, int thread, int threads) {
     return {total * thread / threads, total * (thread + 1) / threads};
 }
 
+// Work for threads to take as they get ready: one that is held up, by another process say, takes less of it.
+class Queue {
+   public:
+    explicit Queue(int64_t total) : total(total), chunk(total / (8 * torch::stable::get_num_threads()) + 1) {}
+
+    // The next part of the work, empty when there is none left.
+    Range take() {
+        const int64_t begin = std::min(next.fetch_add(chunk, std::memory_order_relaxed), total);
+        return {begin, std::min(begin + chunk, total)};
+    }
+
+   private:
+    const int64_t total, chunk;
+    std::atomic<int64_t> next{0};
+};
+
 // Contiguous, like x but for the last size.
 Tensor empty_output(const Tensor& x, int64_t n) {
     constexpr int64_t MOST = 64;
@@ -127,8 +144,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
                            (int32_t*)start.get() + first * w.groups};
     };
     char* out = (char*)y.mutable_data_ptr();
-    parallel([&](int thread, int threads) {
-        const Range units = share(rows * w.groups, thread, threads);
+    const auto quantize = [&](Range units) {  // groups of all rows, one row after the other
         for (int64_t i = 0; i < tiles; i++) {
             const Range r = tile(i);
             for (int64_t row = r.begin; row < r.end; row++) {
@@ -138,15 +154,19 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
                     kernels.quantize(w, x_vector, row, begin, end, r.end - r.begin, row - r.begin, activations(r));
             }
         }
+    };
+    Queue queue(panels);
+    parallel([&](int thread, int threads) {
+        quantize(share(rows * w.groups, thread, threads));
 #pragma omp barrier
-        const Range mine = share(panels, thread, threads);
         // One panel for all rows before the next: it comes from memory once.
-        for (int64_t panel = mine.begin; panel < mine.end; panel++)
-            for (int64_t i = 0; i < tiles; i++) {
-                const Range r = tile(i);
-                kernels.linear_quantized(w, activations(r), r.end - r.begin, panel, panel + 1, bias_vector,
-                                         x_vector.type, out + r.begin * w.n * size_of(x_vector.type));
-            }
+        for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
+            for (int64_t panel = mine.begin; panel < mine.end; panel++)
+                for (int64_t i = 0; i < tiles; i++) {
+                    const Range r = tile(i);
+                    kernels.linear_quantized(w, activations(r), r.end - r.begin, panel, panel + 1, bias_vector,
+                                             x_vector.type, out + r.begin * w.n * size_of(x_vector.type));
+                }
     });
     return y;
 }
@@ -217,16 +237,17 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
     const char* data = floats ? floats.get() : (const char*)x_vector.data;
     const int64_t tiles = (rows + kernels.bf16_tile_rows - 1) / kernels.bf16_tile_rows;
     constexpr int64_t BLOCK = 16;  // rows of w for all rows of x before the next: the second time they are in the cache
-    parallel([&](int thread, int threads) {
-        const Range mine = share((n + BLOCK - 1) / BLOCK, thread, threads);
-        for (int64_t block = mine.begin; block < mine.end; block++)
-            for (int64_t i = 0; i < tiles; i++) {
-                const Range r{rows * i / tiles, rows * (i + 1) / tiles};
-                kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k,
-                                    data + r.begin * stride * (floats ? 4 : 2), stride, r.end - r.begin, block * BLOCK,
-                                    smaller(n, block * BLOCK + BLOCK), bias_vector, x_vector.type,
-                                    (char*)y.mutable_data_ptr() + r.begin * n * size_of(x_vector.type));
-            }
+    Queue queue((n + BLOCK - 1) / BLOCK);
+    parallel([&](int, int) {
+        for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
+            for (int64_t block = mine.begin; block < mine.end; block++)
+                for (int64_t i = 0; i < tiles; i++) {
+                    const Range r{rows * i / tiles, rows * (i + 1) / tiles};
+                    kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k,
+                                        data + r.begin * stride * (floats ? 4 : 2), stride, r.end - r.begin,
+                                        block * BLOCK, smaller(n, block * BLOCK + BLOCK), bias_vector, x_vector.type,
+                                        (char*)y.mutable_data_ptr() + r.begin * n * size_of(x_vector.type));
+                }
     });
     return y;
 }
@@ -279,22 +300,23 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
     const auto part_of = [&](int64_t task, int64_t s) {
         return (float*)partial.get() + (task * S + s) * G * row_floats;
     };
+    Queue queue(first_task[B]);
     parallel([&](int thread, int threads) {
         Memory scratch = allocate(attend_scratch(G, D) * 4);
-        const Range tasks = share(first_task[B], thread, threads);
         int64_t b = 0;
-        for (int64_t task = tasks.begin; task < tasks.end; task++) {
-            while (task >= first_task[b + 1]) b++;
-            const int64_t count = parts[b].end - parts[b].begin, i = task - first_task[b], head = i / count;
-            const int64_t begin = (parts[b].begin + i % count) * PART;
-            for (int64_t s = 0; s < S; s++) {
-                const Range keys = keys_of(b, s);
-                float* out = part_of(task, s);
-                chosen->attend(q_vector, ((b * S + s) * H + head * G) * D, G, D, k, v, (b * KV + head) * T * D,
-                               std::max(begin, keys.begin), std::min(begin + PART, keys.end), out + G * padded,
-                               out + G * padded + G, out, (float*)scratch.get());
+        for (Range tasks = queue.take(); tasks.begin < tasks.end; tasks = queue.take())
+            for (int64_t task = tasks.begin; task < tasks.end; task++) {
+                while (task >= first_task[b + 1]) b++;
+                const int64_t count = parts[b].end - parts[b].begin, i = task - first_task[b], head = i / count;
+                const int64_t begin = (parts[b].begin + i % count) * PART;
+                for (int64_t s = 0; s < S; s++) {
+                    const Range keys = keys_of(b, s);
+                    float* out = part_of(task, s);
+                    chosen->attend(q_vector, ((b * S + s) * H + head * G) * D, G, D, k, v, (b * KV + head) * T * D,
+                                   std::max(begin, keys.begin), std::min(begin + PART, keys.end), out + G * padded,
+                                   out + G * padded + G, out, (float*)scratch.get());
+                }
             }
-        }
 #pragma omp barrier
         const Range rows = share(B * S * H, thread, threads);
         for (int64_t row = rows.begin; row < rows.end; row++) {
