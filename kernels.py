@@ -5,9 +5,10 @@
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
     y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window)
 
-Each op has a reference version in plain PyTorch, which runs on any device, and one in kernels_cpu.cpp. That is
-built at the first use and kept in ~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). Without a compiler there is one
-warning, and the reference versions do the work. GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
+Each op has a reference version in plain PyTorch, which runs on any device, and one in kernels_cpu_ops.cpp. That is
+built at the first use, with the kernels for this processor's instruction set, and kept in ~/.cache/gpt-brisk (or
+TORCH_EXTENSIONS_DIR). Without a compiler there is one warning, and the reference versions do the work.
+GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
 The versions for CUDA, in kernels_triton.py, are imported at the first use and bring weights into an order of their own.
 
 On CPUs the quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of
@@ -23,10 +24,12 @@ import hashlib
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +59,7 @@ _library.define(
 _library.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None) -> Tensor"
 )
+_library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
 
 
 def _op(fake):
@@ -80,9 +84,8 @@ def _op(fake):
 
 @_op(lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times bfloat16 weight [N, K] -> [..., N] in x's dtype. Accumulates in float32."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight.to(x.dtype), bias)
+    """bfloat16 x [..., K] times bfloat16 weight [N, K] -> [..., N]. Accumulates in float32."""
+    return F.linear(x, weight, bias)
 
 
 @_op(lambda x, packed, scales, bias=None: x.new_empty(*x.shape[:-1], scales.shape[0]))
@@ -128,6 +131,17 @@ def decode_attention(
     scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * D**-0.5
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()
+
+
+@_op(lambda numbers, weights, limit: torch.empty_like(limit))
+def reach(numbers: Tensor, weights: Tensor | None, limit: Tensor) -> Tensor:
+    """Where the smallest numbers first weigh as much as a limit: of numbers >= 0 and their weights (by default 1),
+    both float32 [..., N], the least with which all up to it reach the limit [..., 1]; infinity where all don't."""
+    order = numbers.sort(-1)
+    ones = torch.ones_like(numbers) if weights is None else weights.gather(-1, order.indices)
+    at = (ones.cumsum(-1) < limit).sum(-1, keepdim=True)
+    found = order.values.gather(-1, at.clamp(max=numbers.shape[-1] - 1))
+    return torch.where(at < numbers.shape[-1], found, torch.inf)
 
 
 def _reference_linear(x: Tensor, weight: Tensor, group: int, bias: Tensor | None) -> Tensor:
@@ -180,12 +194,8 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
         return cuda_kernels().pack_int4(q, scales, zeros, K, groupsize)
     N, groups = scales.shape
     missing = (0, groups * groupsize // 2 - q.shape[1], 0, -N % PANEL)
-    words = (
-        (F.pad(q, missing) if any(missing) else q)
-        .contiguous()
-        .view(torch.int32)
-        .view(-1, PANEL, groups, groupsize // 8)
-    )
+    padded = F.pad(q, missing) if any(missing) else q.contiguous()
+    words = padded.view(torch.int32).view(-1, PANEL, groups, groupsize // 8)
     parts = [words.permute(0, 2, 3, 1), _by_panel(scales)]
     zero = kind_of_zeros(zeros)
     if zero < 0:
@@ -237,7 +247,7 @@ def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize:
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """Zeros, uint8 [nbytes]; many are in huge pages on Linux, and read 15 to 35 % faster than in pages of 4 KiB."""
-    if device.type != "cpu" or nbytes < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or nbytes < 2**20 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -356,71 +366,88 @@ def cuda_kernels() -> ModuleType | None:
 # The library for CPUs
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("kernels_cpu.h", "kernels_cpu.cpp", "kernels_cpu_ops.cpp")]
-# kernels_cpu.cpp is compiled once for each instruction set.
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-AVX512_FLAGS = [f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16")] + ["-mprefer-vector-width=512"]
-ISA_FLAGS = {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX2_FLAGS + AVX512_FLAGS}
+HEADERS = ["kernels_cpu.h", "kernels_cpu_vector.h"]
+KERNELS, OPS = ["kernels_cpu_linear.cpp", "kernels_cpu_attention.cpp"], ["kernels_cpu_ops.cpp"]
+# What an instruction set needs, as Linux calls it; the compiler's flags have no underscores.
+AVX2 = ["avx2", "fma", "f16c"]
+AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16"))]
+ISA_FEATURES = {"avx512": AVX512, "avx2": AVX2, "portable": []}
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this processor has, the best first."""
+    info = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    have = flags[1].split() if flags else []
+    return [isa for isa in ISAS if set(ISA_FEATURES[isa]) <= set(have)]
 
 
 @functools.cache
 def cpu_library() -> ctypes.CDLL | None:
-    """The library with the CPU versions, built if need be; None, after a warning, where it can't be."""
-    wanted = os.environ.get("GPT_BRISK_ISA")
-    if wanted is not None and wanted not in ISAS:
+    """The ops for CPUs, with the best instruction set, built if need be; None, after a warning, where they can't be."""
+    isas = available_isas()
+    wanted = os.environ.get("GPT_BRISK_ISA", isas[0])
+    if wanted not in ISAS:
         raise UserError(f"GPT_BRISK_ISA={wanted} is unknown; set it to one of {', '.join(ISAS)}, or unset it")
+    if wanted not in isas:
+        raise UserError(f"GPT_BRISK_ISA={wanted}: this processor does not have it; unset it")
     try:
-        library = ctypes.CDLL(str(build()))
+        with ThreadPoolExecutor() as pool:
+            ops, kernels = (ctypes.CDLL(str(path)) for path in pool.map(build, ("ops", wanted)))
     except (OSError, subprocess.SubprocessError) as error:
         print(
             f"warning: the CPU kernels could not be built, so this will be slow: {error}", file=sys.stderr, flush=True
         )
         return None
-    library.brisk_use.restype = ctypes.c_bool
-    library.brisk_use.argtypes = [ctypes.c_char_p]
-    if wanted is not None and not library.brisk_use(wanted.encode()):
-        raise UserError(f"GPT_BRISK_ISA={wanted}: this processor does not have it; unset it")
-    if wanted is None:
-        next(isa for isa in ISAS if library.brisk_use(isa.encode()))
-    return library
+    _use(ops, kernels)
+    return ops
 
 
-def build() -> Path:
-    """Compiles the CPU library unless that was done before -> the library. Raises OSError or SubprocessError."""
-    on_x86 = platform.machine() in ("x86_64", "AMD64")
-    torch_folder = Path(torch.__file__).parent
-    common = ["-std=c++20", "-O3", "-fPIC", "-Wno-psabi"]
-    jobs = {isa: [FOLDER / "kernels_cpu.cpp", f"-DBRISK_ISA={isa}", *ISA_FLAGS[isa]] for isa in ISAS}
-    # The ops keep to PyTorch's stable interface: its headers compile in a third of the time of the others.
-    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", torch_folder / "include"]  # what PyTorch 2.10 has
-    jobs["ops"] = [FOLDER / "kernels_cpu_ops.cpp", "-fopenmp", *stable, *["-DBRISK_X86"] * on_x86]
-    if not on_x86:
-        del jobs["avx512"], jobs["avx2"]
-    version = repr(([source.read_bytes() for source in SOURCES], common, jobs, torch.__version__, platform.machine()))
+def use_isa(isa: str) -> None:
+    """Goes on with the kernels of another instruction set, which this processor must have."""
+    _use(cpu_library(), ctypes.CDLL(str(build(isa))))
+
+
+def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
+    tables = (ctypes.c_char.in_dll(kernels, name) for name in ("brisk_linear", "brisk_attention"))
+    ops.brisk_use(*map(ctypes.byref, tables))  # they stay: ctypes never unloads a library
+
+
+def build(name: str) -> Path:
+    """Compiles "ops", or the kernels for an instruction set, unless that was done before -> the library.
+
+    Raises OSError or SubprocessError.
+    """
+    sources = [FOLDER / source for source in (OPS if name == "ops" else KERNELS)]
+    compile = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-c", *map(str, sources)]
+    link = ["-shared", *(f"{source.stem}.o" for source in sources)]
+    if name == "ops":
+        torch_folder = Path(torch.__file__).parent
+        # PyTorch's stable interface, as of 2.10: its headers compile in a third of the time of the others.
+        compile += ["-fopenmp", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(torch_folder / "include")]
+        # Without -fopenmp: its symbols are then found in the OpenMP library that PyTorch has loaded, whatever its name.
+        link += ["-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"]
+    else:
+        compile += [f"-DBRISK_ISA={name}", *(f"-m{feature.replace('_', '')}" for feature in ISA_FEATURES[name])]
+        compile += ["-mprefer-vector-width=512"] * (name == "avx512")
+    texts = [path.read_bytes() for path in (*(FOLDER / header for header in HEADERS), *sources)]
+    version = hashlib.sha256(repr((texts, compile, link, torch.__version__, platform.machine())).encode()).hexdigest()
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "gpt-brisk")
-    library = folder / f"brisk_{hashlib.sha256(version.encode()).hexdigest()[:16]}.so"
+    library = folder / f"brisk_{name}_{version[:16]}.so"
     if library.exists():
         return library
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler (g++) was found")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with open(library.with_suffix(".lock"), "w") as lock, tempfile.TemporaryDirectory(dir=folder) as temporary:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one builds
         if library.exists():
             return library
-        objects = [f"{temporary}/{name}.o" for name in jobs]
-        commands = [
-            [compiler, *common, *flags, "-c", "-o", out] for flags, out in zip(jobs.values(), objects, strict=True)
-        ]
-        running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-        messages = [process.communicate()[1] for process in running]
-        for process, message in zip(running, messages, strict=True):
-            if process.returncode:
-                lines = [line for line in message.splitlines() if "error" in line] or [f"{compiler} failed"]
+        for arguments in (compile, [*link, "-o", library.name]):
+            result = subprocess.run([compiler, *arguments], cwd=temporary, stderr=subprocess.PIPE, text=True)
+            if result.returncode:
+                lines = [line for line in result.stderr.splitlines() if "error" in line] or [f"{compiler} failed"]
                 raise OSError(lines[0])
-        # Without -fopenmp: its symbols are then found in the OpenMP library that PyTorch has loaded, whatever its name.
-        libraries = ["-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"]
-        subprocess.run([compiler, "-shared", *objects, *libraries, "-o", f"{temporary}/library.so"], check=True)
-        os.replace(f"{temporary}/library.so", library)
+        os.replace(f"{temporary}/{library.name}", library)
     return library

@@ -1,4 +1,8 @@
-// What the kernels (kernels_cpu.cpp, compiled for each instruction set) and the ops (kernels_cpu_ops.cpp) share.
+// What the kernels (kernels_cpu_linear.cpp, kernels_cpu_attention.cpp) and the ops (kernels_cpu_ops.cpp) share.
+//
+// Kernels are serial functions, each over a part of the work. kernels.py compiles them for one instruction set, with
+// its flags and -DBRISK_ISA=avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
+// kernel computes each number in one order however the work is shared, so results do not depend on the threads.
 
 #pragma once
 
@@ -8,6 +12,15 @@
 namespace brisk {
 
 enum Type { F32, F16, BF16 };
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t size_of(Type type) { return type == F32 ? 4 : 2; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Vector {  // any tensor's data and its type
+    const void* data;
+    Type type;
+};
 
 constexpr int64_t PANEL = 32;       // rows of a quantized weight that are interleaved
 constexpr int64_t ACT_GROUP = 128;  // activations share a scale in groups of this many for int8, of a group for int4
@@ -36,38 +49,33 @@ struct Activations {
     int32_t* start;  // what a group's sum of products starts from: minus the sum of q, times the zero if all share one
 };
 
-struct Vector {  // any tensor's data and its type
-    const void* data;
-    Type type;
-};
-
-struct Kernels {
+struct LinearKernels {
     int tile_rows;       // linear_quantized takes 1..tile_rows rows
     int bf16_tile_rows;  // linear_bf16
-    bool bf16_products;  // linear_bf16 takes bf16 activations, otherwise float ones padded with zeros to 16
+    bool bf16_products;  // linear_bf16 takes bf16 activations, otherwise those of to_floats; oneDNN has them as well
 
     // `groups` of one row, which is row r of a tile of R rows that begins at `to`.
     void (*quantize)(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to);
     // R rows times the panels [begin, end) -> y, rows [N] of type `type`, R of them `w.n` apart.
     void (*linear_quantized)(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
                              void* y);
-    // R rows [R, stride] times the rows [begin, end) of w [N, K].
+    // bf16 -> float in the order that linear_bf16 wants, zeros up to `padded`, a multiple of 32.
+    void (*to_floats)(const uint16_t* x, int64_t count, int64_t padded, float* to);
+    // R rows [R, stride] times the rows [begin, end) of w [N, K] -> bf16 [R, N].
     void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int64_t stride, int R, int64_t begin,
-                        int64_t end, Vector bias, Type type, void* y);
-    void (*to_float)(Vector x, int64_t offset, int64_t count, int64_t padded, float* to);
+                        int64_t end, Vector bias, void* y);
+};
+
+struct AttentionKernels {
     void (*from_float)(const float* from, int64_t count, Type type, void* to, int64_t offset);
     // Queries [G, D] over the keys [begin, end) of one head: the largest score, the sum of exp(score - largest), and
-    // the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has attend_scratch(G, D) floats.
+    // the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has attend_scratch(G, D) floats. The next
+    // call goes on after `end`, unless that is `last`.
     void (*attend)(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset,
-                   int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch);
+                   int64_t begin, int64_t end, int64_t last, float* largest, float* sum, float* out, float* scratch);
 };
 
 constexpr int64_t KEYS = 64;  // keys that attention takes at once
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + 2 * G) * round_up(D, 16) + G * KEYS; }
-inline int64_t size_of(Type type) { return type == F32 ? 4 : 2; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-extern const Kernels portable, avx2, avx512;
+inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * KEYS; }
 
 }  // namespace brisk

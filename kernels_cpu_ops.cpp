@@ -1,5 +1,5 @@
-// The ops of kernels.py on CPUs: checks, threads, and the choice of the instruction set. The work itself is done by the
-// kernels in kernels_cpu.cpp.
+// The ops of kernels.py on CPUs: checks and threads. The work itself is done by the kernels in kernels_cpu_linear.cpp
+// and kernels_cpu_attention.cpp.
 
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -11,8 +11,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels_cpu.h"
@@ -24,21 +26,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const Kernels* chosen = nullptr;
-
-const Kernels* find(const std::string& name) {
-#ifdef BRISK_X86
-    __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-    if (name == "avx512") return has_avx512 ? &avx512 : nullptr;
-    if (name == "avx2") return has_avx2 ? &avx2 : nullptr;
-#endif
-    return name == "portable" ? &portable : nullptr;
-}
+// Of the instruction set that kernels.py chose.
+const LinearKernels* linear = nullptr;
+const AttentionKernels* attention = nullptr;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
@@ -132,7 +122,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
     const int64_t rows = w.k ? x.numel() / w.k : 0, panels = (w.n + PANEL - 1) / PANEL;
     if (!rows || !w.n) return y;
     const int64_t padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
-    const Kernels& kernels = *chosen;
+    const LinearKernels& kernels = *linear;
     const Vector bias_vector = bias_of(bias, w.n), x_vector = vector_of(x);
     Memory q = allocate(rows * padded_k), scale = allocate(rows * w.groups * 4), start = allocate(rows * w.groups * 4);
     // Rows in tiles of nearly equal size.
@@ -206,47 +196,47 @@ Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t n, int64_t gro
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16 linear
 
-constexpr int64_t GEMM_ROWS = 17;  // from so many rows on, oneDNN's GEMM is faster
+constexpr int64_t GEMM_ROWS = 17;  // from so many rows on, oneDNN's GEMM is faster, if it has products of bf16
 
 Tensor gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-    const auto like_x = [&](const Tensor& y) { return torch::stable::to(y, x.scalar_type()); };
-    StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(like_x(w)),
-                             torch::stable::detail::from(bias.has_value() ? OptionalTensor(like_x(*bias)) : bias)};
+    StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(w),
+                             torch::stable::detail::from(bias)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& bias) {
-    STD_TORCH_CHECK(w.dim() == 2 && w.scalar_type() == ScalarType::BFloat16 && input.size(-1) == w.size(1),
-                    "weight: expected bfloat16 [N, ", input.size(-1), "], got ", shape_of(w));
-    const int64_t n = w.size(0), k = w.size(1), rows = k ? input.numel() / k : 0;
-    if (rows >= GEMM_ROWS || !rows || !n || !w.is_contiguous())
-        return gemm(input, w, bias);
+    const int64_t k = input.size(-1);
+    STD_TORCH_CHECK(input.scalar_type() == ScalarType::BFloat16 && w.scalar_type() == ScalarType::BFloat16 &&
+                        w.dim() == 2 && w.size(1) == k && w.is_contiguous(),
+                    "expected bfloat16 x and a contiguous bfloat16 weight [N, ", k, "], got ", shape_of(w));
+    const LinearKernels& kernels = *linear;
+    const int64_t n = w.size(0), rows = k ? input.numel() / k : 0;
+    if (!rows || !n || (rows >= GEMM_ROWS && kernels.bf16_products)) return gemm(input, w, bias);
     const Tensor x = in_order(input);
     Tensor y = empty_output(x, n);
-    const Vector bias_vector = bias_of(bias, n), x_vector = vector_of(x);
-    // dpbf16ps takes bf16 on both sides; other activations go as floats.
-    const Kernels& kernels = chosen->bf16_products && x_vector.type != BF16 ? *find("avx2") : *chosen;
-    const int64_t stride = kernels.bf16_products ? k : round_up(k, 16);
-    Memory floats;
-    if (!kernels.bf16_products) {
-        floats = allocate(rows * stride * 4);
-        for (int64_t r = 0; r < rows; r++)
-            kernels.to_float(x_vector, r * k, k, stride, (float*)floats.get() + r * stride);
-    }
-    const char* data = floats ? floats.get() : (const char*)x_vector.data;
+    const Vector bias_vector = bias_of(bias, n);
+    const auto* x_data = (const uint16_t*)x.const_data_ptr();
+    const int64_t stride = kernels.bf16_products ? k : round_up(k, 32), size = kernels.bf16_products ? 2 : 4;
+    const Memory floats = kernels.bf16_products ? nullptr : allocate(rows * stride * size);
+    const char* data = floats ? floats.get() : (const char*)x_data;
     const int64_t tiles = (rows + kernels.bf16_tile_rows - 1) / kernels.bf16_tile_rows;
     constexpr int64_t BLOCK = 16;  // rows of w for all rows of x before the next: the second time they are in the cache
     Queue queue((n + BLOCK - 1) / BLOCK);
-    parallel([&](int, int) {
+    parallel([&](int thread, int threads) {
+        if (floats) {
+            const Range mine = share(rows, thread, threads);
+            for (int64_t r = mine.begin; r < mine.end; r++)
+                kernels.to_floats(x_data + r * k, k, stride, (float*)floats.get() + r * stride);
+#pragma omp barrier
+        }
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
             for (int64_t block = mine.begin; block < mine.end; block++)
                 for (int64_t i = 0; i < tiles; i++) {
                     const Range r{rows * i / tiles, rows * (i + 1) / tiles};
-                    kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k,
-                                        data + r.begin * stride * (floats ? 4 : 2), stride, r.end - r.begin,
-                                        block * BLOCK, smaller(n, block * BLOCK + BLOCK), bias_vector, x_vector.type,
-                                        (char*)y.mutable_data_ptr() + r.begin * n * size_of(x_vector.type));
+                    kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k, data + r.begin * stride * size,
+                                        stride, r.end - r.begin, block * BLOCK, smaller(n, block * BLOCK + BLOCK),
+                                        bias_vector, (char*)y.mutable_data_ptr() + r.begin * n * 2);
                 }
     });
     return y;
@@ -312,9 +302,9 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                 for (int64_t s = 0; s < S; s++) {
                     const Range keys = keys_of(b, s);
                     float* out = part_of(task, s);
-                    chosen->attend(q_vector, ((b * S + s) * H + head * G) * D, G, D, k, v, (b * KV + head) * T * D,
-                                   std::max(begin, keys.begin), std::min(begin + PART, keys.end), out + G * padded,
-                                   out + G * padded + G, out, (float*)scratch.get());
+                    attention->attend(q_vector, ((b * S + s) * H + head * G) * D, G, D, k, v, (b * KV + head) * T * D,
+                                   std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
+                                   out + G * padded, out + G * padded + G, out, (float*)scratch.get());
                 }
             }
 #pragma omp barrier
@@ -334,20 +324,65 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                 for (int64_t d = 0; d < padded; d++) sum[d] += share * part[g * padded + d];
             }
             for (int64_t d = 0; d < D; d++) sum[d] = weight == 0 ? 0 : sum[d] / weight;
-            chosen->from_float(sum, D, q_vector.type, y.mutable_data_ptr(), row * D);
+            attention->from_float(sum, D, q_vector.type, y.mutable_data_ptr(), row * D);
         }
     });
     return y;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling: up to where the smallest numbers of a row reach a weight
+
+// Floats that are not negative have the order of their bits, of which the first 12 are a bin.
+constexpr int SHIFT = 20, BINS = 1 << 12;
+
+uint32_t bits_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
+// One pass over all numbers finds the bin in which the weight is reached, and only what is in that is sorted.
+float reach_row(const float* numbers, const float* weights, int64_t n, float limit) {
+    if (limit == INFINITY) return INFINITY;
+    double bins[BINS] = {}, below = 0;
+    for (int64_t i = 0; i < n; i++) bins[bits_of(numbers[i]) >> SHIFT] += weights ? weights[i] : 1.0;
+    uint32_t bin = 0;
+    for (; bin < BINS && (bins[bin] == 0 || below + bins[bin] < limit); bin++) below += bins[bin];
+    if (bin == BINS) return INFINITY;
+    std::vector<std::pair<float, float>> inside;
+    for (int64_t i = 0; i < n; i++)
+        if (bits_of(numbers[i]) >> SHIFT == bin) inside.emplace_back(numbers[i], weights ? weights[i] : 1.0f);
+    std::sort(inside.begin(), inside.end());
+    for (const auto& [number, weight] : inside)
+        if ((below += weight) >= limit) return number;
+    return inside.back().first;
+}
+
+Tensor reach(const Tensor& numbers, const std::optional<Tensor>& weights, const Tensor& limit) {
+    const int64_t n = numbers.size(numbers.dim() - 1), rows = n ? numbers.numel() / n : 0;
+    const auto is_float = [](const Tensor& x) { return x.scalar_type() == ScalarType::Float; };
+    STD_TORCH_CHECK(rows > 0 && is_float(numbers) && is_float(limit) && limit.numel() == rows &&
+                        (!weights || (is_float(*weights) && weights->numel() == numbers.numel())),
+                    "reach: expected float32 numbers [..., N], weights like them and a limit [..., 1]");
+    const Tensor dense = in_order(numbers), limits = in_order(limit);
+    const Tensor weighed = in_order(weights.value_or(numbers));
+    Tensor found = torch::stable::empty_like(limits);
+    const float *from = (const float*)dense.const_data_ptr(), *by = (const float*)weighed.const_data_ptr();
+    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++)
+            ((float*)found.mutable_data_ptr())[row] = reach_row(
+                from + row * n, weights ? by + row * n : nullptr, n, ((const float*)limits.const_data_ptr())[row]);
+    });
+    return found;
+}
+
 }  // namespace
 }  // namespace brisk
 
-// Chooses the kernels by the name of an instruction set: whether the processor has it.
-extern "C" __attribute__((visibility("default"))) bool brisk_use(const char* isa) {
-    const brisk::Kernels* found = brisk::find(isa);
-    if (found) brisk::chosen = found;
-    return found != nullptr;
+extern "C" __attribute__((visibility("default"))) void brisk_use(const brisk::LinearKernels* linear,
+                                                                 const brisk::AttentionKernels* attention) {
+    brisk::linear = linear, brisk::attention = attention;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
@@ -355,4 +390,5 @@ STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
     m.impl("linear_int8", TORCH_BOX(&brisk::linear_int8));
     m.impl("linear_int4", TORCH_BOX(&brisk::linear_int4));
     m.impl("decode_attention", TORCH_BOX(&brisk::decode_attention));
+    m.impl("reach", TORCH_BOX(&brisk::reach));
 }
