@@ -51,17 +51,20 @@ from typing import Any
 
 import torch
 
+from bench_decoding import measure_ragged, measure_sampling, measure_speculation
 from bench_models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model, rebuild
 from bench_peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers, versions
 from bench_report import markdown, plot, summarize
 from bench_startup import measure_startup, write_checkpoint
 from checkpoint import DEMO, check_memory, load_config, load_model, read_json, weights_path, write_atomically
-from engine import Engine, cache_bytes, check_compiler, peak_memory, weight_bytes
+from engine import Engine, Request, cache_bytes, check_compiler, peak_memory, weight_bytes
 from errors import ArgumentParser, UserError
 from generate import log, pick_device
 from kernels import GROUPSIZES, allocate
 from model import ModelConfig, Transformer
-from sampling import SamplingParams, sampling_tensors
+from prompts import check_draft
+from sampling import SamplingParams
+from tokenizer import load_tokenizer
 
 PEERS = ("transformers", "llama.cpp")
 BUFFER_BYTES = {"cpu": 2**30, "cuda": 2**32}  # read to measure the bandwidth
@@ -78,23 +81,19 @@ class Ours:
     """The engine of generate.py as a contender (see bench_peers.py): caches of its own, the layers of `model`."""
 
     def __init__(self, model: Transformer, max_seq_length: int, compile_prefill: bool = False, rows: int = 1):
-        twin = rebuild(model)
-        twin.setup_caches(rows, max_seq_length)
-        self.engine = Engine(twin, compile=True, compile_prefill=compile_prefill)
-        self.params = sampling_tensors([GREEDY] * rows, self.engine.device)
-        self.rows = rows
+        self.engine = Engine(rebuild(model), compile=True, compile_prefill=compile_prefill)
+        self.engine.setup(rows, max_seq_length, plain=True)
 
     def prefill(self, prompt: list[int]) -> int:
-        return self.engine.prefill([prompt], [0], [GREEDY]).item()
+        self.engine.forget()
+        return int(self.engine.start(0, Request(prompt, GREEDY, 1))[0][0, -1])
 
     def decode(self, token: int, position: int, steps: int) -> list[int]:
         """The tokens of the first row."""
-        tokens = [torch.full((self.rows, 1), token, device=self.engine.device)]
-        input_pos = torch.full((self.rows, 1), position, device=self.engine.device)
-        for step in range(steps):
-            tokens.append(self.engine.decode(tokens[-1], input_pos, position + step + 1, self.params, greedy=True))
-            input_pos = input_pos + 1
-        return torch.cat(tokens[1:], 1)[0].tolist()
+        self.engine.sampler.position.fill_(position)
+        self.engine.sampler.history[:, position] = token
+        results = [self.engine.step(0, position + step + 1)[0] for step in range(steps)]
+        return torch.stack(results)[:, 0, -1].tolist()
 
     def fill_cache(self) -> None:
         """With random values, as if all positions had been there. (What was never written takes no memory to read.)"""
@@ -297,10 +296,22 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, help="default: one a core")
     add("--batch_size", type=int, nargs="+", default=[], help="measure decoding so many rows at once as well")
     add("--positions", type=int, nargs="+", default=[], help="measure decoding at these positions as well")
+    add("--speculate", type=Path, metavar="DRAFT", help="measure a draft model and prompt lookup on the demo's texts")
+    add("--ragged", type=int, metavar="PLACES", help="measure a batch whose places are refilled, against one by one")
+    add("--sampling", action="store_true", help="measure what filters, penalties and log-probabilities cost")
     add("--startup", action="store_true", help="measure the time to the first token and the memory of generate.py")
     add("--long_cache", action="store_true", help="measure decoding at position 100 in caches of 256 and 8192")
     args = parser.parse_args()
-    for name in ("prompt_length", "new_tokens", "rounds", "max_seq_length", "threads", "batch_size", "positions"):
+    for name in (
+        "prompt_length",
+        "new_tokens",
+        "rounds",
+        "max_seq_length",
+        "threads",
+        "ragged",
+        "batch_size",
+        "positions",
+    ):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             least = 0 if name == "positions" else 1
@@ -429,6 +440,11 @@ def main() -> None:
     if args.long_cache and config.context_length <= 256:
         raise UserError(f"--long_cache needs a context above 256, and {name} has {config.context_length}; leave it out")
 
+    if args.speculate:
+        if path is None:
+            raise UserError("--speculate needs a target of the demo's family; name one by --checkpoint_path")
+        check_draft(load_tokenizer(path.parent), load_tokenizer(weights_path(args.speculate).parent))
+        draft = load_model(weights_path(args.speculate), device)
     check_compiler()
     torch._dynamo.config.recompile_limit = 1000  # each mode, cache and batch is one of the same function
     stored, models = make_models(args, path, config, device)
@@ -452,6 +468,12 @@ def main() -> None:
         report["batches"] = measure_batches(models, args.batch_size, args.prompt_length, *more)
     if args.long_cache:
         report["long_cache"] = {mode: measure_long_cache(model, *more) for mode, model in models.items()}
+    if args.speculate:
+        report["speculation"] = measure_speculation(models, draft, load_tokenizer(path.parent), *more[:2])
+    if args.ragged:
+        report["ragged"] = measure_ragged(models, load_tokenizer(DEMO), args.ragged, args.rounds)
+    if args.sampling:
+        report["sampling"] = measure_sampling(models, *more[:2])
     if args.startup:
         report["startup"] = {}
         for mode, model in models.items():

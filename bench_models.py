@@ -28,6 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {  # as config.json; "demo" is the embedded 
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, vocab_size=32000, max_position_embeddings=8192,
         rope_parameters=dict(rope_type="default", rope_theta=500000.0),
     ),
+    "1b-151k": LLAMA | dict(  # the same with the vocabulary of Qwen
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, vocab_size=151936, max_position_embeddings=8192,
+        rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+    ),
     "8b": LLAMA | dict(  # Llama 3.1
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256,
         max_position_embeddings=131072, rope_parameters=dict(

@@ -17,6 +17,37 @@ from generate import log
 COLORS = {"gpt-brisk": "#0072B2", "llama.cpp": "#E69F00", "transformers": "#BBBBBB"}
 
 
+# What else was measured: the head of a table, and a line of it.
+TABLES = {
+    "positions": (
+        "| decode at position | ms a token | more than at 100, ms | reading the cache in between, ms |",
+        "| {mode}, {position} | {decode_ms:.1f} | {extra_ms:.2f} | {cache_read_ms:.2f} |",
+    ),
+    "batches": (
+        "| rows at once, at position {length} | ms a step | tok/s together | times one row |",
+        "| {mode}, {batch_size} | {decode_ms:.1f} | {decode_tok_s:.1f} | {times_one_row:.2f} |",
+    ),
+    "speculation": (
+        "| greedy decoding | tok/s | tokens a step | times plain |",
+        "| {mode}, {task}, {way} | {decode_tok_s:.1f} | {tokens_a_step:.2f} | {times_plain:.2f} |",
+    ),
+    "ragged": (
+        "| prompts of all lengths | tok/s, prefill included | one by one | times that |",
+        "| {mode}, {prompts} prompts, {places} at a time | {decode_tok_s:.1f} | {single_tok_s:.1f} | {times_one:.2f} |",
+    ),
+    "sampling": (
+        "| a decode step | ms | added, ms | added |",
+        "| {mode}, vocabulary of {vocab_size}, {way} | {step_ms:.2f} | {added_ms:.2f} | {added_share:.1%} |",
+    ),
+    "startup": (
+        "| process start to second token | nothing built | kernels built | all cached "
+        "| memory over weights: loaded | used |",
+        "| {mode} | {first_median_s:.1f} s | {cold_median_s:.1f} s | {warm_median_s:.1f} s | {loaded_to_weights:.2f} "
+        "| {used_to_weights:.2f} |",
+    ),
+}
+
+
 def summarize(
     about: dict[str, dict[str, Any]], times: dict[str, dict], prompt_length: int, new_tokens: int
 ) -> dict[str, Any]:
@@ -103,31 +134,12 @@ def markdown(report: dict[str, Any]) -> str:
         )
     if report["peak_gpu_memory_gb"]:
         lines.append(f"- peak GPU memory, all contenders: {report['peak_gpu_memory_gb']:.2f} GB")
-    if "positions" in report:
-        lines += ["", "| decode at position | ms a token | more than at 100, ms | reading the cache in between, ms |"]
-        lines.append("|---|---:|---:|---:|")
-        lines += [
-            f"| {row['mode']}, {row['position']} | {row['decode_ms']:.1f} | {row['extra_ms']:.2f} "
-            f"| {row['cache_read_ms']:.2f} |"
-            for row in report["positions"]
-        ]
-    if "batches" in report:
-        lines += ["", f"| rows at once, at position {length} | ms a step | tok/s together | times one row |"]
-        lines.append("|---|---:|---:|---:|")
-        lines += [
-            f"| {row['mode']}, {row['batch_size']} | {row['decode_ms']:.1f} | {row['decode_tok_s']:.1f} "
-            f"| {row['times_one_row']:.2f} |"
-            for row in report["batches"]
-        ]
-    if "startup" in report:
-        lines += ["", "| process start to second token | nothing built | kernels built | all cached |"
-                  " memory over weights: loaded | used |"]  # fmt: skip
-        lines.append("|---|---:|---:|---:|---:|---:|")
-        lines += [
-            f"| {mode} | {row['first_median_s']:.1f} s | {row['cold_median_s']:.1f} s | {row['warm_median_s']:.1f} s "
-            f"| {row['loaded_to_weights']:.2f} | {row['used_to_weights']:.2f} |"
-            for mode, row in report["startup"].items()
-        ]
+    for key, (heading, cells) in TABLES.items():
+        rows = report.get(key, [])
+        rows = [{"mode": mode, **row} for mode, row in rows.items()] if isinstance(rows, dict) else rows
+        if rows:
+            lines += ["", heading.format(length=length), "|---|" + "---:|" * (heading.count("|") - 2)]
+            lines += [cells.format(**row) for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, read_text, weights_path
-from engine import Engine, cache_bytes, generate
+from engine import Engine, Request, cache_bytes, generate
 from errors import ArgumentParser, UserError, run
 from generate import pick_device
 from model import Transformer
@@ -111,6 +111,7 @@ class HarnessMethods:
         """The model's caches must be set up for `batch_size` rows."""
         super().__init__()
         self.engine, self.tokens, self.batch_size, self.eos_ids = Engine(model), tokenizer, batch_size, eos_ids
+        self.engine.setup(batch_size, model.max_seq_length)
         if tokenizer.bos_id is None and not eos_ids:
             raise UserError("this model names neither a bos nor an eos token, and lm-eval needs one to begin with")
 
@@ -172,23 +173,18 @@ class HarnessMethods:
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string (not included), an end token, or the most tokens that a task allows."""
-        results: dict[int, str] = {}
-        groups: dict[str, list[int]] = {}  # requests that are generated in the same way can share a batch
-        for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
-        for members in groups.values():
-            settings = requests[members[0]].args[1]
-            prompts = [self.tok_encode(requests[i].args[0]) for i in members]
-            texts = self.in_batches(
-                prompts, len, lambda batch, settings=settings: self.continue_batch(batch, settings), "generation"
-            )
-            results |= dict(zip(members, texts, strict=True))
-        return [results[i] for i in range(len(requests))]
+        wanted = [self.to_request(*request.args) for request in requests]
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), unit="request", desc="generation", disable=None) as progress:
+            for token in generate(self.engine, self.tokens, wanted):
+                texts[token.request] += token.text
+                progress.update(token.finish_reason is not None)
+        return texts
 
-    def continue_batch(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        """The continuations of prompts under one task's `settings`: until, max_gen_toks, do_sample, temperature ..."""
-        until = settings.get("until") or []
-        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    def to_request(self, prompt: str, settings: dict[str, Any]) -> Request:
+        """From a task's `settings`: until, max_gen_toks, do_sample, temperature ..."""
+        until = settings.get("until") or ()
+        stop = tuple(filter(None, (until,) if isinstance(until, str) else until))
         new = next((settings[name] for name in LENGTH_NAMES if settings.get(name)), NEW_TOKENS)
         room = self.engine.model.max_seq_length - new
         if room < 1:
@@ -198,16 +194,8 @@ class HarnessMethods:
             chosen = {name: settings[name] for name in ("top_k", "top_p", "min_p") if settings.get(name)}
             params = SamplingParams(temperature=settings.get("temperature", 1.0), **chosen)
         # A prompt that is empty begins like any text; one that is too long loses its beginning.
-        prompts = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
-        texts, running = [""] * len(prompts), set(range(len(prompts)))
-        for token in generate(self.engine, self.tokens, prompts, [params] * len(prompts), new, self.eos_ids):
-            if token.row in running:
-                texts[token.row] += token.text
-                if token.finish_reason or any(stop in texts[token.row] for stop in until):
-                    running.discard(token.row)
-            if not running:
-                break
-        return [text[: min((text.find(stop) for stop in until if stop in text), default=None)] for text in texts]
+        ids = self.tok_encode(prompt)[-room:] or [self.prefix_token_id]
+        return Request(ids, params, new, self.eos_ids, stop)
 
 
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval knows them all

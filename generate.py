@@ -3,8 +3,9 @@
     python generate.py --compile --prompt "def read_lines(path):"              # the embedded demo model
     python generate.py --compile --checkpoint_path checkpoints/meta-llama/Llama-3.2-1B-Instruct --interactive
 
-The text goes to stdout, everything else to stderr. The way of a prompt: text -> tokenizer.encode -> engine.generate ->
-pieces of text as they become certain.
+The text goes to stdout, everything else to stderr. The way of a prompt: prompts.py makes requests of what is asked for,
+engine.generate (or beam.beam_search) continues them, here the text is written as it becomes certain. chat.py is
+--interactive.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
@@ -12,41 +13,63 @@ import errors  # first, so that Ctrl-C is quiet while torch is imported
 # isort: split
 import argparse
 import contextlib
-import itertools
 import json
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from beam import BeamParams, beam_search
+from chat import converse, log, write
 from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, weights_path
-from engine import Engine, Stats, Token, cache_bytes, check_compiler, generate, weight_bytes
+from engine import Engine, Token, cache_bytes, check_compiler, generate, weight_bytes
 from errors import ArgumentParser, UserError
 from kernels import cpu_library
-from model import ModelConfig
-from sampling import SamplingParams
+from prompts import (
+    NO_BEAMS,
+    SETTINGS,
+    Job,
+    Target,
+    check_draft,
+    check_settings,
+    default_settings,
+    make_request,
+    read_jobs,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
-DEMO_PROMPT = "def read_lines(path):"
+CHAT_LENGTH = 4096  # what a conversation has room for by default
+CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a chat
+SPECULATION, OUTPUT = ("draft_checkpoint_path", "prompt_lookup"), ("num_samples", "batch_size", "logprobs", "echo")
+WITHOUT = {  # what does not go together
+    "interactive": ("json", "num_beams", *OUTPUT),
+    "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT),
+}
+NEEDS = {  # what has a meaning only beside one of these
+    "length_penalty": ("num_beams",),
+    "early_stopping": ("num_beams",),
+    "num_return_sequences": ("num_beams",),
+    "logprobs": ("json",),
+    "skip_bad_lines": ("prompt_file",),
+    "speculate_k": SPECULATION,
+}
+RANGES = {name: (1, 2**31 - 1) for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_length")}
+RANGES |= {"num_beams": (1, 1024), "logprobs": (0, 20), "speculate_k": (0, 64)}
 
 
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def token_bias(text: str) -> tuple[str, float]:
+    token_id, _, value = text.partition("=")
+    return token_id, float(value)
 
 
-def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def write_token(token: Token) -> None:
-    write(token.text)
+def count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,11 +78,19 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint_path", type=Path, help="a converted folder or a weight file in one; default: the embedded demo")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue, or a number: a synthetic prompt of so many tokens")
-    source.add_argument("--prompt_file", help="a UTF-8 file with a prompt on each line; - is stdin")
+    source.add_argument(
+        "--prompt_file",
+        help='a UTF-8 file with a prompt on each line, or JSON objects with "prompt" or "messages" and settings of '
+        "their own (temperature, stop, ...; id is handed on); - is stdin",
+    )
     source.add_argument(
         "--interactive", action="store_true", help="a chat (through the chat template, if there is one)"
     )
+    add("--skip_bad_lines", action="store_true", help="warn of the lines of --prompt_file that cannot be run, go on")
     add("--max_new_tokens", type=int, help="default: 200, or what the context has room for")
+    add("--min_new_tokens", type=int, help="no end token before so many others")
+    add("--ignore_eos", action="store_true", help="end tokens don't end a text")
+    add("--stop", nargs="+", metavar="TEXT", help=r"a text ends before any of these (a line break: $'\n' in the shell)")
     add("--num_samples", type=int, default=1, help="of each prompt")
     add("--batch_size", type=int, default=1, help="rows that are decoded together")
     add("--temperature", type=float, help="0 is greedy; default: generation_config.json, else greedy")
@@ -67,6 +98,22 @@ def parse_args() -> argparse.Namespace:
     add("--top_p", type=float, help="sample from the most likely tokens that reach this probability")
     add("--min_p", type=float, help="drop tokens less likely than this share of the most likely one")
     add("--seed", type=int, help="the same seed gives the same text; default: a new one each time")
+    add("--repetition_penalty", type=float, help="above 1: tokens of prompt and text get less likely")
+    add("--presence_penalty", type=float, help="above 0: tokens of the text get less likely")
+    add("--frequency_penalty", type=float, help="above 0: each time they occur")
+    add("--logit_bias", type=token_bias, nargs="+", metavar="ID=VALUE", help="added to the logits of token ids")
+    add("--bad_words", nargs="+", metavar="TEXT", help="what must not be written, as a word or part of one")
+    add("--num_beams", type=int, default=1, help="beam search")
+    add("--length_penalty", type=float, default=1.0, help="of beams; above 0 prefers long texts")
+    add(
+        "--early_stopping", choices=("true", "false", "never"), default="false", help="of beams; as transformers has it"
+    )
+    add("--num_return_sequences", type=int, default=1, help="the best so many beams")
+    add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
+    add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
+    add("--speculate_k", type=count_or_auto, metavar="K", help="propose so many tokens a step; default: auto")
+    add("--logprobs", type=int, metavar="K", help="in JSON: log-probabilities of the tokens and the K most likely ones")
+    add("--echo", action="store_true", help="the prompt too; in JSON as prompt_logprobs")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill as well")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -79,27 +126,29 @@ def parse_args() -> argparse.Namespace:
         help="one JSON object a sample: text, tokens, prompt_tokens, finish_reason, stats",
     )
     args = parser.parse_args()
-    for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_length"):
+    args.logit_bias = args.logit_bias and dict(args.logit_bias)
+    check_args(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
+    return args
+
+
+def check_args(args: argparse.Namespace, given: set[str]) -> None:
+    """UserError for flags that are out of range or contradict each other."""
+    for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not 1 <= value < 2**31:
-            raise UserError(f"--{name} {value} is out of range; it must be 1 or more")
-    if args.interactive and (args.json or args.num_samples > 1 or args.batch_size > 1):
-        raise UserError("--interactive goes without --json, --num_samples and --batch_size; leave them out")
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value} is out of range; it must be between {low} and {high}")
+    for name in [name for name in WITHOUT if name in given]:
+        if clash := [other for other in WITHOUT[name] if other in given]:
+            raise UserError(f"--{name} does not go with --{clash[0]}; leave one out")
+    for name in [name for name in NEEDS if name in given]:
+        if given.isdisjoint(NEEDS[name]):
+            raise UserError(f"--{name} needs {' or '.join('--' + other for other in NEEDS[name])}; add it")
+    check_settings({name: getattr(args, name) for name in SETTINGS if name in given})
     if args.profile:
         folder = args.profile.absolute().parent
         taken = args.profile.exists() and not args.profile.is_file()
         if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"--profile {args.profile} cannot be written; name a file in a folder that can")
-    return args
-
-
-def synthetic_length(args) -> int | None:
-    """The number of tokens where --prompt is a number."""
-    if args.prompt is None or not (args.prompt.isascii() and args.prompt.isdigit()):
-        return None
-    if not 1 <= len(args.prompt.lstrip("0")) <= 9:
-        raise UserError(f"--prompt {args.prompt[:12]}: a synthetic prompt of so many tokens is not possible")
-    return int(args.prompt)
 
 
 def pick_device(name: str) -> torch.device:
@@ -111,69 +160,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def read_prompts(args, tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
-    """The token ids of every prompt that the command line gives."""
-    length = synthetic_length(args)
-    if length is not None:
-        if length > config.context_length:
-            raise UserError(f"--prompt {length} exceeds the context of {config.context_length} tokens; give less")
-        draw = random.Random(0)
-        return [[draw.randrange(config.vocab_size) for _ in range(length)]]
-    if args.prompt_file is not None:
-        try:
-            data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        except OSError as error:
-            raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}; name a readable file") from error
-        try:
-            lines = data.decode("utf-8-sig").split("\n")  # not at form feeds, as splitlines would
-            texts = [line.removesuffix("\r") for line in lines if line.strip()]
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompt_file {args.prompt_file} is not UTF-8 (byte {error.start}); re-encode it"
-            ) from error
-        if not texts:
-            raise UserError(f"--prompt_file {args.prompt_file} has no prompt; write one on each line")
-    elif args.prompt is None and args.checkpoint_path is not None:
-        raise UserError('nothing to continue; give --prompt "...", --prompt_file or --interactive')
-    else:
-        texts = [DEMO_PROMPT if args.prompt is None else args.prompt]
-        if not texts[0]:
-            raise UserError('the prompt is empty; give --prompt "some text"')
-    prompts = [tokenizer.encode(text) for text in texts]
-    if not all(prompts):
-        raise UserError(f"the tokenizer has no tokens for the prompt {texts[prompts.index([])]!r}; give it another")
-    return prompts
-
-
-def plan_lengths(args, prompts: list[list[int]], context: int) -> tuple[int, int]:
-    """(new tokens, length of the cache): refuses what has no room before any work is done."""
-    if args.max_seq_length and args.max_seq_length > context:
-        raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
-    limit = args.max_seq_length or context
-    longest = max(map(len, prompts), default=1)
-    new = args.max_new_tokens or max(1, min(200, limit - longest))
-    if longest + new > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and {new} new ones exceed the "
-            f"{'cache' if args.max_seq_length else 'context'} of {limit}; shorten the prompt or lower --max_new_tokens"
-        )
-    if args.max_seq_length:
-        return new, args.max_seq_length
-    # Few different lengths, because compiled code is cached by shape; and a conversation wants room.
-    needed = 4096 if args.interactive else longest + new
-    return new, min(context, max(1024, 1 << (needed - 1).bit_length()))
-
-
-def sampling_params(args, settings: dict) -> SamplingParams:
-    """Flags first, then what generation_config.json recommends if it says do_sample, else greedy."""
-    recommended = settings if settings.get("do_sample") else {}
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    chosen = {name: recommended.get(name) if value is None else value for name, value in given.items()}
-    if chosen["temperature"] is None:
-        filters = any(given[name] is not None for name in ("top_k", "top_p", "min_p"))
-        chosen["temperature"] = 1.0 if recommended or filters else 0.0
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    return SamplingParams(**{name: value for name, value in chosen.items() if value is not None}, seed=seed)
+def round_up(length: int, context: int) -> int:
+    """A length for the cache. There are few of them, because compiled code is cached by shape."""
+    return min(context, max(1024, 1 << (length - 1).bit_length()))
 
 
 def main() -> None:
@@ -188,45 +177,71 @@ def main() -> None:
             f"the tokenizer in {path.parent} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
             "get the tokenizer that belongs to it"
         )
-    settings = load_generation_config(path.parent)
-    params = sampling_params(args, settings)
-    eos_ids = frozenset(settings["eos_token_ids"] or tokenizer.eos_ids)
-    prompts = [] if args.interactive else read_prompts(args, tokenizer, config)
-    max_new_tokens, max_seq_length = plan_lengths(args, prompts, config.context_length)
-    if synthetic_length(args):
-        eos_ids = frozenset()  # a synthetic prompt is for timing: all the tokens asked for
-    samples = max(1, len(prompts) * args.num_samples)
-    batch_size = min(args.batch_size, samples)
-    jobs = (
-        (prompt, replace(params, seed=(params.seed + sample) % 2**63))
-        for prompt in prompts
-        for sample in range(args.num_samples)
-    )
+    context, paths = config.context_length, [path]
+    if args.draft_checkpoint_path:
+        paths.append(weights_path(args.draft_checkpoint_path))
+        check_draft(tokenizer, load_tokenizer(paths[1].parent))
+        context = min(context, load_config(paths[1].parent).context_length)
+    if args.max_seq_length and args.max_seq_length > context:
+        raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
+    beams = None
+    if args.num_beams > 1:
+        early = {"true": True, "false": False, "never": "never"}[args.early_stopping]
+        beams = BeamParams(args.num_beams, args.length_penalty, early, args.num_return_sequences)
+
+    recommended = load_generation_config(path.parent)
+    eos_ids = frozenset(recommended["eos_token_ids"] or tokenizer.eos_ids)
+    settings = default_settings(args, recommended)
+    limit = args.max_seq_length or context
+    if args.interactive and not args.max_seq_length:
+        limit = round_up(max(CHAT_LENGTH, 2 * (args.max_new_tokens or 0)), context)
+    target = Target(tokenizer, config.vocab_size, eos_ids, limit, "context" if limit == context else "cache")
+    jobs = [] if args.interactive else read_jobs(args, target, settings)
+    requests = [job.request for job in jobs] or [make_request(target, [0], settings)]
+    longest = max(len(request.prompt) for request in requests)
+    needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    max_seq_length = limit if args.max_seq_length or args.interactive else round_up(needed, context)
+    batch_size = args.num_beams if beams else min(args.batch_size, len(requests))
 
     begun = time.perf_counter()
     with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
         compiler = pool.submit(check_compiler) if args.compile or args.compile_prefill else None
         kernels = pool.submit(cpu_library) if device.type == "cpu" else None
-        model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None)
+        models = [load_model(path, device, getattr(torch, args.dtype) if args.dtype else None) for path in paths]
         for job in filter(None, (compiler, kernels)):
             job.result()
     check_memory(
-        cache_bytes(model, batch_size, max_seq_length),
+        sum(cache_bytes(model, batch_size, max_seq_length) for model in models),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",
         device,
     )
-    model.setup_caches(batch_size, max_seq_length)
-    log(f"loaded {path.parent} ({weight_bytes(model) / 1e9:.2f} GB, {device}) in {time.perf_counter() - begun:.1f} s")
-    engine = Engine(model, args.compile, args.compile_prefill)
-    if args.compile or args.compile_prefill:
+    draft = models[1] if args.draft_checkpoint_path else None
+    engine = Engine(models[0], args.compile, args.compile_prefill, draft, args.speculate_k, args.prompt_lookup)
+    words = [request.params.bad_words for request in requests]
+    room = max(map(len, words)), max((len(word) for of_request in words for word in of_request), default=0)
+    if args.interactive:
+        room = max(room[0], CHAT_WORDS[0]), max(room[1], CHAT_WORDS[1])
+    engine.setup(
+        batch_size,
+        max_seq_length,
+        plain=not args.interactive and all(request.params.plain for request in requests),
+        logprobs=0 if args.logprobs is None and args.echo and args.json else args.logprobs,
+        eos_ids=eos_ids,
+        bad_words=room,
+    )
+    size = sum(map(weight_bytes, models)) / 1e9
+    log(f"loaded {path.parent} ({size:.2f} GB, {device}) in {time.perf_counter() - begun:.1f} s")
+    if (args.compile or args.compile_prefill) and not beams:  # beam search has a step of its own
         log("compiling ... (later runs find it in the cache)")
-        seconds = engine.warm_up([params] * batch_size, max(map(len, prompts), default=None))
+        seconds = engine.warm_up(None if args.interactive else longest)
         log(f"compiled in {seconds:.1f} s")
     with profiler(args.profile):
         if args.interactive:
-            converse(engine, tokenizer, params, max_new_tokens, eos_ids)
+            converse(engine, target, settings)
+        elif beams:
+            search_beams(engine, tokenizer, jobs, beams, args.json)
         else:
-            continue_prompts(engine, tokenizer, jobs, samples, batch_size, max_new_tokens, eos_ids, args.json)
+            continue_prompts(engine, tokenizer, jobs, args)
 
 
 def profiler(path: Path | None):
@@ -242,136 +257,110 @@ def profiler(path: Path | None):
     return torch.profiler.profile(on_trace_ready=save)
 
 
-def run_batch(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    params: list[SamplingParams],
-    max_new_tokens: int,
-    eos_ids: frozenset[int],
-    show: Callable[[Token], None] | None = None,
-    starts: list[int] | None = None,
-) -> tuple[list[list[Token]], Stats]:
-    """`generate` with a clock: each row's tokens, which `show` sees as they come, and how fast it went.
-
-    A batch of fewer rows than the cache has is filled up, because compiled code has its shape.
-    """
-    rows: list[list[Token]] = [[] for _ in prompts]
-    filling = engine.model.max_batch_size - len(prompts)
-    times = [time.perf_counter()]
-    tokens = generate(
-        engine,
-        tokenizer,
-        prompts + prompts[-1:] * filling,
-        params + params[-1:] * filling,
-        max_new_tokens,
-        eos_ids,
-        starts,
-    )
-    for token in tokens:
-        times[1:] = [times[1] if len(times) > 1 else time.perf_counter(), time.perf_counter()]
-        if token.row < len(rows):
-            rows[token.row].append(token)
-            if show:
-                show(token)
-    return rows, Stats.measure(engine, prompts, rows, times)
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
 
 
-def continue_prompts(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    jobs: Iterator[tuple[list[int], SamplingParams]],
-    samples: int,
-    batch_size: int,
-    max_new_tokens: int,
-    eos_ids: frozenset[int],
-    as_json: bool,
-) -> None:
-    """Runs `samples` jobs, each a prompt and how it is sampled, in batches; a batch of one is streamed."""
-    streaming = batch_size == 1 and not as_json
-    show = write_token if streaming else None
-    number = itertools.count(1)
-    while group := list(itertools.islice(jobs, batch_size)):
-        prompts, params = [prompt for prompt, _ in group], [params for _, params in group]
-        if streaming and samples > 1:
-            log(f"--- sample {next(number)} of {samples}")
-        rows, stats = run_batch(engine, tokenizer, prompts, params, max_new_tokens, eos_ids, show)
-        for prompt, tokens in zip(prompts, rows, strict=True):
-            text = "".join(token.text for token in tokens)
-            if as_json:
-                result = {
-                    "text": text,
-                    "tokens": [token.id for token in tokens],
-                    "prompt_tokens": len(prompt),
-                    "finish_reason": tokens[-1].finish_reason,
-                    "stats": asdict(stats),
-                }
-                write(json.dumps(result, ensure_ascii=False) + "\n")
+class Output:
+    """Writes texts or JSON objects to stdout; which of several it is, or a progress bar, to stderr."""
+
+    def __init__(self, total: int, as_json: bool):
+        self.total, self.as_json, self.done = total, as_json, 0
+        # A terminal that shows the texts needs no bar.
+        hidden = total == 1 or not sys.stderr.isatty() or sys.stdout.isatty()
+        self.bar = tqdm(total=total, unit="text", leave=False, disable=hidden)
+
+    def begin(self, text: str = "") -> None:
+        if self.total > 1 and self.bar.disable and not self.as_json:
+            log(f"--- sample {self.done + 1} of {self.total}")
+        write(text)
+
+    def end(self, text: str = "") -> None:
+        write(text + "\n")
+        self.done += 1
+        self.bar.update()
+
+
+def continue_prompts(engine: Engine, tokenizer: Tokenizer, jobs: list[Job], args: argparse.Namespace) -> None:
+    """Writes the jobs' results in their order, each as soon as it is there; in a batch of one token by token."""
+    streaming = engine.model.max_batch_size == 1 and not args.json
+    output = Output(len(jobs), args.json)
+    gathered: list[list[Token]] = [[] for _ in jobs]
+    scored = args.echo and args.json
+    for token in generate(engine, tokenizer, (replace(job.request, echo=scored) for job in jobs)):
+        gathered[token.request].append(token)
+        if streaming:
+            if len(gathered[token.request]) == 1:
+                output.begin(echoed(tokenizer, jobs[token.request], token) if args.echo else "")
+            write(token.text)
+        while output.done < len(jobs) and (tokens := gathered[output.done]) and tokens[-1].finish_reason:
+            job, gathered[output.done] = jobs[output.done], []
+            if args.json:
+                output.end(json.dumps(result(job, tokens, args), ensure_ascii=False))
             elif streaming:
-                write("\n")
+                output.end()
             else:
-                if samples > 1:
-                    log(f"--- sample {next(number)} of {samples}")
-                write(text + "\n")
-        log(str(stats))
+                output.begin(echoed(tokenizer, job, tokens[0]) if args.echo else "")
+                output.end("".join(token.text for token in tokens))
+    output.bar.close()
+    log(str(engine.stats))
 
 
-def converse(
-    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, max_new_tokens: int, eos_ids: frozenset[int]
-) -> None:
-    """Answers each line of stdin. The KV cache is kept, so a turn prefills only what is new since the last one.
-
-    With a chat template the lines are a user's messages; without one the model continues the text so far.
-    """
-    chatting = tokenizer.has_chat_template
-    log("a chat" if chatting else "this model has no chat template: it continues what you write")
-    log("/clear starts anew, /exit or Ctrl-D ends")
-    messages: list[dict[str, str]] = []
-    history: list[int] = []  # all of the conversation; the cache holds it but for the last token
-    while (line := ask()) is not None and line.strip() not in ("/exit", "/quit"):
-        if line.strip() == "/clear":
-            messages, history = [], []
-            continue
-        if not line.strip():
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        try:
-            if chatting:
-                ids = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special_tokens=False)
-            else:
-                ids = history + tokenizer.encode("\n" + line if history else line, add_special_tokens=not history)
-            if not ids:
-                raise UserError("the tokenizer has no tokens for this; write something else")
-        except UserError as error:  # no reason to lose the conversation
-            log(f"error: {error}")
-            continue
-        room = engine.model.max_seq_length - len(ids)
-        if room < 1:
-            log(f"the conversation has no room left in {engine.model.max_seq_length} tokens; /clear starts a new one")
-            continue
-        same = (a == b for a, b in zip(ids[:-1], history[:-1], strict=False))
-        cached = sum(itertools.takewhile(bool, same))
-        limit = min(max_new_tokens, room)
-        (reply,), stats = run_batch(
-            engine, tokenizer, [ids[cached:]], [params], limit, eos_ids, show=write_token, starts=[cached]
-        )
-        write("\n")
-        log(str(stats))
-        messages = [*asked, {"role": "assistant", "content": "".join(token.text for token in reply)}]
-        history = ids + [token.id for token in reply if token.finish_reason != "stop"]
+def echoed(tokenizer: Tokenizer, job: Job, first: Token) -> str:
+    """The prompt as it was given, and the space that sentencepiece takes away where a text begins."""
+    prompt = job.request.prompt
+    spaces = (
+        len(tokenizer.decode([*prompt, first.id])) - len(tokenizer.decode(prompt)) - len(tokenizer.decode([first.id]))
+    )
+    return job.text + " " * spaces
 
 
-def ask() -> str | None:
-    """The user's next line, or None at the end of the input."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        import readline  # noqa: F401  gives input() its line editing and history
+def result(job: Job, tokens: list[Token], args: argparse.Namespace) -> dict[str, Any]:
+    """What --json says of a request."""
+    new = [token for token in tokens if not token.of_prompt]
+    fields = job.labels | {
+        "text": "".join(token.text for token in new),
+        "tokens": [token.id for token in new],
+        "prompt_tokens": len(job.request.prompt),
+        "finish_reason": new[-1].finish_reason,
+        "stats": new[-1].stats.report(),
+    }
+    if args.logprobs is not None:
+        fields["logprobs"] = [chances(token) for token in new]
+    if args.echo:
+        fields["prompt_logprobs"] = [chances(token) for token in tokens if token.of_prompt]
+    return fields
 
-        try:
-            return input("> ")
-        except EOFError:
-            return None
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+
+def chances(token: Token) -> dict[str, Any]:
+    return {"token": token.id, "logprob": token.logprob, "top": dict(token.top)}
+
+
+def search_beams(engine: Engine, tokenizer: Tokenizer, jobs: list[Job], beams: BeamParams, as_json: bool) -> None:
+    """Writes the best beams of each job."""
+    output = Output(len(jobs) * beams.num_return_sequences, as_json)
+    started = time.perf_counter()
+    for job in jobs:
+        begun = time.perf_counter()
+        found = beam_search(engine, job.request, beams)
+        seconds = time.perf_counter() - begun
+        for sequence in found:
+            ended = sequence.finish_reason == "stop"
+            text = tokenizer.decode(sequence.tokens[:-1] if ended else sequence.tokens)
+            if as_json:
+                fields = job.labels | {
+                    "text": text,
+                    "tokens": sequence.tokens,
+                    "prompt_tokens": len(job.request.prompt),
+                    "finish_reason": sequence.finish_reason,
+                    "score": sequence.score,
+                    "stats": {"new_tokens": len(sequence.tokens), "seconds": seconds},
+                }
+                text = json.dumps(fields, ensure_ascii=False)
+            output.begin()
+            output.end(text)
+    output.bar.close()
+    log(f"beam search: {output.done} texts in {time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -405,11 +405,11 @@ class KVCache(nn.Module):
             memory = kernels.allocate(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
             self.register_buffer(name, memory, persistent=False)
 
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S]."""
-        row = torch.arange(len(input_pos), device=input_pos.device)[:, None]
-        self.k[row, :, input_pos] = k
-        self.v[row, :, input_pos] = v
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
+        """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""
+        rows = torch.arange(len(input_pos), device=input_pos.device) if rows is None else rows
+        self.k[rows[:, None], :, input_pos] = k
+        self.v[rows[:, None], :, input_pos] = v
 
 
 class Attention(nn.Module):
@@ -427,7 +427,14 @@ class Attention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def forward(
-        self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor, only: Tensor | None = None
+        self,
+        x: Tensor,
+        input_pos: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_pos: Tensor,
+        only: Tensor | None,
+        rows: Tensor | None,
     ) -> Tensor:
         B, S, _ = x.shape
         heads = self.wqkv(x).view(B, S, -1, self.head_dim)
@@ -435,10 +442,10 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        self.kv_cache.update(input_pos, k, v)
+        self.kv_cache.update(input_pos, k, v, rows)
         if only is not None:
             q, input_pos = pick(q, only), pick(input_pos, only)
-        y = attention(q, self.kv_cache.k, self.kv_cache.v, input_pos, key_pos, self.window)
+        y = attention(q, self.kv_cache.k, self.kv_cache.v, input_pos, key_pos, self.window, rows)
         return self.wo(y.view(*y.shape[:2], -1))
 
 
@@ -447,14 +454,16 @@ def pick(x: Tensor, only: Tensor) -> Tensor:
     return x[torch.arange(len(only), device=x.device), only][:, None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, key_pos: Tensor, window: int | None, rows: Tensor | None
+) -> Tensor:
     """Queries [B, S, heads, D] over the first L = len(key_pos) entries of caches [max_B, kv_heads, T, D] -> like q."""
     B, S, n_heads, D = q.shape
-    if q.device.type in ("cpu", "cuda") and S <= 16:
+    if q.device.type in ("cpu", "cuda") and S <= 16 and rows is None:
         # Reads what each row's positions allow, so its cost follows them and not key_pos.
         return torch.ops.brisk.decode_attention(q, k, v, input_pos, window)
     n_kv_heads, L = k.shape[1], key_pos.shape[0]
-    k, v = k[:B, :, :L], v[:B, :, :L]
+    k, v = (cache[:B, :, :L] if rows is None else cache[:, :, :L][rows] for cache in (k, v))
     mask = key_pos <= input_pos[:, :, None]  # [B, S, L]
     if window is not None:
         mask = mask & (key_pos > input_pos[:, :, None] - window)
@@ -493,10 +502,17 @@ class Block(nn.Module):
 
     @torch.compiler.nested_compile_region  # traced and compiled once, called for every layer
     def forward(
-        self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, key_pos: Tensor, only: Tensor | None
+        self,
+        x: Tensor,
+        input_pos: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_pos: Tensor,
+        only: Tensor | None,
+        rows: Tensor | None,
     ) -> Tensor:
         """[B, S, dim] -> the same, or [B, 1, dim]: of each row just token `only` [B], though all reach the cache."""
-        y = self.attention(self.attention_norm(x), input_pos, cos, sin, key_pos, only)
+        y = self.attention(self.attention_norm(x), input_pos, cos, sin, key_pos, only, rows)
         x = (x if only is None else pick(x, only)) + y
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -536,18 +552,24 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, input_pos, key_pos))
 
     def hidden(
-        self, tokens: Tensor, input_pos: Tensor, key_pos: Tensor | None = None, only: Tensor | None = None
+        self,
+        tokens: Tensor,
+        input_pos: Tensor,
+        key_pos: Tensor | None = None,
+        only: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The normalized output of the last layer, [B, S, dim]; with `only` [B] that of one token a row, [B, 1, dim].
 
-        A prefill needs no more, and saves most of the last layer's work.
+        A prefill needs no more, and saves most of the last layer's work. `rows` [B] are the rows of the cache that the
+        tokens belong to, by default the first B.
         """
         x = self.tok_embeddings(tokens)
         cos, sin = rope_angles(self.config.rope, self.rope_freqs, input_pos, padding=self.max_seq_length)
         key_pos = self.key_pos if key_pos is None else key_pos
         for layer in self.layers[:-1]:
-            x = layer(x, input_pos, cos, sin, key_pos, None)
-        return self.norm(self.layers[-1](x, input_pos, cos, sin, key_pos, only))
+            x = layer(x, input_pos, cos, sin, key_pos, None, rows)
+        return self.norm(self.layers[-1](x, input_pos, cos, sin, key_pos, only, rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V]."""

@@ -1,31 +1,40 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p, greedy.
+"""From logits to the next token: bias, penalties, banned words, temperature, top-k, top-p, min-p, greedy.
 
-    params = sampling_tensors([SamplingParams(temperature=0.8, top_p=0.95, seed=1)], device)
-    token = sample(logits, params, position)               # [B, V], [B] -> [B]
+    sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, device)
+    sampler.set_row(0, SamplingParams(temperature=0.8, top_p=0.95, seed=1), prompt)
+    token = sampler(logits, tokens, input_pos)               # [B, S, V], [B, S], [B, S] -> [B, S]
 
-Everything runs inside the compiled decode step. The parameters are tensors, one value per row, so a batch may mix them
-and changing one never recompiles. The random number of a row is a hash of its seed and its position: the same seed
-gives the same text, whatever else is in the batch.
+Everything runs inside the compiled decode step. What a row wants is in buffers at fixed addresses, so a batch may mix
+any settings and changing one never recompiles. The random number of a token is a hash of the row's seed, the position
+and its id: the same seed gives the same text, whatever else is in the batch, and two models that draw with the same
+numbers agree as often as their distributions let them.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import kernels  # noqa: F401  defines torch.ops.brisk
 from errors import UserError
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one row is sampled. The filters apply in the order of transformers: temperature, top-k, top-p, min-p."""
+    """How one row is sampled. Everything applies in the order of transformers, which is the order here."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # keep the most likely tokens that together reach this probability
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one
+    repetition_penalty: float = 1.0  # divides the logits of tokens in the prompt or the output; below 0, multiplies
+    presence_penalty: float = 0.0  # subtracted once from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # subtracted as often as they are in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed
+    min_new_tokens: int = 0  # no end token before so many others
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,68 +46,229 @@ class SamplingParams:
             raise UserError(f"top_p {self.top_p} is out of range; it must be above 0 and at most 1 (off)")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p {self.min_p} is out of range; it must be between 0 (off) and 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty {self.repetition_penalty} is out of range; it must be above 0 (1 is off)"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} {getattr(self, name)} is out of range; it must be between -2 and 2 (0 is off)")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise UserError(
+                    f"logit_bias {token}: {bias} is out of range; it must be a token id and a finite number"
+                )
+        for word in self.bad_words:
+            if not word or min(word) < 0:
+                raise UserError(f"bad_words {word} is out of range; it must be one or more token ids")
+        if not 0 <= self.min_new_tokens < 2**31:
+            raise UserError(f"min_new_tokens {self.min_new_tokens} is out of range; it must be 0 (off) or more")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} is out of range; it must be between 0 and 2^63 - 1")
 
+    @property
+    def plain(self) -> bool:
+        """Greedy and nothing else: the token is the argmax of the logits as they are."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        return not (self.temperature or penalties or self.logit_bias or self.bad_words or self.min_new_tokens)
 
-class SamplingTensors(NamedTuple):
-    """The same for a batch on a device: one value per row, [B]."""
-
-    temperature: Tensor  # float32
-    top_k: Tensor  # int64
-    top_p: Tensor  # float32
-    min_p: Tensor  # float32
-    seed: Tensor  # int64
-
-
-def sampling_tensors(rows: list[SamplingParams], device: torch.device | str) -> SamplingTensors:
-    def column(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype, device=device)
-
-    return SamplingTensors(
-        temperature=column("temperature", torch.float32),
-        top_k=column("top_k", torch.int64),
-        top_p=column("top_p", torch.float32),
-        min_p=column("min_p", torch.float32),
-        seed=column("seed", torch.int64),
-    )
+    def check(self, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        """UserError for what no row of this model could do: ids it has not, a ban of all it has."""
+        for name, ids in (
+            ("logit_bias", [token for token, _ in self.logit_bias]),
+            ("bad_words", [token for word in self.bad_words for token in word]),
+        ):
+            unknown = [token for token in ids if token >= vocab_size]
+            if unknown:
+                raise UserError(f"{name}: there is no token {unknown[0]}; the model's ids end at {vocab_size - 1}")
+        banned = {word[0] for word in self.bad_words if len(word) == 1} - set(eos_ids)
+        if self.min_new_tokens:
+            banned |= set(eos_ids)
+        if len(banned) >= vocab_size:
+            raise UserError("bad_words ban every token; leave one that may be produced")
 
 
-def sample(logits: Tensor, params: SamplingTensors, position: Tensor) -> Tensor:
-    """Logits [B, V] of the tokens at `position` [B] -> those tokens, int64 [B]. Rows of temperature 0 are greedy."""
-    cumulative = probabilities(logits, params).cumsum(-1)
-    # The first token whose cumulative probability is above a uniform draw; scaling by the last entry instead of 1
-    # keeps the draw below it under rounding, so a token of probability zero is never the one.
-    draw = uniform(params.seed, position)[:, None] * cumulative[:, -1:]
-    sampled = (cumulative <= draw).sum(-1)
-    return torch.where(params.temperature > 0, sampled, logits.argmax(-1))
+class Sampler(nn.Module):
+    """What sampling has to know of every row of a batch, and the functions of the compiled step that use it."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        vocab_size: int,
+        max_seq_length: int,
+        eos_ids: Iterable[int],
+        device: torch.device | str,
+        plain: bool = False,
+        bad_words: tuple[int, int] = (0, 0),  # room for so many in a row, of so many ids
+    ):
+        super().__init__()
+        self.plain = plain  # every row is: no more than an argmax, and no buffers but the history
+        self.eos_ids = frozenset(eos_ids)
+
+        def buffer(name: str, *shape: int, dtype: torch.dtype, fill: int = 0) -> None:
+            self.register_buffer(name, torch.full(shape, fill, dtype=dtype, device=device), persistent=False)
+
+        # The token at each position; the last slot is for padding.
+        buffer("history", batch_size, max_seq_length + 1, dtype=torch.int64)
+        buffer("position", batch_size, dtype=torch.int64)  # of each row's last token
+        self.max_seq_length = max_seq_length
+        if plain:
+            return
+        buffer("counts", batch_size, vocab_size, dtype=torch.int32)  # how often a token is in the output
+        buffer("prompted", batch_size, vocab_size, dtype=torch.bool)  # whether it is in the prompt
+        buffer("bias", batch_size, vocab_size, dtype=torch.float32)
+        buffer("settings", batch_size, 7, dtype=torch.float32)  # of each row, as `set_row` lists them
+        buffer("integers", batch_size, 3, dtype=torch.int32)
+        buffer("words", batch_size, *bad_words, dtype=torch.int64, fill=-1)  # aligned to the right
+        buffer("eos", vocab_size, dtype=torch.bool)
+        self.eos[[token for token in self.eos_ids if token < vocab_size]] = True
+        self.register_buffer("ids", torch.arange(vocab_size, dtype=torch.int32, device=device), persistent=False)
+        for row in range(batch_size):
+            self.set_row(row, SamplingParams(), [])
+
+    @torch.no_grad()
+    def set_row(self, row: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """A row begins. `prompt` is all of its text before the first new token."""
+        prompt = torch.tensor(prompt, dtype=torch.int64, device=self.history.device)
+        self.history[row, : len(prompt)] = prompt
+        if self.plain:
+            if not params.plain:
+                raise ValueError(f"{params} in a sampler of plain rows")
+            return
+        self.counts[row] = 0
+        self.prompted[row] = False
+        self.prompted[row, prompt] = True
+        # float32 can't divide by less or more than this; it is greedy, or flat, long before.
+        temperature = 0.0 if params.temperature < 1e-37 else min(params.temperature, 1e37)
+        settings = (
+            temperature,
+            params.top_k or math.inf,
+            params.top_p if params.top_p < 1 else math.inf,
+            # The largest distance below the highest logit: greedy keeps the highest only.
+            0.0 if temperature == 0 else -math.log(params.min_p) if params.min_p else math.inf,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self.settings[row] = torch.tensor(settings, dtype=torch.float32)
+        low = (params.seed & 0xFFFFFFFF) - (params.seed & 0x80000000) * 2  # as int32
+        first_end = min(len(prompt) + params.min_new_tokens, 2**31 - 1)  # the first position of an end token
+        self.integers[row] = torch.tensor((low, params.seed >> 32, first_end), dtype=torch.int32)
+        self.bias[row] = 0
+        if params.logit_bias:
+            tokens, values = zip(*params.logit_bias, strict=True)
+            values = torch.tensor(values, dtype=torch.float32, device=self.bias.device)
+            self.bias[row, torch.tensor(tokens, device=self.bias.device)] = values
+        # A ban of an end token by itself does nothing in transformers, and a text must be able to end.
+        words = [word for word in params.bad_words if not (len(word) == 1 and word[0] in self.eos_ids)]
+        room, longest = self.words.shape[1:]
+        if len(words) > room or max(map(len, words), default=0) > longest:
+            raise ValueError(
+                f"{len(words)} bad words of up to {max(map(len, words))} ids; there is room for {room, longest}"
+            )
+        if room:
+            padded = [[-1] * (longest - len(word)) + list(word) for word in words] + [[-1] * longest] * (
+                room - len(words)
+            )
+            self.words[row] = torch.tensor(padded, dtype=torch.int64)
+
+    @torch.no_grad()
+    def begin(self, row: int, token: Tensor, position: int) -> None:
+        """Puts a row's first new token, int64 [1, 1], behind its prompt."""
+        token, drawn = token[0].clamp(min=0), token[0] >= 0
+        self.position[row] = position
+        self.history[row, position] = token[0]
+        if not self.plain:
+            self.counts[row].scatter_add_(0, token, drawn.int())
+
+    @torch.no_grad()
+    def park(self, row: int, position: int) -> None:
+        """Takes a row whose text has ended to a position where its steps cost little and do no harm."""
+        self.position[row] = position
+
+    def forward(self, logits: Tensor, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] after the inputs [B, S] at their positions [B, S] -> the tokens that follow, int64 [B, S].
+
+        -1 where no token is possible. Inputs but the first are drafts: in the history, but not counted yet.
+        `rows` int64 [B] are the sampler's rows that these are, by default all of them.
+        """
+        if self.plain:
+            best, token = logits.max(-1)
+            return torch.where(best.isfinite(), token, -1)
+        filtered = self.filtered(self.penalize(logits, tokens, input_pos, rows), rows)
+        # The token whose clock rings first: that of rate p rings before all others with probability p.
+        greedy = self._column("settings", 0, rows) == 0
+        times = torch.where(greedy[..., None], 1.0, self.times(input_pos + 1, rows))
+        best, token = (filtered.exp() / times).max(-1)
+        return torch.where(best > 0, token, -1)
+
+    def penalize(self, scores: Tensor, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] -> float32, after everything that depends on the text: transformers' logits processors."""
+        repetition, presence, frequency = (self._column("settings", i, rows)[..., None] for i in (4, 5, 6))
+        counts = self._of("counts", rows)[:, None]
+        for i in range(1, tokens.shape[1]):
+            later = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= i
+            counts = counts + ((tokens[:, i, None, None] == self.ids) & later)
+        scores = scores.float() + self._of("bias", rows)[:, None]
+        seen = self._of("prompted", rows)[:, None] | (counts > 0)
+        scores = torch.where(seen, torch.where(scores < 0, scores * repetition, scores / repetition), scores)
+        scores = scores - torch.where(counts > 0, presence, 0.0) - frequency * counts
+        early = input_pos + 1 < self._column("integers", 2, rows)
+        scores = torch.where(early[..., None] & self.eos, -math.inf, scores)
+        if self.words.shape[1] == 0:
+            return scores
+        words = self._of("words", rows)[:, None]  # [B, 1, W, L]
+        before = input_pos[..., None] - torch.arange(words.shape[-1] - 2, -1, -1, device=tokens.device)
+        text = self._of("history", rows).gather(1, before.clamp(min=0).flatten(1)).view(before.shape)
+        text = torch.where(before < 0, -2, text)[:, :, None]
+        completes = ((words[..., :-1] == text) | (words[..., :-1] < 0)).all(-1) & (words[..., -1] >= 0)  # [B, S, W]
+        last = words[..., -1].clamp(min=0).expand(completes.shape)
+        return scores.scatter_add(-1, last, torch.where(completes, -math.inf, 0.0))
+
+    def filtered(self, scores: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Penalized scores [B, S, V] -> the logits that tokens are drawn from: 0 at most, -inf where a filter cuts."""
+        temperature, top_k, top_p, min_p = (self._column("settings", i, rows)[..., None] for i in range(4))
+        # As distances from the highest, a tiny temperature does not overflow.
+        distance = (scores.amax(-1, keepdim=True) - scores) / torch.where(temperature > 0, temperature, 1.0)
+        cut = torch.ops.brisk.reach(distance, None, top_k.expand(*distance.shape[:-1], 1))
+        likely = torch.where(distance <= cut, (-distance).exp(), 0.0)
+        cut = torch.minimum(cut, torch.ops.brisk.reach(distance, likely, top_p * likely.sum(-1, keepdim=True)))
+        return torch.where(distance <= torch.minimum(cut, min_p), -distance, -math.inf)
+
+    def times(self, position: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Exponentially distributed numbers for all tokens at the positions [B, S], float32 [B, S, V]."""
+        low, high = (self._column("integers", i, rows) for i in (0, 1))
+        key = _mix(_mix(_mix(low) ^ high) ^ position.int())[..., None]
+        bits = _mix(self.ids ^ key, _mix(key ^ 0x5BD1E995))
+        # The smallest numbers win, so these must be fine: 31 bits near 0. Near 1, float32 must not round to 1.
+        uniform = (((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
+        return -torch.log1p(-uniform)
+
+    def count(self, tokens: Tensor, n: Tensor) -> None:
+        """Adds the first n [B] of the tokens [B, S] to the output; a token of -1 is none."""
+        if not self.plain:
+            those = (torch.arange(tokens.shape[1], device=tokens.device) < n[:, None]) & (tokens >= 0)
+            self.counts.scatter_add_(1, tokens.clamp(min=0), those.int())
+
+    def _of(self, name: str, rows: Tensor | None) -> Tensor:
+        buffer = getattr(self, name)
+        return buffer if rows is None else buffer[rows]
+
+    def _column(self, name: str, column: int, rows: Tensor | None) -> Tensor:
+        """One setting of all rows, [B, 1]."""
+        return self._of(name, rows)[:, column : column + 1]
 
 
-def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
-    """The distribution that `sample` draws from, float32 [B, V]."""
-    temperature = torch.where(params.temperature > 0, params.temperature, 1.0)
+def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [B, S, V] -> log probabilities of the tokens [B, S], of the k most likely, [B, S, k], and their ids."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]  # a tiny temperature must not overflow
-    ranked = logits.sort(dim=-1, descending=True).values
-    # Each filter keeps the logits at or above some value, so all of them together keep those at or above the largest.
-    last = torch.where(params.top_k > 0, params.top_k, logits.shape[-1]).clamp(max=logits.shape[-1]) - 1
-    kth = ranked.gather(-1, last[:, None])
-    likely = ranked.masked_fill(ranked < kth, -math.inf).softmax(-1)
-    before = likely.cumsum(-1) - likely  # the probability of all tokens ranked higher
-    nucleus = ((before < params.top_p[:, None]) & (likely > 0)).sum(-1, keepdim=True).clamp(min=1)
-    cut = ranked.gather(-1, nucleus - 1)
-    cut = torch.maximum(cut, ranked[:, :1] + params.min_p[:, None].log())
-    return logits.masked_fill(logits < cut, -math.inf).softmax(-1)
+    total = logits.logsumexp(-1, keepdim=True)
+    top, ids = logits.topk(k, -1)
+    return (logits.gather(-1, tokens[..., None]) - total)[..., 0], top - total, ids
 
 
-def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """A float32 in [0, 1) with 24 random bits for each row of seeds [B] and positions [B]."""
-    bits = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ (seed >> 32)) ^ position)
-    return (bits >> 8).float() * 2.0**-24
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers in which every input bit reaches every output bit."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x1B873593)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    """A bijection of int32 in which every input bit reaches every output bit; the key makes it another one."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF) ^ key) * 0x1B873593
+    return x ^ ((x >> 16) & 0xFFFF)

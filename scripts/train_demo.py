@@ -17,10 +17,13 @@ import math
 import os
 import random
 import socket
+import statistics
 import sys
 import sysconfig
 import time
 import tokenize
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -46,8 +49,10 @@ SKIPPED_FILES = ("html/entities.py", "_sysconfigdata")
 VOCAB_SIZE, CONTEXT, UNK, BOS, EOS = 4096, 1024, 0, 1, 2
 TARGET = {"hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 8, "num_key_value_heads": 4,
           "intermediate_size": 768}  # fmt: skip
-DRAFT = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-         "intermediate_size": 384}  # fmt: skip
+# As wide as the target, whose embedding and layers it starts from; and few layers, because a step of a draft is mostly
+# overhead, which grows with their number.
+DRAFT = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "intermediate_size": 640}  # fmt: skip
 # What both models share, in the words of HF's config.json. Heads, kv heads and ffn divide by 4 (tensor parallelism),
 # and every matrix's input by 32 even then (int4 groups).
 SHARED = {
@@ -57,9 +62,13 @@ SHARED = {
     "bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": "bfloat16",
 }  # fmt: skip
 
-BATCH = 8  # windows of CONTEXT tokens a step: small, because on a CPU steps are scarcer than data
+BATCH = 8  # windows a step: small, because on a CPU steps are scarcer than data
 LEARNING_RATE = 4e-3
 WARMUP = 0.02  # of the time
+
+WRITTEN = 512  # tokens of a text that the target writes for the draft, prompt included
+WRITTEN_ROWS = 64  # such texts at a time
+LIKELIEST = 16  # of the target's tokens at a position: what the draft learns from
 
 
 # ---- the corpus ----
@@ -124,12 +133,13 @@ def windows(documents: list[list[int]], generator: random.Random) -> torch.Tenso
     return cut[torch.tensor(generator.sample(range(count), count))]
 
 
-def batches(documents: list[list[int]], seed: int):
-    """Endless batches [BATCH, CONTEXT + 1], epoch after epoch."""
+def corpus_batches(documents: list[list[int]], rank: int, world: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Endless batches, epoch after epoch: one process's share of BATCH windows, and the token after each of theirs."""
     generator = random.Random(seed)
     while True:
         epoch = windows(documents, generator)
-        yield from epoch[: len(epoch) // BATCH * BATCH].split(BATCH)
+        for batch in epoch[: len(epoch) // BATCH * BATCH].split(BATCH):
+            yield batch[rank::world, :-1], batch[rank::world, 1:]
 
 
 # ---- the model: Llama under HF's names, so that its state_dict is the checkpoint ----
@@ -145,13 +155,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, self.kv_heads * hd, bias=False)
         self.o_proj = nn.Linear(self.heads * hd, dim, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, start: int, rope: tuple, cache: torch.Tensor | None) -> torch.Tensor:
         B, S, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, S, self.heads, self.hd).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(B, S, self.kv_heads, self.hd).transpose(1, 2), cos, sin)
+        q = rotate(self.q_proj(x).view(B, S, self.heads, self.hd).transpose(1, 2), *rope)
+        k = rotate(self.k_proj(x).view(B, S, self.kv_heads, self.hd).transpose(1, 2), *rope)
         v = self.v_proj(x).view(B, S, self.kv_heads, self.hd).transpose(1, 2)
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if cache is not None:
+            cache[:, :, :, start] = torch.stack((k, v))[:, :, :, 0]
+            k, v = cache[:, :, :, : start + 1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
 
 
@@ -175,13 +187,13 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: torch.Tensor, *where) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """tokens [B, S <= CONTEXT] -> logits [B, S, V]. The embedding is the output matrix too."""
+    """Tokens [B, S <= CONTEXT] -> logits [B, S, V]. The embedding is the output matrix too."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -204,12 +216,12 @@ class Llama(nn.Module):
                 outward = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config["num_hidden_layers"]) if outward else 0.02)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        S = tokens.shape[1]
-        cos, sin = self.cos[:S], self.sin[:S]
+    def forward(self, tokens: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
+        """With a cache [layers, 2, B, kv_heads, T, head_dim] it is one token of each row, at position `start`."""
+        rope = tuple(table[start : start + tokens.shape[1]] for table in (self.cos, self.sin))
         x = self.model["embed_tokens"](tokens)
-        for block in self.model["layers"]:
-            x = block(x, cos, sin)
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, start, rope, None if cache is None else cache[i])
         return F.linear(self.model["norm"](x), self.model["embed_tokens"].weight)
 
 
@@ -221,9 +233,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 # ---- training ----
 
+# Without instructions for it, bfloat16 takes a CPU ten times as long as float32.
+CPU_HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+
 
 def autocast(device: str):
-    return torch.autocast(device, torch.bfloat16)
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or CPU_HAS_BFLOAT16)
 
 
 @torch.no_grad()
@@ -250,85 +265,228 @@ def greedy_agreement(draft: Llama, target: Llama, ids: list[int], device: str) -
     return agreed / len(ids)
 
 
-def train(
-    name: str, model: Llama, documents: list[list[int]], held_out: list[int], minutes: float, device: str, seed: int,
-    state_path: Path, teacher: Llama | None = None,
-) -> dict:  # fmt: skip
-    """Trains in place for so many minutes; with a teacher, mostly towards its distribution. Returns what was done.
+@torch.no_grad()
+def accepted_lengths(draft: Llama, target: Llama, ids: list[int], device: str) -> dict[str, float]:
+    """What greedy speculation does on 20 prompts of 64 tokens, each continued by 256: shares and mean lengths."""
+    starts = range(0, len(ids) - 64, (len(ids) - 64) // 19)
+    prompts = [[BOS, *ids[start : start + 63]] for start in starts]
+    tokens, _, _ = write(target, prompts, 320, torch.zeros(len(prompts), 1), device)
+    with autocast(device):
+        said = draft(tokens[:, :-1].to(device)).argmax(-1).cpu()
+    same = (said == tokens[:, 1:])[:, 63:].tolist()  # of the 256 new tokens
+    figures = {"agreement_written": sum(map(sum, same)) / 256 / len(prompts)}
+    for k in (4, 8):
+        rounds = 0
+        for row in same:
+            at = 0
+            while at < len(row):
+                ahead = row[at : at + k]
+                at += (ahead.index(False) if False in ahead else k) + 1
+                rounds += 1
+        # A round is the accepted tokens of the draft and one of the target.
+        figures[f"accepted_of_{k}"] = 256 * len(prompts) / rounds - 1
+    return {name: round(value, 4) for name, value in figures.items()}
 
-    Runs in every process of the group at once: each takes its share of a batch, and all make the same step.
+
+# ---- what the target writes, for the draft to learn from ----
+
+
+@torch.no_grad()
+def write(
+    target: Llama, prompts: list[list[int]], length: int, temperatures: torch.Tensor, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Continues prompts to `length` tokens at temperatures [B, 1], of which 0 is greedy.
+
+    Returns the tokens, int64 [B, length], and of what the target says after each but the last, int16 and float16
+    [B, length - 1, LIKELIEST]: the likeliest tokens and their log-probabilities.
+    """
+    B = len(prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.zeros(B, length, dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    tokens, temperatures = tokens.to(device), temperatures.to(device)
+    shape = target.config["num_key_value_heads"], length, target.config["head_dim"]
+    cache = torch.zeros(len(target.model["layers"]), 2, B, *shape, device=device)
+    likeliest = torch.empty(B, length - 1, LIKELIEST, dtype=torch.int16)
+    logprobs = torch.empty(B, length - 1, LIKELIEST, dtype=torch.float16)
+    for t in range(length - 1):
+        logits = target(tokens[:, t : t + 1], cache, t)[:, 0]
+        top, ids = logits.topk(LIKELIEST)
+        likeliest[:, t], logprobs[:, t] = ids, top - logits.logsumexp(-1, keepdim=True)
+        # Gumbel noise, of the likeliest tokens only: at low temperatures there is nothing else to draw.
+        drawn = (top - temperatures * torch.empty_like(top).exponential_().log()).argmax(-1, keepdim=True)
+        tokens[:, t + 1] = torch.where(lengths > t + 1, tokens[:, t + 1], ids.gather(1, drawn)[:, 0])
+    return tokens.cpu(), likeliest, logprobs
+
+
+def write_texts(
+    target: Llama, documents: list[list[int]], newline: int, minutes: float, device: str, seed: int, path: Path
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `write` returns of many texts: for so many minutes, the target continues 8 to 160 tokens of documents.
+
+    Three of four texts are greedy, the others of a low temperature.
+    """
+    if path.exists():
+        return torch.load(path)
+    generator, clock, elapsed, texts = random.Random(seed), Clock(), 0.0, []
+    sizes = [len(document) for document in documents]
+    while elapsed < minutes * 60:
+        prompts = []
+        for document in generator.choices(documents, sizes, k=WRITTEN_ROWS):
+            start = generator.randrange(len(document))
+            while start and document[start - 1] not in (newline, BOS):
+                start -= 1
+            prompts.append([BOS, *document[max(start, 1) :][: generator.randrange(8, 160)]])
+        temperatures = torch.rand(WRITTEN_ROWS, 1) * 0.5 + 0.3
+        temperatures[: WRITTEN_ROWS * 3 // 4] = 0
+        texts.append(write(target, prompts, WRITTEN + 1, temperatures, device))
+        elapsed += clock.tick()
+    texts = tuple(map(torch.cat, zip(*texts, strict=True)))
+    torch.save(texts, path)
+    return texts
+
+
+def written_batches(texts: tuple[torch.Tensor, ...], rows: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Endless batches of what write_texts returned, `rows` texts each: tokens but the last, ids, log-probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, likeliest, logprobs = texts
+    while True:
+        for chosen in torch.randperm(len(tokens), generator=generator).split(rows):
+            if len(chosen) == rows:
+                yield tokens[chosen, :-1], likeliest[chosen].long(), logprobs[chosen].float()
+
+
+def next_token_loss(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+
+
+def draft_loss(logits: torch.Tensor, likeliest: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Half the target's first choice, on which greedy speculation depends, and half its distribution."""
+    said = logits.log_softmax(-1).gather(-1, likeliest)
+    # All the less likely tokens count as one.
+    p = logprobs.exp()
+    rest, said_rest = (1 - x.sum(-1).clamp(max=1 - 1e-4) for x in (p, said.exp()))
+    divergence = -(p * said).sum(-1) - rest * said_rest.log()
+    return 0.5 * (divergence - said[..., 0]).mean()
+
+
+def start_from(draft: Llama, target: Llama) -> None:
+    """Copies what fits of the target: its embedding, its first layer and its last but one."""
+    source = {name.replace(f"layers.{TARGET['num_hidden_layers'] - 2}.", "layers.1."): p
+              for name, p in target.named_parameters() if ".layers.1." not in name}  # fmt: skip
+    with torch.no_grad():
+        for name, p in draft.named_parameters():
+            p.copy_(source[name][tuple(map(slice, p.shape))])
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024), scaled to AdamW's step size (Liu et al. 2025) so that one rate fits both.
+
+    torch.optim.Muon is the same in bfloat16, which a CPU without instructions for it takes 15 times as long for.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momentum, 0.95)
+                update = update / update.norm().clamp(min=1e-7)
+                # Newton-Schulz: towards the nearest matrix whose singular values are all one.
+                for _ in range(5):
+                    gram = update @ update.T if update.shape[0] < update.shape[1] else update.T @ update
+                    gram = 2.0315 * gram @ gram - 4.775 * gram
+                    update = 3.4445 * update + (gram @ update if update.shape[0] < update.shape[1] else update @ gram)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
+
+
+class Clock:
+    """Seconds of work: the first step, which compiles, and what interrupts a later one do not count."""
+
+    def __init__(self):
+        self.last, self.steps = time.monotonic(), []
+
+    def tick(self) -> float:
+        """Ends a step, and begins the next; returns the seconds that it counts."""
+        last, self.last = self.last, time.monotonic()
+        self.steps = [*self.steps[-20:], self.last - last]
+        usual = statistics.median(self.steps[:-1]) if len(self.steps) > 1 else 0.0
+        return min(self.steps[-1], 3 * usual)
+
+
+def train(
+    name: str, model: Llama, source: Callable[[int], Iterator], loss_fn: Callable[..., torch.Tensor], first_length: int,
+    learning_rate: float, minutes: float, held_out: list[int], device: str, seed: int, state_path: Path,
+) -> dict:  # fmt: skip
+    """Trains in place for so many minutes on source(seed): batches (tokens [B, S], *what loss_fn takes after logits).
+
+    For the first 60 % of the time they are cut to first_length. Runs in every process of the group at once: each has
+    batches of its own, and all make the same step. Returns what was done.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     parameters = list(model.parameters())
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    # Muon (Jordan 2024) for the matrices, scaled to AdamW's step size (Liu et al. 2025) so that one rate fits both.
     optimizers = [
-        torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        Muon(matrices, {"lr": learning_rate, "weight_decay": 0.05}),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    step, elapsed = 0, 0.0
+    step, seen, elapsed = 0, 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, map_location=device)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, elapsed = state["step"], state["elapsed"]
+        step, seen, elapsed = state["step"], state["seen"], state["elapsed"]
 
-    def loss_of(tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    def loss_of(tokens: torch.Tensor, *wanted: torch.Tensor) -> torch.Tensor:
         with autocast(device):
             logits = model(tokens)
-        logits = logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, answers.flatten())
-        if teacher is None:
-            return loss
-        with torch.no_grad(), autocast(device):
-            wanted = teacher(tokens).flatten(0, 1)
-        divergence = F.kl_div(
-            logits.log_softmax(-1), wanted.float().log_softmax(-1), log_target=True, reduction="batchmean"
-        )
-        return 0.2 * loss + 0.8 * divergence
+        return loss_fn(logits.float(), *wanted)
 
     compiled = torch.compile(loss_of, dynamic=False)
-    source = batches(documents, seed + step)
-    seconds, began, last_eval, last_save = minutes * 60, time.monotonic() - elapsed, elapsed, elapsed
+    batches = source(seed + step)
+    seconds, clock, last_eval, last_save = minutes * 60, Clock(), elapsed, elapsed
     while elapsed < seconds:
         done = elapsed / seconds
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, (done + 1e-3) / WARMUP) * (1 - done)
-        # Half windows first: attention costs half as much, and the rest of the time is enough to learn whole ones.
-        length = CONTEXT // 2 if done < 0.6 else CONTEXT
-        batch = next(source)[rank::world].to(device)
-        loss = compiled(batch[:, :-1].reshape(-1, length), batch[:, 1:].reshape(-1, length))
+                group["lr"] = learning_rate * min(1.0, (done + 1e-3) / WARMUP) * (1 - done)
+        batch = [t.to(device) for t in next(batches)]
+        if done < 0.6:  # attention costs less, and the rest of the time is enough to learn whole ones
+            batch = [t.unflatten(1, (-1, first_length)).flatten(0, 1) for t in batch]
+        loss = compiled(*batch)
         loss.backward()
         # One message a step: the gradients, and the clock, on which all have to agree.
-        shared = [p.grad for p in parameters] + [torch.tensor([time.monotonic() - began, loss.item()], device=device)]
+        shared = [p.grad for p in parameters] + [torch.tensor([clock.tick(), loss.item()], device=device)]
         flat = torch.cat([t.flatten() for t in shared])
         dist.all_reduce(flat)
         for own, mean in zip(shared, (flat / world).split([t.numel() for t in shared]), strict=True):
             own.copy_(mean.view_as(own))
-        elapsed, mean_loss = shared[-1].tolist()
+        counted, mean_loss = shared[-1].tolist()
+        elapsed += counted
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
+        step, seen = step + 1, seen + world * batch[0].numel()
         if step % 20 == 0 and rank == 0:
-            tokens = step * BATCH * CONTEXT
-            line = f"{name}: {elapsed / 60:5.1f} min  step {step}  {tokens / 1e6:.2f}M tokens  "
-            line += f"{tokens / elapsed:.0f} tok/s  loss {mean_loss:.3f}"
+            line = f"{name}: {elapsed / 60:5.1f} min  step {step}  {seen / 1e6:.2f}M tokens  "
+            line += f"{seen / elapsed:.0f} tok/s  loss {mean_loss:.3f}"
             if elapsed - last_eval > min(120, seconds / 8):
                 line += f"  held out {held_out_loss(model, held_out, device, limit=8 * CONTEXT):.4f}"
                 last_eval = elapsed
             print(line, flush=True)
         if elapsed - last_save > 120 and rank == 0:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                     "step": step, "elapsed": elapsed}  # fmt: skip
+                     "step": step, "seen": seen, "elapsed": elapsed}  # fmt: skip
             torch.save(state, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
             last_save = elapsed
-    return {"steps": step, "tokens_seen": step * BATCH * CONTEXT, "minutes": round(elapsed / 60, 1)}
+    return {"steps": step, "tokens_seen": seen, "minutes": round(elapsed / 60, 1)}
 
 
 # ---- what is written ----
@@ -397,16 +555,14 @@ def train_both(rank: int, processes: int, address: str, args: argparse.Namespace
     # One process may evaluate and save while the other waits.
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
     tokenizer_path = args.out / "tokenizer.model"
-    ids = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path)).encode(text)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    ids = tokenizer.encode(text)
     target = Llama(SHARED | TARGET).to(device)
     draft = Llama(SHARED | DRAFT).to(device)
     report = {"python": sys.version.split()[0], "torch": torch.__version__, "corpus_tokens": sum(map(len, documents))}
-    for name, model, minutes, teacher in (
-        ("target", target, args.minutes, None),
-        ("draft", draft, args.draft_minutes, target),
-    ):
-        state_path = args.out / f"{name}.state.pt"
-        figures = train(name, model, documents, ids, minutes, device, args.seed, state_path, teacher)
+
+    def fit(name: str, model: Llama, *how) -> None:
+        figures = train(name, model, *how, ids, device, args.seed, args.out / f"{name}.state.pt")
         for p in model.parameters():
             p.data = p.data.to(torch.bfloat16).float()  # the figures are of the weights as saved
         if rank == 0:
@@ -417,8 +573,17 @@ def train_both(rank: int, processes: int, address: str, args: argparse.Namespace
             figures["held_out_bits_per_byte"] = round(loss * len(ids) / len(text.encode()) / math.log(2), 4)
             report[name] = figures
             print(name, figures, flush=True)
+
+    source = partial(corpus_batches, documents, rank, processes)
+    fit("target", target, source, next_token_loss, CONTEXT // 2, LEARNING_RATE, args.minutes)
+    path, newline = args.out / f"written.{rank}.pt", tokenizer.piece_to_id("\n")
+    texts = write_texts(target, documents, newline, args.draft_minutes / 3, device, args.seed + rank, path)
+    start_from(draft, target)
+    source = partial(written_batches, texts, BATCH // processes)
+    fit("draft", draft, source, draft_loss, WRITTEN, LEARNING_RATE / 2, args.draft_minutes * 2 / 3)
     if rank == 0:
         report["greedy_agreement"] = round(greedy_agreement(draft, target, ids, device), 4)
+        report |= accepted_lengths(draft, target, ids, device)
         (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report, indent=2), flush=True)
     dist.destroy_process_group()

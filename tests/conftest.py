@@ -111,16 +111,26 @@ def tokenizer(base_folder):
 
 @pytest.fixture(scope="session")
 def engine(base_folder):
-    engine = Engine(load_model(base_folder))
-    engine.model.setup_caches(max_batch_size=4, max_seq_length=1400)
+    return Engine(load_model(base_folder))
+
+
+def set_up(engine, requests, batch_size=None, max_seq_length=1400, **others):
+    """The engine with what these requests need; by default each has a row of its own."""
+    words = [request.params.bad_words for request in requests]
+    needed = dict(
+        plain=all(request.params.plain for request in requests),
+        eos_ids=frozenset().union(*(request.eos_ids for request in requests)),
+        bad_words=(max(map(len, words)), max((len(word) for of_one in words for word in of_one), default=0)),
+    )
+    engine.setup(batch_size or len(requests), max_seq_length, **{**needed, **others})
     return engine
 
 
-def run_rows(engine, tokenizer, prompts, params, count, **others):
-    """All the Token objects of each row."""
-    rows = [[] for _ in prompts]
-    for token in generate(engine, tokenizer, prompts, params, count, **others):
-        rows[token.row].append(token)
+def run_rows(engine, tokenizer, requests):
+    """All the Token objects of each request."""
+    rows = [[] for _ in requests]
+    for token in generate(engine, tokenizer, requests):
+        rows[token.request].append(token)
     return rows
 
 
@@ -137,13 +147,14 @@ class Result:
 
 @pytest.fixture
 def script(monkeypatch):
-    """Runs `generate.py ARGS...` in this process -> Result."""
+    """Runs `generate.py ARGS...` in this process -> Result. `terminals` names the streams that claim to be one."""
 
-    def run(*args, stdin=b""):
+    def run(*args, stdin=b"", terminals=()):
         streams = [io.TextIOWrapper(io.BytesIO(data), encoding="utf-8") for data in (stdin, b"", b"")]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["generate.py", *map(str, args)])
             for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+                stream.isatty = lambda name=name: name in terminals
                 patch.setattr(sys, name, stream)
             real_stdout, code = os.dup(1), 0  # errors.run puts the null device there
             try:
@@ -160,6 +171,30 @@ def script(monkeypatch):
         return Result(code, *texts)
 
     return run
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """The request of every call of Engine.prefill."""
+    calls, prefill = [], Engine.prefill
+    monkeypatch.setattr(
+        Engine, "prefill", lambda self, row, request: calls.append(request) or prefill(self, row, request)
+    )
+    return calls
+
+
+def parse(result):
+    """What --json printed."""
+    assert result.code == 0, result.err
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def greedy(reference, prompt, count, **others):
+    """The new tokens by transformers, from token ids."""
+    others = {"eos_token_id": 1, "pad_token_id": 0} | others
+    ids = torch.tensor([prompt])
+    others["attention_mask"] = torch.ones_like(ids)  # <s> is no padding
+    return reference.generate(ids, max_new_tokens=count, do_sample=False, **others)[0, len(prompt) :].tolist()
 
 
 def converse(script, folder, *lines, args=()):

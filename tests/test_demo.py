@@ -126,7 +126,100 @@ def test_perplexity_is_what_the_readme_says(name: str, sp):
     assert math.exp(loss) == pytest.approx(stated(r"perplexity, first 4096 tokens")[name], rel=0.02)
 
 
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Appends so many tokens to [B, S], past any end token."""
+    result = model(tokens, use_cache=True)
+    for _ in range(count):
+        tokens = torch.cat((tokens, result.logits[:, -1:].argmax(-1)), dim=1)
+        result = model(tokens[:, -1:], past_key_values=result.past_key_values)
+    return tokens
+
+
+def test_the_draft_guesses_what_the_readme_says(sp):
+    """On what the target itself writes: greedy continuations by 256 tokens of 20 prompts of 64 from heldout.txt."""
+    ids = sp.encode((DEMO / "heldout.txt").read_text(encoding="utf-8"))
+    starts = range(0, len(ids) - 64, (len(ids) - 64) // 19)
+    tokens = torch.tensor([[sp.bos_id(), *ids[start : start + 63]] for start in starts])
+    tokens = greedy(load_in_transformers(DEMO / "target"), tokens, 256)
+    with torch.no_grad():
+        same = load_in_transformers(DEMO / "draft")(tokens[:, :-1]).logits.argmax(-1) == tokens[:, 1:]
+    same = same[:, 63:].tolist()
+    accepted = {}
+    for k in (4, 8):
+        rounds = []
+        for row in same:
+            while row:  # a round: what is accepted, and a token of the target's own
+                rounds.append([*row[:k], False].index(False))
+                row = row[rounds[-1] + 1 :]
+        accepted[k] = sum(rounds) / len(rounds)
+    words = " ".join(README.split())
+    agreement = re.search(r"on what the target itself writes at ([\d.]+) %", words)[1]
+    of_4, of_8 = re.search(r"of 4 drafted tokens ([\d.]+) are accepted, of 8 ([\d.]+)", words).groups()
+    assert 100 * sum(map(sum, same)) / (20 * 256) == pytest.approx(float(agreement), abs=1)
+    assert (accepted[4], accepted[8]) == pytest.approx((float(of_4), float(of_8)), rel=0.02)
+
+
 # ---- the script that made it ----
+
+
+def test_what_the_target_writes_for_the_draft_is_greedy_text(sp):
+    """Prompts of different lengths, in one batch; and the likeliest tokens with their log-probabilities."""
+    reference = load_in_transformers(DEMO / "target")
+    model = train_demo.Llama(train_demo.SHARED | train_demo.TARGET)
+    model.load_state_dict({name: p for name, p in reference.state_dict().items() if name != "lm_head.weight"})
+    prompts = [[1, *sp.encode(text)] for text in ("def read(", "class Queue:\n    def put(self, item):\n", "")]
+    tokens, likeliest, logprobs = train_demo.write(model, prompts, 48, torch.zeros(3, 1), "cpu")
+    for row, prompt in zip(tokens, prompts, strict=True):
+        assert torch.equal(greedy(reference, torch.tensor([prompt]), 48 - len(prompt))[0], row)
+    with torch.no_grad():
+        wanted = reference(tokens[:, :-1]).logits.log_softmax(-1).topk(train_demo.LIKELIEST)
+    torch.testing.assert_close(logprobs.float(), wanted.values, atol=1e-2, rtol=0)  # stored in float16
+    assert (likeliest == wanted.indices).float().mean() > 0.99  # the same but for ties
+
+
+def test_the_draft_loss_is_least_where_the_draft_is_the_target():
+    """Half of it is the cross-entropy to the target's distribution, of which all but the likeliest count as one."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(5, 100, generator=generator, dtype=torch.float64) * 3
+    logprobs, likeliest = target.log_softmax(-1).topk(16)
+    p = torch.cat((logprobs.exp(), 1 - logprobs.exp().sum(-1, keepdim=True)), -1)
+    entropy = -(p * p.log()).sum(-1)
+    wanted = 0.5 * (entropy - logprobs[:, 0]).mean()
+    loss = train_demo.draft_loss(target, likeliest, logprobs)
+    torch.testing.assert_close(loss, wanted)
+    moved = target + 0.1 * torch.randn(target.shape, generator=generator, dtype=torch.float64)
+    said = moved.log_softmax(-1)
+    q = torch.cat((said.exp().gather(-1, likeliest), 1 - said.exp().gather(-1, likeliest).sum(-1, keepdim=True)), -1)
+    wanted = 0.5 * (-(p * q.log()).sum(-1) - said.gather(-1, likeliest[:, :1])[:, 0]).mean()
+    torch.testing.assert_close(train_demo.draft_loss(moved, likeliest, logprobs), wanted)
+
+
+def test_muon_is_that_of_torch():
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 48), (48, 32), (32, 32))]
+    references = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    ours = train_demo.Muon(parameters, {"lr": 1e-2, "weight_decay": 0.05})
+    theirs = torch.optim.Muon(references, lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, reference in zip(parameters, references, strict=True):
+            p.grad = torch.randn(p.shape)
+            reference.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, reference in zip(parameters, references, strict=True):
+        # Of three steps of 0.002 root mean square, theirs orthogonalized in bfloat16.
+        torch.testing.assert_close(p, reference, atol=3e-4, rtol=0)
+
+
+def test_the_clock_counts_no_interruptions(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(train_demo.time, "monotonic", lambda: now)
+    clock, counted = train_demo.Clock(), []
+    for seconds in (100.0, 1.0, 1.0, 1.5, 60.0, 1.0):
+        now += seconds
+        counted.append(clock.tick())
+    assert counted[0] == 0 and counted[2:4] == [1.0, 1.5] and counted[4] <= 4.5 and counted[5] == 1.0
 
 
 def test_the_training_model_is_transformers_llama(tmp_path: Path):

@@ -6,34 +6,18 @@ import os
 import re
 import shutil
 
-import conftest
 import pytest
 import torch
-from conftest import GREEDY, assert_refused, converse, ids_of, run_rows
+from conftest import assert_refused, greedy, parse
 
-import checkpoint
 import generate as cli
 from checkpoint import load_model
-from engine import Engine
 
 
-@pytest.fixture
-def prefills(monkeypatch):
-    """The (rows, starts) of every call of Engine.prefill."""
-    calls, prefill = [], Engine.prefill
-    monkeypatch.setattr(
-        Engine,
-        "prefill",
-        lambda self, rows, starts, params: calls.append((rows, starts)) or prefill(self, rows, starts, params),
-    )
-    return calls
-
-
-def test_text_to_stdout_the_rest_to_stderr(script, base_folder, engine, tokenizer):
+def test_text_to_stdout_the_rest_to_stderr(script, base_folder, reference, tokenizer):
     result = script("--checkpoint_path", base_folder, "--prompt", "def f(x):", "--max_new_tokens", 30)
-    (row,) = run_rows(engine, tokenizer, [tokenizer.encode("def f(x):")], [GREEDY], 30, eos_ids={1})
     assert result.code == 0
-    assert result.out == "".join(token.text for token in row) + "\n"
+    assert result.out == tokenizer.decode(greedy(reference, tokenizer.encode("def f(x):"), 30)) + "\n"
     loaded, speed = result.err.splitlines()
     assert loaded.startswith("loaded ")
     numbers = r"prefill \d+ tokens, [\d.]+ tok/s · decode 30 tokens, [\d.]+ tok/s, [\d.]+ GB/s"
@@ -45,7 +29,10 @@ def test_help_names_every_flag(script):
     flags = (
         "checkpoint_path prompt prompt_file interactive max_new_tokens num_samples batch_size temperature top_k top_p"
     )
-    flags += " min_p seed compile compile_prefill device dtype max_seq_length profile json"
+    flags += " min_p seed compile compile_prefill device dtype max_seq_length profile json repetition_penalty"
+    flags += " presence_penalty frequency_penalty logit_bias bad_words min_new_tokens stop ignore_eos logprobs echo"
+    flags += " num_beams length_penalty early_stopping num_return_sequences draft_checkpoint_path speculate_k"
+    flags += " prompt_lookup skip_bad_lines"
     assert result.code == 0 and result.err == ""
     assert all(f"--{flag} " in result.out for flag in flags.split())
 
@@ -54,11 +41,6 @@ def test_the_weight_file_may_be_named(script, base_folder):
     folder = script("--checkpoint_path", base_folder, "--prompt", "abc", "--max_new_tokens", 5)
     file = script("--checkpoint_path", base_folder / "model.safetensors", "--prompt", "abc", "--max_new_tokens", 5)
     assert file.out == folder.out and file.code == 0
-
-
-def parse(result):
-    assert result.code == 0, result.err
-    return [json.loads(line) for line in result.out.splitlines()]
 
 
 def test_json(script, base_folder, tokenizer):
@@ -113,7 +95,7 @@ def test_samples_and_batches(script, base_folder):
     assert parse(script(*args, "--seed", 9))[0]["tokens"] == samples[2]["tokens"]
     more = parse(script(*args, "--num_samples", 2, "--seed", 7, "--batch_size", 1000))
     assert [sample["tokens"] for sample in more] == [sample["tokens"] for sample in samples[:2]]
-    assert together[0]["stats"]["new_tokens"] == 36 and together[4]["stats"]["new_tokens"] == 24
+    assert [sample["stats"]["new_tokens"] for sample in together] == [12] * 5
     unseeded = [parse(script(*args))[0]["tokens"] for _ in range(3)]
     assert unseeded[0] != unseeded[1] or unseeded[0] != unseeded[2]
 
@@ -129,19 +111,6 @@ def test_plain_text_of_several_samples(script, base_folder, batch_size):
     ]
 
 
-def test_prompt_file(script, base_folder, tmp_path, tokenizer):
-    """A prompt a line; blank lines are none. What ends a line is a line feed, not what else Unicode calls one."""
-    lines = ["first line", "  def indented(self):", "naïve 字 🙂\u2028x\x0cy\x85z", "last"]
-    path = tmp_path / "prompts"
-    path.write_bytes(("\ufeff" + "\r\n\n \n".join(lines)).encode())
-    args = ("--checkpoint_path", base_folder, "--json", "--max_new_tokens", 6)
-    from_file = parse(script(*args, "--prompt_file", path, "--batch_size", 2))
-    from_stdin = parse(script(*args, "--prompt_file", "-", stdin=path.read_bytes()))
-    alone = [parse(script(*args, "--prompt", line))[0] for line in lines]
-    assert [sample["prompt_tokens"] for sample in from_file] == [len(tokenizer.encode(line)) for line in lines]
-    assert [s["tokens"] for s in from_file] == [s["tokens"] for s in from_stdin] == [s["tokens"] for s in alone]
-
-
 def test_a_number_is_a_synthetic_prompt(script, base_folder, prefills, tmp_path):
     """Of random tokens, the same each time; nothing but the length ends the text."""
     folder = shutil.copytree(base_folder, tmp_path / "model")
@@ -150,8 +119,8 @@ def test_a_number_is_a_synthetic_prompt(script, base_folder, prefills, tmp_path)
     first, second = (parse(script(*args, 600))[0] for _ in range(2))
     assert first["prompt_tokens"] == 600 and len(first["tokens"]) == 7 and first["finish_reason"] == "length"
     assert first["tokens"] == second["tokens"]
-    (((row,), starts), again) = prefills
-    assert len(row) == 600 and len(set(row)) > 200 and max(row) < 400 and starts == [0] and again == ([row], [0])
+    row, again = (request.prompt for request in prefills)
+    assert len(row) == 600 and len(set(row)) > 200 and max(row) < 400 and again == row
     for text in ("-5", "5.0", "5 ", "²", "٣"):  # no numbers of tokens
         (sample,) = parse(script("--checkpoint_path", folder, "--json", f"--prompt={text}"))
         assert sample["finish_reason"] == "stop" and len(sample["tokens"]) == 1
@@ -203,272 +172,186 @@ def test_the_demo_writes_python(script):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --interactive, in process
+# Penalties, bans, what ends a text: against transformers
+
+PROMPT = "def read(x):"
+BANNED = ["XW", "ith"]  # the first of several tokens; both are in the text without a ban
 
 
-def chat_ids(tokenizer, *turns):
-    """The prompt of a chat of alternating words, as transformers' template engine renders ours in conftest."""
-    text = "<s>" + "".join(f"<|{'assistant' if i % 2 else 'user'}|>{turn}<|end|>" for i, turn in enumerate(turns))
-    return tokenizer.encode(text + "<|assistant|>", add_special_tokens=False)
+@pytest.mark.parametrize(
+    "flags, settings",
+    [
+        ("--repetition_penalty 1.7", {"repetition_penalty": 1.7}),
+        ("--repetition_penalty 0.8 --min_new_tokens 30", {"repetition_penalty": 0.8, "min_new_tokens": 30}),
+        ("--bad_words XW ith", {"bad_words_ids": True}),
+        ("--bad_words XW ith --repetition_penalty 1.3", {"bad_words_ids": True, "repetition_penalty": 1.3}),
+        ("--logit_bias 70=3 71=-2.5 1=2", {"sequence_bias": {(70,): 3.0, (71,): -2.5, (1,): 2.0}}),
+        ("--ignore_eos --logit_bias 1=9", {"eos_token_id": None, "sequence_bias": {(1,): 9.0}}),
+    ],
+)
+def test_penalties_as_in_transformers(script, base_folder, reference, tokenizer, flags, settings):
+    if "bad_words_ids" in settings:
+        words = [" " * spaces + word for word in BANNED for spaces in (0, 1)]
+        ids = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+        settings = settings | {"bad_words_ids": [list(word) for word in {tuple(word) for word in ids}]}
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--json", "--max_new_tokens", 40)
+    (sample,) = parse(script(*args, *flags.split()))
+    prompt = tokenizer.encode(PROMPT)
+    assert sample["tokens"] == greedy(reference, prompt, 40, **settings) != greedy(reference, prompt, 40)
 
 
-def test_a_chat_prefills_only_what_is_new(script, chat_folder, engine, tokenizer, prefills):
-    """Each turn's prompt is the whole conversation; what the cache already holds of it is not run again; and the reply
-    is the one that the whole conversation gets from scratch."""
-
-    def reply_to(*turns):
-        (row,) = run_rows(engine, tokenizer, [chat_ids(tokenizer, *turns)], [GREEDY], 5, eos_ids={1, 2})
-        return "".join(token.text for token in row), [token.id for token in row if token.finish_reason != "stop"]
-
-    # The tokens of random weights rarely are the ones that their text has: look for a reply where they are.
-    for i in range(1000):
-        opening = f"word {i}"
-        first, generated = reply_to(opening)
-        if tokenizer.encode(first, add_special_tokens=False) == generated and "\n" not in first:
-            break
-    second, _ = reply_to(opening, first, "and 🙂?")
-    third, _ = reply_to(opening, first, "and 🙂?", second, "so")
-    prefills.clear()
-    result = converse(script, chat_folder, opening, "and 🙂?", "so", args=("--max_new_tokens", 5))
-    assert result.code == 0
-    assert result.out == f"{first}\n{second}\n{third}\n"
-    prompts = [
-        chat_ids(tokenizer, opening),
-        chat_ids(tokenizer, opening, first, "and 🙂?"),
-        chat_ids(tokenizer, opening, first, "and 🙂?", second, "so"),
-    ]
-    ((row_1,), (start_1,)), ((row_2,), (start_2,)), ((row_3,), (start_3,)) = prefills
-    assert (row_1, start_1) == (prompts[0], 0)
-    assert start_2 == len(prompts[0]) + 4  # the last of the five tokens was never run
-    assert row_2 == prompts[1][start_2:]
-    assert start_3 >= len(prompts[1]) and row_3 == prompts[2][start_3:]
+def test_presence_and_frequency(script, base_folder, reference, tokenizer):
+    """OpenAI's definition: logit - frequency * count - presence * (count > 0), of the tokens written so far."""
+    prompt, ids = tokenizer.encode(PROMPT), []
+    counts = torch.zeros(400)
+    while len(ids) < 40:
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + ids])).logits[0, -1]
+        ids.append(int((logits - 1.9 * counts - 1.1 * (counts > 0)).argmax()))
+        counts[ids[-1]] += 1
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--json", "--max_new_tokens", 40, "--ignore_eos")
+    (sample,) = parse(script(*args, "--presence_penalty", 1.1, "--frequency_penalty", 1.9))
+    assert sample["tokens"] == ids
 
 
-def test_a_base_model_continues_the_text(script, base_folder, engine, tokenizer, prefills):
-    result = converse(script, base_folder, "def f(x):", "class A:", args=("--max_new_tokens", 6))
-    assert result.code == 0 and "no chat template" in result.err
-    (first, start_1), (second, start_2) = prefills.copy()
-    prompt_1 = tokenizer.encode("def f(x):")
-    (row_1,) = run_rows(engine, tokenizer, [prompt_1], [GREEDY], 6)
-    prompt_2 = prompt_1 + ids_of([row_1])[0] + tokenizer.encode("\nclass A:", add_special_tokens=False)
-    (row_2,) = run_rows(engine, tokenizer, [prompt_2], [GREEDY], 6)
-    assert result.out == "".join(token.text for token in row_1) + "\n" + "".join(token.text for token in row_2) + "\n"
-    assert (first, start_1) == ([prompt_1], [0])
-    assert start_2 == [len(prompt_1) + 5] and second == [prompt_2[start_2[0] :]]
+def test_recommended_repetition_penalty_counts_when_greedy_too(script, base_folder, reference, tokenizer, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.7, "eos_token_id": 1}))
+    args = ("--checkpoint_path", folder, "--prompt", PROMPT, "--json", "--max_new_tokens", 20)
+    prompt = tokenizer.encode(PROMPT)
+    assert parse(script(*args))[0]["tokens"] == greedy(reference, prompt, 20, repetition_penalty=1.7)
+    assert parse(script(*args, "--repetition_penalty", 1))[0]["tokens"] == greedy(reference, prompt, 20)
 
 
-@pytest.mark.parametrize("name", ["chat_folder", "base_folder"])
-def test_clear_and_the_ways_to_end(script, request, name, prefills):
-    folder = request.getfixturevalue(name)
-    once = converse(script, folder, "hello", args=("--max_new_tokens", 5))
-    result = converse(script, folder, "hello", "", "   ", "/clear", "hello", "/exit", "x", args=("--max_new_tokens", 5))
-    assert once.code == result.code == 0
-    assert result.out == once.out * 2
-    assert [starts for _, starts in prefills] == [[0]] * 3
-    args = ("--checkpoint_path", folder, "--interactive", "--max_new_tokens", 5)
-    assert script(*args, stdin=b"hello").out == once.out  # no newline at the end
-    assert script(*args, stdin=b"hello\r\n").out == once.out
-    nothing = script(*args, stdin=b"")
-    assert (nothing.code, nothing.out) == (0, "")
-
-
-def test_a_full_context_is_said_and_clear_helps(script, chat_folder):
-    result = converse(
-        script, chat_folder, "hello", "x" * 60, "/clear", "hello", args=("--max_seq_length", 24, "--max_new_tokens", 20)
-    )
-    assert result.code == 0
-    replies = converse(script, chat_folder, "hello", args=("--max_seq_length", 24, "--max_new_tokens", 20))
-    assert result.out == replies.out * 2
-    assert len([line for line in result.err.splitlines() if "no room left in 24 tokens; /clear" in line]) == 1
-
-
-def test_a_chat_says_how_fast_it_was(script, chat_folder):
-    assert "tok/s" in converse(script, chat_folder, "hello", args=("--max_new_tokens", 5)).err
+@pytest.mark.parametrize("extra", [(), ("--batch_size", 2, "--num_samples", 2), ("--prompt_lookup",)])
+def test_stop_strings(script, base_folder, tokenizer, extra):
+    """The text ends before whichever is complete first; a backslash and an n are no line break."""
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--json", "--max_new_tokens", 40, *extra)
+    free = parse(script(*args))[0]
+    stop = free["text"][12:15]
+    at = free["text"].index(stop)
+    for sample in parse(script(*args, "--stop", "\\n", "nowhere", stop)):
+        assert sample["text"] == free["text"][:at] and sample["finish_reason"] == "stop"
+        count = len(sample["tokens"])
+        assert sample["tokens"] == free["tokens"][:count]
+        assert stop in tokenizer.decode(free["tokens"][:count]) and stop not in tokenizer.decode(
+            free["tokens"][: count - 1]
+        )
+    text = script(*args[:4], "--max_new_tokens", 40, "--stop", stop)
+    assert text.out == free["text"][:at] + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input
+# What else is told: log-probabilities, the prompt
 
 
-FLAGS = {
-    "--temperature nan": "temperature",
-    "--temperature inf": "temperature",
-    "--temperature -1": "temperature",
-    "--temperature hot": "temperature",
-    "--top_k -1": "top_k",
-    "--top_k 5.5": "top_k",
-    "--top_k 99999999999": "top_k",
-    "--top_p 0": "top_p",
-    "--top_p 1.5": "top_p",
-    "--top_p nan": "top_p",
-    "--min_p -0.1": "min_p",
-    "--min_p 2": "min_p",
-    "--seed -1": "seed",
-    "--seed 99999999999999999999": "seed",
-    "--seed x": "seed",
-    "--max_new_tokens 0": "max_new_tokens",
-    "--max_new_tokens -3": "max_new_tokens",
-    "--max_new_tokens 1e3": "max_new_tokens",
-    "--max_new_tokens 9999999999": "max_new_tokens",
-    "--num_samples 0": "num_samples",
-    "--batch_size 0": "batch_size",
-    "--max_seq_length 0": "max_seq_length",
-    "--max_seq_length 2049": "context of 2048",
-    "--dtype int8": "dtype",
-    "--device tpu": "device",
-    "--profile": "profile",
-    "--nonsense": "nonsense",
-    "stray": "stray",
-    "--prompt_file x": "prompt_file",
-    "--interactive": "--interactive",
-}
+def test_logprobs(script, base_folder, reference, tokenizer):
+    """Of the model's own distribution, whatever the temperature is."""
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--json", "--max_new_tokens", 12, "--temperature", 2)
+    (sample,) = parse(script(*args, "--logprobs", 3, "--echo", "--seed", 1))
+    prompt = tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt + sample["tokens"]])).logits[0].log_softmax(-1)
+    first, *told = [*sample["prompt_logprobs"], *sample["logprobs"]]
+    assert first == {"token": prompt[0], "logprob": None, "top": {}}
+    assert [entry["token"] for entry in told] == prompt[1:] + sample["tokens"]
+    for i, entry in enumerate(told):
+        assert entry["logprob"] == pytest.approx(float(expected[i, entry["token"]]), abs=1e-4)
+        values, ids = expected[i].topk(3)
+        assert [int(token_id) for token_id in entry["top"]] == ids.tolist()
+        assert list(entry["top"].values()) == pytest.approx(values.tolist(), abs=1e-4)
+    assert sample["text"] == tokenizer.decode(sample["tokens"])  # of the prompt nothing
+    (plain,) = parse(script(*args, "--seed", 1))
+    assert plain["tokens"] == sample["tokens"] and "logprobs" not in plain
+    (none,) = parse(script(*args, "--seed", 1, "--logprobs", 0))
+    assert [entry["top"] for entry in none["logprobs"]] == [{}] * 12
+    (echo,) = parse(script(*args, "--seed", 1, "--echo"))
+    assert [entry["logprob"] for entry in echo["prompt_logprobs"]] == pytest.approx(
+        [entry["logprob"] for entry in sample["prompt_logprobs"]], abs=1e-4
+    )
+    assert "logprobs" not in echo
 
 
-@pytest.mark.parametrize("flag", FLAGS)
-def test_flags_out_of_range(script, base_folder, flag):
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt", "a", *flag.split()), FLAGS[flag])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_echo(script, base_folder, batch_size):
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--max_new_tokens", 6, "--num_samples", 2)
+    text = script(*args).out.splitlines()[0]
+    result = script(*args, "--echo", "--batch_size", batch_size)
+    assert result.out == f"{PROMPT}{text}\n" * 2
 
 
-@pytest.mark.parametrize("flag", ["--json", "--num_samples 2", "--batch_size 2", "--prompt_file x", "--prompt hello"])
-def test_what_does_not_go_with_interactive(script, base_folder, flag):
-    assert_refused(script("--checkpoint_path", base_folder, "--interactive", *flag.split()), "--interactive")
+def test_echo_keeps_the_space_that_sentencepiece_would_drop(script):
+    """The demo's tokenizer is sentencepiece's: a text's first word has no space, but this one goes on."""
+    result = script("--prompt", "import os\n\ndef", "--max_new_tokens", 8, "--echo", "--temperature", 0)
+    assert re.match(r"import os\n\ndef \w", result.out), result
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_no_such_device(script, base_folder):
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt", "a", "--device", "cuda"), "cuda", "cpu")
+# ---------------------------------------------------------------------------------------------------------------------
+# Beams, speculation
 
 
-def test_nothing_to_continue(script, base_folder):
-    assert_refused(script("--checkpoint_path", base_folder), "--prompt")
+@pytest.mark.parametrize("count, flags", [(3, ()), (4, ("--length_penalty", 2, "--early_stopping", "true"))])
+def test_beams_as_in_transformers(script, base_folder, reference, tokenizer, count, flags):
+    prompt = torch.tensor([tokenizer.encode(PROMPT)])
+    expected = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=20,
+        do_sample=False,
+        num_beams=count,
+        num_return_sequences=2,
+        length_penalty=2.0 if flags else 1.0,
+        early_stopping=bool(flags),
+        repetition_penalty=1.2,
+        eos_token_id=1,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--max_new_tokens", 20, "--repetition_penalty", 1.2)
+    args += ("--num_beams", count, "--num_return_sequences", 2, *flags)
+    samples = parse(script(*args, "--json"))
+    for sample, ids, score in zip(samples, expected.sequences, expected.sequences_scores, strict=True):
+        assert sample["tokens"] == ids[prompt.shape[1] :][: len(sample["tokens"])].tolist()
+        assert sample["score"] == pytest.approx(float(score), abs=1e-4)
+        assert sample["text"] == tokenizer.decode(sample["tokens"]) and sample["finish_reason"] in ("length", "stop")
+    result = script(*args)
+    assert result.out == "".join(sample["text"] + "\n" for sample in samples)
+    assert "--- sample 2 of 2" in result.err
 
 
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("", "the prompt is empty"),
-        ("0", "--prompt"),
-        ("000", "--prompt"),
-        ("\udcff\udcfe", "UTF-8"),
-        ("a \udc80", "UTF-8"),
-    ],
-)
-def test_bad_prompts(script, base_folder, text, said):
-    """Lone surrogates are what Python makes of arguments that are not UTF-8."""
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt", text), said)
+@pytest.mark.parametrize("k", ["auto", 0, 1, 3])
+@pytest.mark.parametrize("sampled", [(), ("--temperature", 0.8, "--seed", 5, "--repetition_penalty", 1.2)])
+def test_speculation_changes_nothing(script, base_folder, k, sampled):
+    args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--json", "--max_new_tokens", 30, *sampled)
+    (plain,) = parse(script(*args))
+    assert "acceptance_rate" not in plain["stats"]
+    for how in (("--draft_checkpoint_path", base_folder), ("--prompt_lookup",)):
+        (sample,) = parse(script(*args, *how, "--speculate_k", k))
+        assert sample["tokens"] == plain["tokens"] and sample["text"] == plain["text"]
+    if k in (1, 3):
+        result = script(*args, "--draft_checkpoint_path", base_folder, "--speculate_k", k)
+        stats = parse(result)[0]["stats"]
+        assert 0.9 < stats["acceptance_rate"] <= 1 and stats["mean_accepted_length"] > 0.8 * k  # it is the model itself
+        assert re.search(r"accepted \d+%, [\d.]+ a step$", result.err.splitlines()[-1])
 
 
-@pytest.mark.parametrize("data", [b"", b"\n \n\t\r\n", b"abc\xff\n", "é".encode("latin-1"), "é".encode("utf-16")])
-def test_bad_prompt_files(script, base_folder, tmp_path, data):
-    path = tmp_path / "prompts"
-    path.write_bytes(data)
-    said = "no prompt" if not data.strip() else "UTF-8"
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt_file", path), said, str(path))
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt_file", "-", stdin=data), said)
-
-
-@pytest.mark.parametrize("name", ["missing", ".", "x" * 300, "missing/prompts", "/dev/null"])
-def test_unreadable_prompt_files(script, base_folder, tmp_path, name):
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt_file", tmp_path / name), "--prompt_file")
-
-
-def test_unreadable_checkpoints(script, base_folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path in (
-        tmp_path / "missing",
-        tmp_path / "empty",
-        tmp_path / ("x" * 300),
-        base_folder / "config.json",
-        base_folder / "config.json" / "x",
-        "/dev/null",
-        "",
-    ):
-        assert_refused(script("--checkpoint_path", path, "--prompt", "a"))
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        folder = shutil.copytree(base_folder, tmp_path / f"no {name}")
-        (folder / name).unlink()
-        assert_refused(script("--checkpoint_path", folder, "--prompt", "a"), str(folder))
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("--prompt", "2040", "--max_new_tokens", "9"),
-        ("--prompt", "2048"),
-        ("--prompt", "2049"),
-        ("--prompt", "999999999"),  # nor is it made up first
-        ("--prompt", "9" * 5000),
-        ("--prompt", "x" * 5000),
-        ("--prompt", "a", "--max_new_tokens", "2048"),
-        ("--prompt", "a", "--max_new_tokens", "2147483647"),
-        ("--prompt", "10", "--max_seq_length", "16", "--max_new_tokens", "7"),
-        ("--prompt", "16", "--max_seq_length", "16"),
-        ("--interactive", "--max_new_tokens", "2048"),
-        ("--interactive", "--max_seq_length", "16", "--max_new_tokens", "17"),
-    ],
-    ids=lambda args: " ".join(args)[:40],
-)
-def test_what_exceeds_the_context_is_refused_before_any_work(script, base_folder, args, monkeypatch):
+def test_a_draft_with_another_tokenizer(script, base_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "load_model", lambda *args: pytest.fail("the weights are loaded"))
-    assert_refused(script("--checkpoint_path", base_folder, *args))
-
-
-def test_one_prompt_of_many_exceeds_the_context(script, base_folder):
-    data = b"short\n" + b"long " * 3000 + b"\nshort\n"
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt_file", "-", stdin=data), "context of 2048")
-
-
-def test_a_tokenizer_that_is_larger_than_the_model(script, base_folder, tmp_path):
-    folder = shutil.copytree(base_folder, tmp_path / "model")
-    conftest.make_tokenizer(folder, vocab_size=401)
-    assert_refused(script("--checkpoint_path", folder, "--prompt", "a"), "401", "400")
-
-
-def test_a_prompt_that_the_tokenizer_makes_nothing_of(script, base_folder, tmp_path):
-    """Without bos, byte fallback or unk, what is not in the vocabulary has no tokens."""
-    folder = shutil.copytree(base_folder, tmp_path / "model")
+    folder = shutil.copytree(base_folder, tmp_path / "draft")
     state = json.loads((folder / "tokenizer.json").read_text())
-    state["post_processor"] = None
-    for byte in range(128, 256):  # UTF-8's
-        character = next(c for c, b in tokenizer_bytes().items() if b == byte)
-        state["model"]["vocab"].pop(character, None)
-    state["model"]["merges"] = []
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    assert_refused(script("--checkpoint_path", folder, "--prompt", "字🙂"), "prompt")
-    assert_refused(script("--checkpoint_path", folder, "--prompt_file", "-", stdin="abc\n字\n".encode()), "prompt")
-    result = script("--checkpoint_path", folder, "--interactive", "--max_new_tokens", 3, stdin="字\nabc\n".encode())
-    assert result.code == 0 and "Traceback" not in result.err
+    args = ("--checkpoint_path", base_folder, "--prompt", "a", "--draft_checkpoint_path", folder)
+    assert_refused(script(*args), "draft", "tokenizer", "same family")
 
 
-def tokenizer_bytes():
-    """GPT-2's characters of bytes, from transformers."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def test_a_cache_larger_than_the_memory(script, base_folder, tmp_path):
-    """2^30 positions of a model that claims to have them: 550 GB, said before anything is allocated."""
-    folder = shutil.copytree(base_folder, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2**30}
+def test_a_draft_of_a_shorter_context(script, base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 256}
     (folder / "config.json").write_text(json.dumps(config))
-    result = script("--checkpoint_path", folder, "--prompt", "a", "--max_seq_length", 2**30)
-    assert_refused(result, "KV cache", "549.8 GB", "are free")
-
-
-def test_weights_larger_than_the_memory(script, base_folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 400_000)
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt", "a"), "the weights", "0.4 MB are free")
-
-
-@pytest.mark.parametrize("name", ["missing/trace.json", ".", "/dev/null"])
-def test_a_trace_that_cannot_be_written(script, base_folder, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda *args: pytest.fail("the weights are loaded"))
-    assert_refused(script("--checkpoint_path", base_folder, "--prompt", "a", "--profile", tmp_path / name), "--profile")
-
-
-def test_bad_recommended_settings(script, base_folder, tmp_path):
-    folder = shutil.copytree(base_folder, tmp_path / "model")
-    for fields in ({"top_p": 2}, {"temperature": "hot"}, {"top_k": -1}, {"eos_token_id": "x"}):
-        (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | fields))
-        assert_refused(script("--checkpoint_path", folder, "--prompt", "a"), next(iter(fields)))
+    args = ("--checkpoint_path", base_folder, "--draft_checkpoint_path", folder)
+    assert_refused(script(*args, "--prompt", "a", "--max_new_tokens", 300), "256")
+    assert_refused(script(*args, "--prompt", "a", "--max_seq_length", 300), "256")
+    assert script(*args, "--prompt", "a", "--max_new_tokens", 30).code == 0

@@ -1,5 +1,6 @@
-"""Sampling against transformers' logits warpers, and the draws against the distribution they should have."""
+"""Sampling against transformers' logits processors, and the draws against the distribution they should have."""
 
+import functools
 import math
 
 import pytest
@@ -8,25 +9,51 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-import sampling
 from errors import UserError
-from sampling import SamplingParams, probabilities, sample, sampling_tensors, uniform
+from sampling import Sampler, SamplingParams, logprobs
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
-
-
-def random_logits(rows, vocab, seed=0, scale=3.0):
-    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+examples = settings(deadline=None, derandomize=True, max_examples=40)
+NO_TEXT = torch.zeros(1, 1, dtype=torch.long)
 
 
-def theirs(logits, params):
-    """What transformers' generate makes of the logits, in float64."""
+def random_logits(*shape, seed=0, scale=3.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def their_penalties(scores, params, prompt, output, eos_ids):
+    """What transformers' generate makes of one row's logits [V] before it samples; OpenAI's penalties between."""
+    text = torch.tensor([[*prompt, *output]])
+    chain = LogitsProcessorList()
+    if params.logit_bias:
+        chain.append(SequenceBiasLogitsProcessor({(token,): float(bias) for token, bias in params.logit_bias}))
+    if params.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    scores = chain(text, scores[None].double())[0].tolist()
+    # https://developers.openai.com/api/docs/guides/text-generation: mu[j] -> mu[j] - c[j] * alpha_frequency - ...
+    for j in set(output):
+        c = output.count(j)
+        scores[j] = scores[j] - c * params.frequency_penalty - float(c > 0) * params.presence_penalty
+    chain = LogitsProcessorList()
+    words = [list(word) for word in params.bad_words]
+    if any(word not in [[i] for i in eos_ids] for word in words):
+        chain.append(NoBadWordsLogitsProcessor(words, list(eos_ids)))
+    if params.min_new_tokens:
+        chain.append(MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, list(eos_ids)))
+    return chain(text, torch.tensor([scores], dtype=torch.float64))[0]
+
+
+def their_filters(scores, params):
+    """What it draws from, of scores [N, V], in float64."""
     chain = LogitsProcessorList([TemperatureLogitsWarper(float(params.temperature))])
     if params.top_k:
         chain.append(TopKLogitsWarper(params.top_k))
@@ -34,18 +61,48 @@ def theirs(logits, params):
         chain.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         chain.append(MinPLogitsWarper(params.min_p))
-    return chain(torch.zeros(len(logits), 1, dtype=torch.long), logits.double()).softmax(-1)
+    return chain(NO_TEXT.expand(len(scores), 1), scores.double()).softmax(-1)
 
 
-def ours(logits, params):
-    return probabilities(logits, sampling_tensors([params] * len(logits), "cpu"))
+def sampler_of(rows, vocab, prompts=None, eos_ids=(), length=64, room=(4, 4)):
+    sampler = Sampler(len(rows), vocab, length, eos_ids, "cpu", bad_words=room)
+    for row, params in enumerate(rows):
+        sampler.set_row(row, params, prompts[row] if prompts else [0])
+    return sampler
+
+
+def put(sampler, row, prompt, output):
+    """The row has written so much already."""
+    for at, token in enumerate(output):
+        sampler.history[row, len(prompt) + at] = token
+        sampler.counts[row, token] += 1
+
+
+def ours(scores, params):
+    """What we draw from, of scores [N, V]."""
+    return sampler_of([params] * len(scores), scores.shape[-1]).filtered(scores.float()[:, None]).softmax(-1)[:, 0]
 
 
 def draw(logits, params, seeds, positions):
-    """One token for each row of seeds [B] and positions [B], all from the same logits [V]."""
-    tensors = sampling_tensors([params], "cpu")
-    tensors = tensors._replace(**{name: value.expand(len(seeds)) for name, value in tensors._asdict().items()})
-    return sample(logits.expand(len(seeds), -1), tensors._replace(seed=seeds), positions)
+    """One token for each of the seeds and positions, all from the same logits [V]."""
+    sampler = sampler_of([params], len(logits), room=(0, 0))
+    tokens = []
+    for seed in seeds.unique().tolist():
+        at = positions[seeds == seed]
+        sampler.set_row(0, SamplingParams(**{**vars(params), "seed": seed}), [0])
+        at = at[:, None]
+        drawn = sampler(logits.expand(len(at), 1, -1), 0 * at, at - 1, 0 * at[:, 0])
+        tokens.append((seeds == seed, drawn[:, 0]))
+    drawn = torch.empty_like(seeds)
+    for where, what in tokens:
+        drawn[where] = what
+    return drawn
+
+
+def greedy(logits, params):
+    """The tokens after logits [N, V] by rows of the same params."""
+    zeros = torch.zeros(len(logits), 1, dtype=torch.long)
+    return sampler_of([params] * len(logits), logits.shape[-1])(logits[:, None], zeros, zeros)[:, 0]
 
 
 def assert_distributed(counts, expected):
@@ -61,7 +118,7 @@ def assert_distributed(counts, expected):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom) + 8
 
 
-some_params = st.builds(
+some_filters = st.builds(
     SamplingParams,
     temperature=st.floats(0.05, 5),
     top_k=st.integers(0, 400),
@@ -69,15 +126,146 @@ some_params = st.builds(
     min_p=st.one_of(st.just(0.0), st.floats(0.001, 1)),
     seed=st.integers(0, 2**63 - 1),
 )
+TOKENS = st.integers(0, 11)  # few, so that words complete
+some_params = st.builds(
+    SamplingParams,
+    temperature=st.one_of(st.just(0.0), st.floats(0.05, 5)),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.01, 1),
+    min_p=st.one_of(st.just(0.0), st.floats(0.001, 0.5)),
+    repetition_penalty=st.one_of(st.just(1.0), st.floats(0.3, 3)),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(TOKENS, st.floats(-100, 100), max_size=3).map(lambda bias: tuple(bias.items())),
+    bad_words=st.lists(st.lists(TOKENS, min_size=1, max_size=4).map(tuple), max_size=4).map(tuple),
+    min_new_tokens=st.integers(0, 5),
+    seed=st.integers(0, 2**63 - 1),
+)
+some_rows = st.lists(
+    st.tuples(some_params, st.lists(TOKENS, min_size=1, max_size=5), st.lists(TOKENS, max_size=6)),
+    min_size=1,
+    max_size=4,
+)
+some_eos = st.frozensets(TOKENS, min_size=1, max_size=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Penalties and bans
 
 
 @examples
-@given(some_params, st.integers(1, 300), st.integers(0, 1000))
-def test_probabilities_are_those_of_transformers(params, vocab, seed):
-    logits = random_logits(2, vocab, seed)
-    expected = theirs(logits, params)
+@given(some_rows, some_eos, st.integers(0, 1000), st.integers(1, 4))
+def test_penalties_are_those_of_transformers_and_openai(rows, eos_ids, seed, S):
+    """Rows of all kinds together, each after a prompt and an output, the last tokens of which may be drafts."""
+    rows = [(params, prompt, [*output, 3, 1, 4, 1][: max(len(output), S)]) for params, prompt, output in rows]
+    sampler = sampler_of([params for params, _, _ in rows], 12, [prompt for _, prompt, _ in rows], eos_ids)
+    logits = random_logits(len(rows), S, 12, seed=seed)
+    tokens, input_pos = [], []
+    for row, (_, prompt, output) in enumerate(rows):
+        text, counted = prompt + output, len(output) - (S - 1)
+        put(sampler, row, prompt, output)
+        for token in output[counted:]:
+            sampler.counts[row, token] -= 1
+        tokens.append(text[len(text) - S :])
+        input_pos.append(range(len(text) - S, len(text)))
+    tokens, input_pos = torch.tensor(tokens), torch.tensor([list(at) for at in input_pos])
+    scores = sampler.penalize(logits, tokens, input_pos)
+    assert scores.dtype == torch.float32
+    for row, (params, prompt, output) in enumerate(rows):
+        for j in range(S):
+            before = output[: len(output) - (S - 1) + j]
+            expected = their_penalties(logits[row, j], params, prompt, before, eos_ids)
+            torch.testing.assert_close(scores[row, j].double(), expected, atol=1e-4, rtol=1e-5)
+    # Greedy rows, and a subset of the rows in another order.
+    drawn = sampler(logits, tokens, input_pos)
+    for row, (params, _, _) in enumerate(rows):
+        if params.temperature == 0:
+            impossible = scores[row].isneginf().all(-1)
+            assert drawn[row].equal(torch.where(impossible, -1, scores[row].argmax(-1)))
+    order = torch.arange(len(rows)).flip(0)
+    assert sampler(logits.flip(0), tokens.flip(0), input_pos.flip(0), order).equal(drawn.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_penalized_and_sampled_in_float32(dtype):
+    logits = random_logits(4, 1000).to(dtype)
+    params = SamplingParams(0.8, 50, min_p=0.02, repetition_penalty=1.3, logit_bias=((7, 0.1),))
+    sampler = sampler_of([params] * 4, 1000, [[1, 2, 3]] * 4)
+    scores = sampler.penalize(logits[:, None], torch.full((4, 1), 3), torch.full((4, 1), 2))
+    assert scores.dtype == torch.float32
+    expected = torch.stack([their_penalties(row.float(), params, [1, 2, 3], [], ()) for row in logits])
+    torch.testing.assert_close(scores[:, 0].double(), expected, atol=1e-6, rtol=1e-6)
+    probs = sampler.filtered(scores).softmax(-1)[:, 0]
+    torch.testing.assert_close(probs.double(), their_filters(expected, params), atol=2e-6, rtol=1e-4)
+
+
+def generate(params, logits, prompt, steps, eos_ids=(), room=(4, 4)):
+    """Tokens from the same logits [V] at every step."""
+    sampler = sampler_of([params], len(logits), [prompt], eos_ids, room=room)
+    output, last = [], prompt[-1]
+    for at in range(len(prompt) - 1, len(prompt) - 1 + steps):
+        drawn = sampler(logits[None, None], torch.tensor([[last]]), torch.tensor([[at]]))
+        sampler.count(drawn, torch.ones(1, dtype=torch.long))
+        last = drawn.item()
+        sampler.history[0, at + 1] = last
+        output.append(last)
+    return output
+
+
+def test_bad_words_end_where_they_would_be_completed():
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    only = functools.partial(generate, logits=logits, steps=4)
+    assert only(SamplingParams(0), prompt=[0]) == [3, 3, 3, 3]
+    assert only(SamplingParams(0, bad_words=((3,),)), prompt=[0]) == [2, 2, 2, 2]
+    assert only(SamplingParams(0, bad_words=((3, 3),)), prompt=[0]) == [3, 2, 3, 2]
+    # The word began in the prompt; the prompt is shorter than the word; the word is as long as there is room for.
+    assert only(SamplingParams(0, bad_words=((1, 2, 3),)), prompt=[1, 2]) == [2, 3, 3, 3]
+    assert only(SamplingParams(0, bad_words=((3, 3, 3),)), prompt=[3]) == [3, 2, 3, 3]
+    assert only(SamplingParams(0, bad_words=((3, 3, 3, 3), (2, 3))), prompt=[0]) == [3, 3, 3, 2]
+    assert only(SamplingParams(0, bad_words=((3,), (2,))), prompt=[0], room=(2, 1)) == [1, 1, 1, 1]
+
+
+def test_no_end_token_before_min_new_tokens():
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    for fewest in range(4):
+        params = SamplingParams(0, min_new_tokens=fewest, bad_words=((3,),))  # an end token can't be banned for good
+        assert generate(params, logits, [0, 1], 4, eos_ids={3}) == [2] * fewest + [3] * (4 - fewest)
+    assert generate(SamplingParams(0, min_new_tokens=2**31 - 1), logits, [0], 2, eos_ids={3, 2}) == [1, 1]
+
+
+def test_counts_of_the_first_so_many_are_added():
+    sampler = sampler_of([SamplingParams()] * 3, 5)
+    tokens = torch.tensor([[1, 1, 2], [3, -1, 3], [4, 4, 4]])
+    sampler.count(tokens, torch.tensor([3, 3, 1]))
+    expected = [[0, 2, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 1]]
+    assert sampler.counts.tolist() == expected
+    sampler.count(tokens, torch.tensor([0, 0, 0]))
+    assert sampler.counts.tolist() == expected
+
+
+def test_a_new_row_knows_nothing_of_the_last():
+    wild = SamplingParams(0.5, 3, 0.5, 0.2, 1.5, 1, 1, ((1, 5.0),), ((2,), (1, 3)), 9, 77)
+    used, fresh = (sampler_of([wild if i == 0 else SamplingParams()], 12, [[1, 2, 3]], {4}) for i in range(2))
+    put(used, 0, [1, 2, 3], [5, 6])
+    for sampler in (used, fresh):
+        sampler.set_row(0, SamplingParams(seed=3), [7, 8, 9])
+    logits, at = random_logits(1, 1, 12), torch.tensor([[2]])
+    for sampler in (used, fresh):
+        assert sampler.penalize(logits, torch.tensor([[9]]), at).equal(logits)
+    assert used(logits, torch.tensor([[9]]), at).equal(fresh(logits, torch.tensor([[9]]), at))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filters
+
+
+@examples
+@given(some_filters, st.integers(1, 300), st.integers(0, 1000))
+def test_filters_are_those_of_transformers(params, vocab, seed):
+    logits = random_logits(2, vocab, seed=seed)
+    expected = their_filters(logits, params)
     # Where a cut falls so close to a token that float32 can't tell the sides, either answer is right.
-    before_top_p = theirs(logits, SamplingParams(params.temperature, params.top_k)).sort(descending=True).values
+    before_top_p = their_filters(logits, SamplingParams(params.temperature, params.top_k)).sort(descending=True).values
     assume(((before_top_p.cumsum(-1) - before_top_p - params.top_p).abs() > 1e-5).all() or params.top_p == 1)
     ratio = before_top_p / before_top_p[:, :1]
     assume((ratio / max(params.min_p, 1e-9) - 1).abs().min() > 1e-5 or params.min_p == 1)
@@ -104,7 +292,7 @@ def test_probabilities_are_those_of_transformers(params, vocab, seed):
 @pytest.mark.parametrize("vocab", [1, 7, 32000])
 def test_common_settings(params, vocab):
     logits = random_logits(3, vocab)
-    torch.testing.assert_close(ours(logits, params).double(), theirs(logits, params), atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(ours(logits, params).double(), their_filters(logits, params), atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_k, top_p", [(10, 1.0), (0, 0.7), (25, 0.5)])
@@ -113,20 +301,12 @@ def test_ties(top_k, top_p):
     where transformers takes whichever its sort put first."""
     params = SamplingParams(top_k=top_k, top_p=top_p)
     logits = random_logits(8, 200).round()
-    probs, reference = ours(logits, params), theirs(logits, params)
+    probs, reference = ours(logits, params), their_filters(logits, params)
     for row in range(8):
         last = logits[row][reference[row] > 0].min()
         assert ((probs[row] > 0) == (logits[row] >= last)).all()
     if top_p == 1:
         torch.testing.assert_close(probs.double(), reference, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_sampled_in_float32(dtype):
-    logits = random_logits(4, 1000).to(dtype)
-    params = SamplingParams(temperature=0.8, top_k=50, min_p=0.02)
-    assert ours(logits, params).dtype == torch.float32
-    torch.testing.assert_close(ours(logits, params).double(), theirs(logits, params), atol=2e-6, rtol=1e-4)
 
 
 def test_impossible_tokens_stay_impossible():
@@ -138,21 +318,11 @@ def test_impossible_tokens_stay_impossible():
         SamplingParams(top_p=0.999),
         SamplingParams(min_p=0.001),
     ):
-        torch.testing.assert_close(ours(logits, params).double(), theirs(logits, params), atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(ours(logits, params).double(), their_filters(logits, params), atol=2e-6, rtol=1e-4)
 
 
-@examples
-@given(st.lists(some_params, min_size=2, max_size=6), st.integers(0, 1000))
-def test_a_mixed_batch_is_each_row_alone(rows, seed):
-    rows[0] = SamplingParams(temperature=0)
-    logits, positions = random_logits(len(rows), 120, seed), torch.arange(len(rows)) * 7
-    tensors = sampling_tensors(rows, "cpu")
-    probs, tokens = probabilities(logits, tensors), sample(logits, tensors, positions)
-    assert tokens.shape == (len(rows),) and tokens.dtype == torch.int64
-    for i, params in enumerate(rows):
-        alone = sampling_tensors([params], "cpu")
-        torch.testing.assert_close(probs[i], probabilities(logits[i : i + 1], alone)[0], atol=0, rtol=1e-6)
-        assert tokens[i] == sample(logits[i : i + 1], alone, positions[i : i + 1])[0]
+# ---------------------------------------------------------------------------------------------------------------------
+# Draws
 
 
 @pytest.mark.parametrize(
@@ -166,44 +336,105 @@ def test_a_mixed_batch_is_each_row_alone(rows, seed):
     ids=str,
 )
 def test_draws_follow_the_probabilities(params):
-    """Over seeds at one position, over positions of one seed, and over both."""
-    count = 20_000
+    """Over positions of one seed, over seeds at one position, and over both."""
+    count = 4000
     logits = random_logits(1, 60, scale=1.5)[0]
-    expected = count * theirs(logits[None], params)[0]
-    seeds, ones = torch.arange(count), torch.ones(count, dtype=torch.long)
-    for seed, position in ((seeds, 17 * ones), (1234 * ones, seeds), (seeds, seeds), (seeds << 31, seeds % 100)):
-        tokens = draw(logits, params, seed, position)
-        assert_distributed(tokens.bincount(minlength=60), expected)
+    expected = their_filters(logits[None], params)[0]
+    at = torch.arange(count)
+    for seed in (1234, 2**63 - 1):
+        tokens = draw(logits, params, torch.full((count,), seed), at)
+        assert_distributed(tokens.bincount(minlength=60), count * expected)
+    for shift in (0, 40):
+        seeds = torch.arange(2000) << shift
+        many = [SamplingParams(**{**vars(params), "seed": seed}) for seed in seeds.tolist()]
+        sampler, where = sampler_of(many, 60, room=(0, 0)), torch.full((2000, 1), 17)
+        tokens = torch.cat([sampler(logits.expand(2000, 1, -1), where, where + 1000 * i) for i in range(2)])[:, 0]
+        assert_distributed(tokens.bincount(minlength=60), 4000 * expected)
+
+
+def test_draws_from_a_large_vocabulary():
+    """A rare token must not win more or less often than it should: 24 random bits would not do for so many."""
+    vocab, count = 150_000, 500
+    logits = torch.zeros(vocab)
+    logits[: vocab // 2] = -3.0
+    logits[-1] = math.log(vocab)  # about 2/3 of all
+    p = logits.double().softmax(-1)
+    sampler = sampler_of([SamplingParams(seed=5)], vocab)
+    tokens = torch.cat([(logits.exp() / sampler.times(at[None])[0]).argmax(-1) for at in torch.arange(count).split(50)])
+    groups = [
+        (tokens < vocab // 2).sum(),
+        ((tokens >= vocab // 2) & (tokens < vocab - 1)).sum(),
+        (tokens == vocab - 1).sum(),
+    ]
+    assert_distributed(
+        torch.stack(groups), count * torch.stack((p[: vocab // 2].sum(), p[vocab // 2 : -1].sum(), p[-1]))
+    )
+    middle = tokens[(tokens >= vocab // 2) & (tokens < vocab - 1)]
+    sixteenths = ((middle - vocab // 2) * 16 // (vocab // 2)).bincount(minlength=16)
+    assert_distributed(sixteenths, torch.full((16,), len(middle) / 16))
+
+
+def test_the_clocks_are_exponential_and_independent():
+    """Of all tokens, positions and seeds; the smallest of many as well, for they are what wins."""
+    sampler = sampler_of([SamplingParams(seed=seed) for seed in (0, 1, 2, 3, 2**32, 2**33, 2**62, 2**63 - 1)], 2000)
+    times = sampler.times(torch.arange(20).expand(8, 20)).double()  # [8, 20, 2000]
+    assert times.min() > 0 and times.max() < math.inf
+    uniform = -torch.expm1(-times)
+    n = uniform.numel()
+    assert_distributed((uniform * 256).long().flatten().bincount(minlength=256), torch.full((256,), n / 256))
+    low = (uniform * 2**16 * 256).long().flatten() % 256
+    assert_distributed(low.bincount(minlength=256), torch.full((256,), n / 256))
+    smallest = -torch.expm1(-2000 * times.amin(-1)).flatten()  # exponential with 2000 times the rate
+    assert_distributed((smallest * 16).long().bincount(minlength=16), torch.full((16,), len(smallest) / 16))
+    correlation = torch.corrcoef(uniform.flatten(0, 1)).fill_diagonal_(0)
+    assert correlation.abs().max() < 5.5 / math.sqrt(2000)
+    correlation = torch.corrcoef(uniform.flatten(0, 1).T[:300]).fill_diagonal_(0)
+    assert correlation.abs().max() < 5.8 / math.sqrt(160)
+    for dim, lag in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2), (2, 1024)):
+        a, b = (uniform.narrow(dim, start, uniform.shape[dim] - lag).flatten() for start in (0, lag))
+        assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 4.5 / math.sqrt(len(a))
+
+
+@examples
+@given(st.integers(1, 50), st.integers(0, 10_000), st.data())
+def test_a_token_of_probability_zero_is_never_drawn(vocab, seed, data):
+    logits = random_logits(vocab, seed=seed, scale=8.0)
+    possible = data.draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=vocab))
+    masked = torch.full_like(logits, -math.inf)
+    masked[possible] = logits[possible]
+    params = SamplingParams(top_p=data.draw(st.floats(0.1, 1)))
+    tokens = draw(masked, params, torch.full((64,), seed), torch.arange(64))
+    assert (ours(masked[None], params)[0, tokens] > 0).all()
 
 
 def test_greedy_is_the_argmax():
     logits = random_logits(64, 500)
+    logits[:, 7] = logits[:, 400] = logits.amax(-1)  # ties: the first
     params = [SamplingParams(temperature=0, top_k=i, top_p=0.5, min_p=0.1, seed=i) for i in range(64)]
-    assert sample(logits, sampling_tensors(params, "cpu"), torch.arange(64)).equal(logits.argmax(-1))
-    assert sample(logits, sampling_tensors([SamplingParams(top_k=1)] * 64, "cpu"), torch.arange(64)).equal(
-        logits.argmax(-1)
-    )
+    zeros = torch.zeros(64, 1, dtype=torch.long)
+    assert sampler_of(params, 500)(logits[:, None], zeros, zeros)[:, 0].equal(logits.argmax(-1))
+    plain = Sampler(64, 500, 8, (), "cpu", plain=True)
+    assert plain(logits[:, None], zeros, zeros)[:, 0].equal(logits.argmax(-1))
+    logits = random_logits(64, 500, seed=1)
+    assert greedy(logits, SamplingParams(top_k=1)).equal(logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-39, 1e-38, 1e-30, 1e-4])
 def test_the_lower_the_temperature_the_greedier(temperature):
     logits = random_logits(64, 500)
-    params = sampling_tensors([SamplingParams(temperature=temperature)] * 64, "cpu")
-    assert sample(logits, params, torch.arange(64)).equal(logits.argmax(-1))
+    assert greedy(logits, SamplingParams(temperature=temperature)).equal(logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
 def test_the_higher_the_temperature_the_flatter(temperature):
-    torch.testing.assert_close(
-        ours(random_logits(2, 100), SamplingParams(temperature=temperature)),
-        torch.full((2, 100), 0.01),
-        atol=1e-4,
-        rtol=0,
-    )
+    probs = ours(random_logits(2, 100), SamplingParams(temperature=temperature))
+    torch.testing.assert_close(probs, torch.full((2, 100), 0.01), atol=1e-4, rtol=0)
+    masked = random_logits(2, 100).index_fill(1, torch.arange(50), -math.inf)
+    assert not ours(masked, SamplingParams(temperature=temperature))[:, :50].any()
 
 
 def test_the_same_seed_and_position_give_the_same_token():
-    logits = random_logits(1, 1000, scale=1.0)[0]
+    logits = random_logits(1000, scale=1.0)
     seeds, positions = torch.arange(50) * 977, torch.arange(50)
     first = draw(logits, SamplingParams(), seeds, positions)
     assert first.equal(draw(logits, SamplingParams(), seeds, positions))
@@ -212,66 +443,68 @@ def test_the_same_seed_and_position_give_the_same_token():
 
 
 @examples
-@given(st.integers(1, 50), st.integers(0, 10_000), st.sampled_from([0.0, 1e-9, 0.5, 1 - 2**-24]), st.data())
-def test_a_token_of_probability_zero_is_never_drawn(vocab, seed, u, data):
-    """Not even by the smallest and the largest number that `uniform` can return."""
-    logits = random_logits(1, vocab, seed, scale=8.0)
-    possible = data.draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=vocab))
-    masked = torch.full_like(logits, -math.inf)
-    masked[0, possible] = logits[0, possible]
-    params = sampling_tensors([SamplingParams(top_p=data.draw(st.floats(0.1, 1)))], "cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "uniform", lambda seed, position: torch.tensor([u]))
-        token = sample(masked, params, torch.tensor([0]))
-    assert probabilities(masked, params)[0, token] > 0
+@given(some_rows, some_eos, st.integers(0, 1000))
+def test_a_mixed_batch_is_each_row_alone(rows, eos_ids, seed):
+    logits = random_logits(len(rows), 2, 12, seed=seed)
+    batch = sampler_of([params for params, _, _ in rows], 12, [prompt for _, prompt, _ in rows], eos_ids)
+    tokens, input_pos = [], []
+    for row, (_, prompt, output) in enumerate(rows):
+        put(batch, row, prompt, output)
+        batch.history[row, len(prompt + output)] = 5  # a draft
+        tokens.append([(prompt + output)[-1], 5])
+        input_pos.append([len(prompt + output) - 1, len(prompt + output)])
+    tokens, input_pos = torch.tensor(tokens), torch.tensor(input_pos)
+    drawn = batch(logits, tokens, input_pos)
+    assert drawn.shape == tokens.shape and drawn.dtype == torch.int64
+    for row, (params, prompt, output) in enumerate(rows):
+        alone = sampler_of([params], 12, [prompt], eos_ids)
+        put(alone, 0, prompt, output)
+        alone.history[0, len(prompt + output)] = 5
+        one = slice(row, row + 1)
+        assert alone(logits[one], tokens[one], input_pos[one]).equal(drawn[one])
+        # With a draft after it is as without, and the step after that draft.
+        assert alone(logits[one, :1], tokens[one, :1], input_pos[one, :1]).equal(drawn[one, :1])
+        put(alone, 0, prompt + output, [5])
+        assert alone(logits[one, 1:], tokens[one, 1:], input_pos[one, 1:]).equal(drawn[one, 1:])
 
 
-def test_a_large_vocabulary_keeps_its_last_token_in_reach():
-    """A float32 sum over 128k tokens is off by a little; the draw is scaled by it."""
-    logits = torch.zeros(1, 128_256)
-    params = sampling_tensors([SamplingParams()], "cpu")
-    for u, expected in ((0.0, 0), (0.5, 64_128), (1 - 2**-24, 128_255)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampling, "uniform", lambda seed, position, u=u: torch.tensor([u]))
-            assert abs(int(sample(logits, params, torch.tensor([0]))) - expected) < 128
+@pytest.mark.parametrize("params", [SamplingParams(0), SamplingParams(), SamplingParams(0, min_new_tokens=1)], ids=str)
+def test_no_possible_token_is_minus_one(params):
+    sampler = Sampler(1, 9, 8, (3,), "cpu", plain=params.plain)
+    sampler.set_row(0, params, [0])
+    logits = random_logits(1, 4, 9)
+    logits[0, 0] = -math.inf
+    logits[0, 1, 5] = math.nan
+    logits[0, 2] = math.nan
+    zeros = torch.zeros(1, 4, dtype=torch.long)
+    drawn = sampler(logits, zeros, zeros)[0].tolist()
+    assert drawn[:3] == [-1, -1, -1] and drawn[3] >= 0
 
 
-SEQUENCES = {  # how seeds and positions come in practice, and at the ends of their range
-    "positions": lambda n: (torch.full((n,), 42), torch.arange(n)),
-    "seeds": lambda n: (torch.arange(n), torch.full((n,), 5)),
-    "large seeds": lambda n: (2**63 - 1 - torch.arange(n), torch.full((n,), 5)),
-    "high words": lambda n: (torch.arange(n) << 32, torch.zeros(n, dtype=torch.long)),
-    "diagonal": lambda n: (torch.arange(n), n - torch.arange(n)),
-    "even": lambda n: (torch.arange(n) * 2, torch.arange(n) * 1024),
-}
+def test_plain_rows_need_no_more_than_a_history():
+    sampler = Sampler(2, 100, 8, (3,), "cpu", plain=True)
+    sampler.set_row(1, SamplingParams(temperature=0, seed=5), [7, 8])
+    assert sampler.history[1, :2].tolist() == [7, 8]
+    assert max(buffer.numel() for buffer in sampler.buffers()) == 2 * 9
+    sampler.count(torch.tensor([[1], [2]]), torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="plain"):
+        sampler.set_row(0, SamplingParams(), [1])
 
 
-@pytest.mark.parametrize("sequence", SEQUENCES)
-def test_uniform_is_uniform(sequence):
-    n = 2**17
-    seeds, positions = SEQUENCES[sequence](n)
-    numbers = uniform(seeds, positions)
-    assert numbers.dtype == torch.float32 and numbers.min() >= 0 and numbers.max() < 1
-    values = numbers.double()
-    sigma = 1 / math.sqrt(n)
-    assert abs(values.mean() - 0.5) < 4.5 * sigma / math.sqrt(12)
-    assert abs(values.var() - 1 / 12) < 4.5 * sigma / math.sqrt(180)
-    for lag in (1, 2, 3, 512, 1024):
-        assert abs(torch.corrcoef(torch.stack((values[:-lag], values[lag:])))[0, 1]) < 4.5 * sigma
-    assert_distributed((values * 256).long().bincount(minlength=256), torch.full((256,), n / 256))
-    low = (values * 2**24).long() % 256  # the last bits are as random as the first
-    assert_distributed(low.bincount(minlength=256), torch.full((256,), n / 256))
-    pairs = (values[0::2] * 32).long() * 32 + (values[1::2] * 32).long()
-    assert_distributed(pairs.bincount(minlength=1024), torch.full((1024,), n / 2048))
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities, and what the user may say
 
 
-def test_seeds_do_not_share_their_streams():
-    """A seed's numbers are not another's, shifted or mirrored: the rows of a grid and columns are uncorrelated."""
-    grid = uniform(torch.arange(200).repeat_interleave(200), torch.arange(200).repeat(200)).double().view(200, 200)
-    correlation = torch.corrcoef(torch.cat((grid, grid.T))).fill_diagonal_(0)
-    assert correlation.abs().max() < 5.5 / math.sqrt(200)
-    numbers = grid.flatten()
-    assert len(numbers.unique()) > len(numbers) - 150  # 40,000 of 2^24: about 48 pairs meet by chance
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_are_the_models_own(dtype):
+    logits = random_logits(2, 3, 500).to(dtype)
+    tokens = torch.randint(500, (2, 3), generator=torch.Generator().manual_seed(1))
+    chosen, top, ids = logprobs(logits, tokens, 5)
+    expected = logits.double().log_softmax(-1)
+    torch.testing.assert_close(chosen.double(), expected.gather(-1, tokens[..., None])[..., 0], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(top.double(), expected.topk(5).values, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(top.double(), expected.gather(-1, ids), atol=1e-5, rtol=1e-6)
+    assert chosen.dtype == top.dtype == torch.float32 and logprobs(logits, tokens, 0)[1].shape == (2, 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +514,12 @@ def test_seeds_do_not_share_their_streams():
         "top_k": (-1, 2**31),
         "top_p": (0.0, -0.5, 1.5, math.nan),
         "min_p": (-0.1, 1.1, math.nan),
+        "repetition_penalty": (0, -1.0, math.nan, math.inf),
+        "presence_penalty": (-2.1, 2.1, math.nan, math.inf),
+        "frequency_penalty": (-2.1, 2.1, math.nan, -math.inf),
+        "logit_bias": (((1, math.nan),), ((1, math.inf),), ((1, -math.inf),), ((-1, 1.0),)),
+        "bad_words": (((),), ((1, -1),)),
+        "min_new_tokens": (-1, 2**31),
         "seed": (-1, 2**63),
     }.items(),
 )
@@ -290,30 +529,64 @@ def test_values_out_of_range_are_named(name, values):
             SamplingParams(**{name: value})
 
 
+def test_check_knows_the_vocabulary():
+    SamplingParams(logit_bias=((9, 1.0),), bad_words=((9, 0),)).check(10, {2})
+    for params in (SamplingParams(logit_bias=((10, 1.0),)), SamplingParams(bad_words=((3, 10),))):
+        with pytest.raises(UserError, match="no token 10; the model's ids end at 9"):
+            params.check(10, {2})
+    every = tuple((token,) for token in range(10))
+    SamplingParams(bad_words=every).check(10, {2})  # the end token is left
+    SamplingParams(bad_words=every[:2] + every[3:9], min_new_tokens=3).check(10, {2})
+    for params in (SamplingParams(bad_words=every), SamplingParams(bad_words=every, min_new_tokens=3)):
+        with pytest.raises(UserError, match="ban every token"):
+            params.check(10, {2} if params.min_new_tokens else ())
+
+
+def test_plain_is_greedy_with_nothing_else():
+    assert SamplingParams(temperature=0).plain and SamplingParams(0, 5, 0.5, 0.1, seed=3).plain
+    for change in (
+        {"temperature": 0.1},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": -1},
+        {"frequency_penalty": 0.1},
+        {"logit_bias": ((1, 1.0),)},
+        {"bad_words": ((1,),)},
+        {"min_new_tokens": 1},
+    ):
+        assert not SamplingParams(**{"temperature": 0, **change}).plain
+
+
+def step(sampler, logits, tokens, input_pos):
+    """What the engine compiles, the sampler's part of it."""
+    drawn = sampler(logits, tokens, input_pos)
+    sampler.count(drawn, (drawn >= 0).sum(1))
+    sampler.history.scatter_(1, input_pos + 1, drawn.clamp(min=0))
+    return drawn
+
+
 def mixed_params(rows):
-    return [SamplingParams(0.1 * i, i % 7, 1 - 0.01 * i, 0.003 * i, seed=2**40 + i) for i in range(rows)]
-
-
-def test_changing_parameters_does_not_recompile():
-    torch._dynamo.reset()
-    compiled = torch.compile(sample, backend="eager", fullgraph=True, dynamic=False)
-    logits = random_logits(3, 100)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for params in (
-            [SamplingParams()] * 3,
-            [SamplingParams(0.5, 10, 0.9, 0.05, 7)] * 3,
-            mixed_params(3),
-            [SamplingParams(temperature=0), SamplingParams(temperature=1), SamplingParams(top_k=5, seed=2**62)],
-            [SamplingParams(temperature=2, top_p=1, min_p=0)] * 3,  # whole numbers, as JSON has them
-        ):
-            compiled(logits, sampling_tensors(params, "cpu"), torch.arange(3))
+    return [
+        SamplingParams(
+            *(0.1 * i, i % 7, 1 - 0.01 * i, 0.003 * i, 1 + 0.1 * (i % 4), 0.2, -0.1 * (i % 5)),
+            *(((i, 1.0),), ((5,), (i, 1, 2)) if i % 2 else (), i % 3, 2**40 + i),
+        )
+        for i in range(rows)
+    ]
 
 
 @pytest.mark.slow
-def test_compiled_sampling_is_eager_sampling():
+def test_compiled_sampling_is_eager_sampling_and_never_recompiles():
     torch._dynamo.reset()
-    compiled = torch.compile(sample, fullgraph=True, dynamic=False)
-    params = sampling_tensors(mixed_params(30), "cpu")
-    for seed in range(20):
-        logits, positions = random_logits(30, 300, seed), torch.arange(30) + seed
-        assert compiled(logits, params, positions).equal(sample(logits, params, positions))
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    ours, theirs = (sampler_of([SamplingParams()] * 4, 300, [[1, 2]] * 4, {9}, room=(2, 3)) for _ in range(2))
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for first in range(0, 24, 4):
+            for row, params in enumerate(mixed_params(24)[first : first + 4]):
+                for sampler in (ours, theirs):
+                    sampler.set_row(row, params, [1, 2, 3 + row])
+            for at in range(2, 12):
+                logits = random_logits(4, 1, 300, seed=first + at)
+                last, input_pos = theirs.history[:, at : at + 1], torch.full((4, 1), at)
+                assert compiled(ours, logits, last.clone(), input_pos).equal(step(theirs, logits, last, input_pos))
+            assert ours.counts.equal(theirs.counts) and ours.history.equal(theirs.history)
+            assert theirs.counts.sum() == 40

@@ -1,0 +1,160 @@
+"""What ways to decode gain or cost, beside plain decoding in the same rounds: for bench.py.
+
+measure_speculation(models, draft, tokenizer, new_tokens=128, rounds=3)     # draft model, prompt lookup
+measure_ragged(models, prompts, places=16, rounds=3)                        # a batch with refilled places
+measure_sampling(models, new_tokens=32, rounds=5)                           # filters and penalties, log-probabilities
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from bench_models import rebuild
+from checkpoint import DEMO
+from engine import Engine, Request, generate
+from generate import log
+from model import Transformer
+from sampling import SamplingParams
+from tokenizer import Tokenizer
+
+GREEDY = SamplingParams(temperature=0.0)
+EVERYTHING = SamplingParams(
+    temperature=0.8,
+    top_k=50,
+    top_p=0.95,
+    min_p=0.02,
+    repetition_penalty=1.1,
+    presence_penalty=0.2,
+    frequency_penalty=0.1,
+    logit_bias=((5, 1.0), (9, -2.0)),
+    bad_words=tuple(tuple(range(i, i + 4)) for i in range(16)),
+    min_new_tokens=8,
+    seed=1,
+)
+# Classes of the held-out text and other names for them.
+RENAMED = {"_localized_month": "_local_month", "unix_dialect": "unix_format", "DictReader": "MapReader",
+           "different_locale": "other_locale"}  # fmt: skip
+
+
+def make_engine(model: Transformer, rows: int, length: int, plain: bool = True, logprobs: int | None = None, **how):
+    """An engine with caches and compiled code of its own."""
+    draft = how.pop("draft", None)
+    engine = Engine(rebuild(model), compile=True, draft=None if draft is None else rebuild(draft), **how)
+    engine.setup(rows, length, plain=plain, logprobs=logprobs, bad_words=(0, 0) if plain else (16, 4))
+    engine.warm_up()
+    return engine
+
+
+def held_out_prompts(tokenizer: Tokenizer, count: int = 10, length: int = 96) -> list[list[int]]:
+    """Pieces of the demo's held-out text, evenly spread, that begin at a line's beginning."""
+    lines = (DEMO.parent / "heldout.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    firsts = (i * len(lines) // count for i in range(count))
+    return [tokenizer.encode("".join(lines[first : first + 60]))[:length] for first in firsts]
+
+
+def editing_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Each a class of the held-out text, and the first lines of a copy under another name."""
+    text, prompts = (DEMO.parent / "heldout.txt").read_text(encoding="utf-8"), []
+    for name, other in RENAMED.items():
+        begin = text.index(f"class {name}")
+        original = text[begin : text.index("\n\n\n", begin)]
+        copy = original.replace(name, other)
+        prompts.append(tokenizer.encode(f"{original}\n\n\n{copy[: copy.index(chr(10), 60) + 1]}"))
+    return prompts
+
+
+def measure_speculation(
+    models: Mapping[str, Transformer], draft: Transformer, tokenizer: Tokenizer, new_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Greedy tokens a second of a row by each way, and how many times plain decoding that is."""
+    tasks = {"held-out text": held_out_prompts(tokenizer), "editing": editing_prompts(tokenizer)}
+    found = []
+    for mode, model in models.items():
+        ways = {
+            "plain": make_engine(model, 1, 1024),
+            "draft": make_engine(model, 1, 1024, draft=draft),
+            "prompt lookup": make_engine(model, 1, 1024, prompt_lookup=True),
+            "both": make_engine(model, 1, 1024, draft=draft, prompt_lookup=True),
+        }
+        for task, prompts in tasks.items():
+            rates: dict[str, list[float]] = {way: [] for way in ways}
+            figures: dict[str, dict] = {}
+            texts: dict[str, list[list[int]]] = {}
+            for number in range(rounds):
+                for way, engine in random.Random(number).sample(sorted(ways.items()), len(ways)):
+                    seconds, tokens, accepted, steps = 0.0, [], 0, 0
+                    for prompt in prompts:
+                        request = Request(prompt, GREEDY, new_tokens)
+                        tokens.append([token.id for token in generate(engine, tokenizer, [request])])
+                        seconds += engine.stats.decode_seconds
+                        accepted, steps = accepted + engine.stats.accepted, steps + engine.stats.steps
+                    rates[way].append(len(prompts) * (new_tokens - 1) / seconds)
+                    figures[way], texts[way] = {"tokens_a_step": 1 + accepted / steps}, tokens
+                    log(f"{mode}, {task}, round {number + 1} of {rounds}: {way} {rates[way][-1]:.1f} tok/s")
+            for way in ways:
+                ratios = [one / plain for one, plain in zip(rates[way], rates["plain"], strict=True)]
+                found.append({
+                    "mode": mode, "task": task, "way": way, "tok_s": rates[way],
+                    "decode_tok_s": statistics.median(rates[way]), "times_plain": statistics.median(ratios),
+                    "same_text": texts[way] == texts["plain"], **figures[way],
+                })  # fmt: skip
+    return found
+
+
+def measure_ragged(
+    models: Mapping[str, Transformer], tokenizer: Tokenizer, places: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Tokens a second, prefills included, of twice as many prompts as there are places, against one after another."""
+    draw = random.Random(0)
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    requests = [
+        Request([draw.randrange(vocabulary) for _ in range(draw.randint(8, 64))], GREEDY, draw.randint(32, 128))
+        for _ in range(2 * places)
+    ]
+    total = sum(request.max_new_tokens for request in requests)
+    found = []
+    for mode, model in models.items():
+        rates: dict[int, list[float]] = {1: [], places: []}
+        engines = {rows: make_engine(model, rows, 1024) for rows in rates}
+        for number in range(rounds):
+            for rows, engine in engines.items():
+                for _ in generate(engine, tokenizer, requests):
+                    pass
+                rates[rows].append(total / (engine.stats.prefill_seconds + engine.stats.decode_seconds))
+                log(f"{mode}, round {number + 1} of {rounds}: {rows} at a time {rates[rows][-1]:.1f} tok/s")
+        one, many = (statistics.median(values) for values in rates.values())
+        found.append({"mode": mode, "prompts": len(requests), "places": places, "tok_s": rates[places],
+                      "single_tok_s": one, "decode_tok_s": many, "times_one": many / one})  # fmt: skip
+    return found
+
+
+def seconds_of_step(engine: Engine) -> float:
+    begun = time.perf_counter()
+    engine.step(0, engine.model.max_seq_length)[0].tolist()
+    return time.perf_counter() - begun
+
+
+def measure_sampling(models: Mapping[str, Transformer], new_tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """What sampling adds to a decode step, in milliseconds: all filters and penalties, and five log-probabilities."""
+    found = []
+    for mode, model in models.items():
+        ways = {
+            "greedy": (make_engine(model, 1, 1024), GREEDY),
+            "all filters and penalties": (make_engine(model, 1, 1024, plain=False), EVERYTHING),
+            "greedy, 5 logprobs": (make_engine(model, 1, 1024, logprobs=5), GREEDY),
+        }
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for engine, params in ways.values():
+            engine.start(0, Request(list(range(64)), params, 1))
+        for number in range(rounds * new_tokens):  # a step in turn: the machine changes within seconds
+            for way, (engine, _) in random.Random(number).sample(sorted(ways.items()), len(ways)):
+                engine.sampler.position.fill_(100)
+                times[way].append(seconds_of_step(engine))
+        base = statistics.median(times["greedy"])
+        for way, values in times.items():
+            step = statistics.median(values)
+            found.append({"mode": mode, "vocab_size": model.config.vocab_size, "way": way, "step_ms": step * 1e3,
+                          "added_ms": (step - base) * 1e3, "added_share": step / base - 1})  # fmt: skip
+    return found

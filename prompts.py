@@ -1,0 +1,278 @@
+"""What is asked for -> engine.Request: prompts from the command line or a file, each with its settings, all checked.
+
+    target = Target(tokenizer, vocab_size, eos_ids, limit=2048, limited_by="context")
+    jobs = read_jobs(args, target, default_settings(args, generation_config))
+
+Settings are a dict of the names in SETTINGS: what the flags say, what a line of a JSONL file says instead, or what a
+chat's `/set` does. A setting that is None has its default.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from engine import Request
+from errors import UserError
+from sampling import SamplingParams
+from tokenizer import Tokenizer
+
+DEMO_PROMPT = "def read_lines(path):"
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, float) or is_int(value)
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def is_bias(value: Any) -> bool:
+    ids = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", key) for key in value)
+    return ids and all(map(is_number, value.values()))
+
+
+NUMBER, COUNT = ("a number", is_number), ("a whole number", is_int)
+SETTINGS = {  # what each may be
+    "temperature": NUMBER,
+    "top_k": COUNT,
+    "top_p": NUMBER,
+    "min_p": NUMBER,
+    "repetition_penalty": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "logit_bias": ('an object {"token id": number}', is_bias),
+    "bad_words": ("a list of strings", is_texts),
+    "min_new_tokens": COUNT,
+    "max_new_tokens": COUNT,
+    "stop": ("a string or a list of strings", lambda value: isinstance(value, str) or is_texts(value)),
+    "seed": COUNT,
+    "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),
+}
+NO_BEAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")  # what beam search knows nothing of
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """The names and types of settings; the ranges are SamplingParams' and make_request's."""
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise UserError(f"{name} is no setting; use one of {', '.join(SETTINGS)}")
+        kind, accepts = SETTINGS[name]
+        if not accepts(value):
+            raise UserError(f"{name} {json.dumps(value)[:80]} is not {kind}; correct it")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What requests are for. `limit`: how many tokens a prompt and its continuation may be; `limited_by`: by what."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    eos_ids: frozenset[int]
+    limit: int
+    limited_by: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, and what its results say about it."""
+
+    request: Request
+    text: str  # the prompt's
+    labels: dict[str, Any]  # "id", where the input names one
+
+
+def default_settings(args: argparse.Namespace, recommended: dict[str, Any]) -> dict[str, Any]:
+    """The flags first, then generation_config.json: its repetition_penalty, and how to sample if it says do_sample."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    sampled = ("temperature", "top_k", "top_p", "min_p") if recommended.get("do_sample") and args.num_beams == 1 else ()
+    for name in ("repetition_penalty", *sampled):
+        if settings[name] is None and name in recommended:
+            settings[name] = int(recommended[name]) if name == "top_k" else recommended[name]
+    if sampled and settings["temperature"] is None:
+        settings["temperature"] = 1.0
+    if settings["seed"] is None:
+        settings["seed"] = random.SystemRandom().randrange(2**32)
+    return settings
+
+
+def sampling_params(settings: dict[str, Any], tokenizer: Tokenizer) -> SamplingParams:
+    """Greedy, unless a temperature is given or a filter, which would have nothing to do."""
+    names = {field.name for field in fields(SamplingParams)}
+    given = {name: value for name, value in settings.items() if value is not None and name in names}
+    given.setdefault("temperature", 1.0 if {"top_k", "top_p", "min_p"} & given.keys() else 0.0)
+    given["logit_bias"] = tuple((int(token), float(bias)) for token, bias in given.get("logit_bias", {}).items())
+    given["bad_words"] = tuple(
+        dict.fromkeys(ids for word in given.get("bad_words", []) for ids in spell(word, tokenizer))
+    )
+    return SamplingParams(**given)
+
+
+def spell(word: str, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
+    """The ids of a word where a text begins with it, and where it follows a space or a line break."""
+    newline, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n" + word))
+    spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word)]
+    if after[: len(newline)] == newline:
+        spellings.append(after[len(newline) :])
+    if not word or not all(spellings):
+        raise UserError(f"bad_words: the tokenizer has no tokens for {word!r}; leave it out")
+    return map(tuple, spellings)
+
+
+def make_request(target: Target, prompt: list[int], settings: dict[str, Any], start: int = 0) -> Request:
+    """The request that these settings make of a prompt; its first `start` tokens are in the cache. UserError where the
+    settings make no sense or there is no room."""
+    if not prompt:
+        raise UserError("the tokenizer has no tokens for the prompt; give it another")
+    room = target.limit - len(prompt)
+    new = settings["max_new_tokens"]
+    new = max(1, min(200, room)) if new is None else new
+    if not 1 <= new < 2**31:
+        raise UserError(f"max_new_tokens {new} is out of range; it must be 1 or more")
+    if new > room:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and {new} new ones exceed the {target.limited_by} of {target.limit}; "
+            "shorten the prompt or lower --max_new_tokens"
+        )
+    params = sampling_params(settings, target.tokenizer)
+    if params.min_new_tokens > new:
+        raise UserError(f"min_new_tokens {params.min_new_tokens} are more than max_new_tokens {new}; lower it")
+    eos_ids = frozenset() if settings["ignore_eos"] else target.eos_ids
+    params.check(target.vocab_size, eos_ids)
+    stop = settings["stop"] or ()
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop or settings["stop"] == "":
+        raise UserError("stop: an empty string ends every text; leave it out")
+    return Request(prompt[start:], params, new, eos_ids, stop, tuple(prompt[:start]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input
+
+
+def read_jobs(args: argparse.Namespace, target: Target, settings: dict[str, Any]) -> list[Job]:
+    """All that the command line asks for, each sample a job; those of one prompt share the list of its tokens."""
+    if args.prompt_file is not None:
+        jobs = list(read_file(args, target, settings))
+        if not jobs:
+            raise UserError(f"--prompt_file {args.prompt_file} has no prompt; write one on each line")
+    elif length := synthetic_length(args.prompt):
+        if length > target.limit:
+            raise UserError(f"--prompt {length} exceeds the {target.limited_by} of {target.limit} tokens; give less")
+        draw = random.Random(0)
+        prompt = [draw.randrange(target.vocab_size) for _ in range(length)]
+        # It is for timing: all the tokens asked for.
+        request = make_request(target, prompt, settings | {"ignore_eos": True})
+        jobs = [Job(request, target.tokenizer.decode(prompt), {})]
+    elif args.prompt is None and args.checkpoint_path is not None:
+        raise UserError('nothing to continue; give --prompt "...", --prompt_file or --interactive')
+    elif args.prompt == "":
+        raise UserError('the prompt is empty; give --prompt "some text"')
+    else:
+        text = DEMO_PROMPT if args.prompt is None else args.prompt
+        jobs = [Job(make_request(target, target.tokenizer.encode(text), settings), text, {})]
+    return list(itertools.chain.from_iterable(samples(job, args.num_samples) for job in jobs))
+
+
+def samples(job: Job, count: int) -> Iterator[Job]:
+    """The same request with one seed after the other."""
+    params = job.request.params
+    for sample in range(count):
+        seed = (params.seed + sample) % 2**63
+        yield replace(job, request=replace(job.request, params=replace(params, seed=seed)))
+
+
+def synthetic_length(prompt: str | None) -> int | None:
+    """The number of tokens where the prompt is a number."""
+    if prompt is None or not (prompt.isascii() and prompt.isdigit()):
+        return None
+    if not 1 <= len(prompt.lstrip("0")) <= 9:
+        raise UserError(f"--prompt {prompt[:12]}: a synthetic prompt of so many tokens is not possible")
+    return int(prompt)
+
+
+def read_file(args: argparse.Namespace, target: Target, settings: dict[str, Any]) -> Iterator[Job]:
+    """A prompt a line, or a JSON object a line: when the name says .jsonl, or the first line is one."""
+    name = args.prompt_file
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"--prompt_file {name}: {error.strerror}; name a readable file") from error
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    is_json = name.endswith(".jsonl") or holds_object(data.lstrip().split(b"\n", 1)[0])
+    for number, line in enumerate(data.split(b"\n"), 1):  # not at form feeds, as splitlines would
+        try:
+            try:
+                text = line.decode().removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise UserError(f"it is not UTF-8 (byte {error.start + 1}); re-encode it") from error
+            if text.strip():
+                own = parse(text, args.num_beams > 1) if is_json else {"prompt": text}
+                yield make_job(own, target, settings)
+        except UserError as error:
+            said = " ".join(f"--prompt_file {name}, line {number}: {error}".split())
+            if not args.skip_bad_lines:
+                raise UserError(said) from error
+            print(f"warning: {said}", file=sys.stderr, flush=True)
+
+
+def holds_object(line: bytes) -> bool:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and not value.keys().isdisjoint(("prompt", "messages"))
+
+
+def parse(line: str, searching: bool) -> dict[str, Any]:
+    """The fields of a line of JSON, with the types that they should have."""
+    try:
+        own = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON ({error}); correct it") from error
+    if not isinstance(own, dict) or ("prompt" in own) == ("messages" in own):
+        raise UserError('it is not a JSON object with either "prompt" or "messages"; give it one of them')
+    if not isinstance(own.get("prompt", ""), str):
+        raise UserError("prompt is not a string; correct it")
+    messages = own.get("messages", [{"role": "", "content": ""}])
+    if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
+        raise UserError('messages is not a list of objects like {"role": "user", "content": "text"}; correct it')
+    check_settings({name: value for name, value in own.items() if name not in ("id", "prompt", "messages")})
+    if searching and (sampled := [name for name in NO_BEAMS if name in own]):
+        raise UserError(f"{sampled[0]} does not go with --num_beams; leave one out")
+    return own
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def make_job(own: dict[str, Any], target: Target, settings: dict[str, Any]) -> Job:
+    if own.get("prompt") == "":
+        raise UserError("the prompt is empty; give it some text")
+    text = own["prompt"] if "prompt" in own else target.tokenizer.apply_chat_template(own["messages"])
+    prompt = target.tokenizer.encode(text, add_special_tokens="prompt" in own)  # a rendered chat has its own
+    settings = settings | {name: value for name, value in own.items() if name in SETTINGS}
+    return Job(make_request(target, prompt, settings), text, {"id": own["id"]} if "id" in own else {})
+
+
+def check_draft(tokenizer: Tokenizer, draft: Tokenizer) -> None:
+    """A draft model's tokens have to be the target's."""
+    mine, theirs = tokenizer.backend.get_vocab(), draft.backend.get_vocab()
+    if mine != theirs:
+        differ = len(mine.items() ^ theirs.items())
+        raise UserError(
+            f"the draft model's tokenizer is not the model's: they differ in {differ} tokens; "
+            "use a draft from the same family"
+        )

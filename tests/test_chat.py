@@ -1,0 +1,219 @@
+"""--interactive, within this process (a terminal's part is in test_process.py)."""
+
+import json
+
+import pytest
+import transformers
+from conftest import assert_refused, converse, greedy
+
+from prompts import SETTINGS
+
+
+def chat_ids(tokenizer, *turns):
+    """The prompt of a chat of alternating words, as conftest's template has it."""
+    text = "<s>" + "".join(f"<|{'assistant' if i % 2 else 'user'}|>{turn}<|end|>" for i, turn in enumerate(turns))
+    return tokenizer.encode(text + "<|assistant|>", add_special_tokens=False)
+
+
+def test_a_chat_prefills_only_what_is_new(script, chat_folder, reference, tokenizer, prefills):
+    """Each turn's prompt is the whole conversation; what the cache already holds of it is not run again; and the reply
+    is the one that the whole conversation gets from scratch."""
+
+    def reply_to(*turns):
+        ids = greedy(reference, chat_ids(tokenizer, *turns), 5, eos_token_id=[1, 2])
+        ids = ids[:-1] if ids[-1] in (1, 2) else ids
+        return tokenizer.decode(ids), ids
+
+    # The tokens of random weights rarely are the ones that their text has: look for a reply where they are.
+    for i in range(1000):
+        opening = f"word {i}"
+        first, generated = reply_to(opening)
+        if tokenizer.encode(first, add_special_tokens=False) == generated and "\n" not in first:
+            break
+    second, _ = reply_to(opening, first, "and 🙂?")
+    third, _ = reply_to(opening, first, "and 🙂?", second, "so")
+    result = converse(script, chat_folder, opening, "and 🙂?", "so", args=("--max_new_tokens", 5))
+    assert result.code == 0
+    assert result.out == f"{first}\n{second}\n{third}\n"
+    whole = [
+        chat_ids(tokenizer, opening),
+        chat_ids(tokenizer, opening, first, "and 🙂?"),
+        chat_ids(tokenizer, opening, first, "and 🙂?", second, "so"),
+    ]
+    assert [list(request.context) + request.prompt for request in prefills] == whole
+    starts = [request.start for request in prefills]
+    assert starts[:2] == [0, len(whole[0]) + 4]  # the last of the five tokens was never run
+    assert starts[2] >= len(whole[1])
+
+
+def test_a_base_model_continues_the_text(script, base_folder, reference, tokenizer, prefills):
+    result = converse(script, base_folder, "def f(x):", "class A:", args=("--max_new_tokens", 6))
+    assert result.code == 0 and "no chat template" in result.err
+    prompt_1 = tokenizer.encode("def f(x):")
+    reply_1 = greedy(reference, prompt_1, 6)
+    prompt_2 = prompt_1 + reply_1 + tokenizer.encode("\nclass A:", add_special_tokens=False)
+    assert result.out == tokenizer.decode(reply_1) + "\n" + tokenizer.decode(greedy(reference, prompt_2, 6)) + "\n"
+    first, second = prefills
+    assert (first.prompt, first.start) == (prompt_1, 0)
+    assert second.start == len(prompt_1) + 5 and second.prompt == prompt_2[second.start :]
+
+
+@pytest.mark.parametrize("name", ["chat_folder", "base_folder"])
+def test_clear_and_the_ways_to_end(script, request, name, prefills):
+    folder = request.getfixturevalue(name)
+    once = converse(script, folder, "hello", args=("--max_new_tokens", 5))
+    result = converse(script, folder, "hello", "", "   ", "/clear", "hello", "/exit", "x", args=("--max_new_tokens", 5))
+    assert once.code == result.code == 0
+    assert result.out == once.out * 2
+    assert [request.start for request in prefills] == [0, 0, 0]
+    args = ("--checkpoint_path", folder, "--interactive", "--max_new_tokens", 5)
+    assert script(*args, stdin=b"hello").out == once.out  # no newline at the end
+    assert script(*args, stdin=b"hello\r\n").out == once.out
+    nothing = script(*args, stdin=b"")
+    assert (nothing.code, nothing.out) == (0, "")
+
+
+def test_a_full_context_is_said_and_clear_helps(script, chat_folder):
+    result = converse(
+        script, chat_folder, "hello", "x" * 60, "/clear", "hello", args=("--max_seq_length", 24, "--max_new_tokens", 20)
+    )
+    assert result.code == 0
+    replies = converse(script, chat_folder, "hello", args=("--max_seq_length", 24, "--max_new_tokens", 20))
+    assert result.out == replies.out * 2
+    assert len([line for line in result.err.splitlines() if "no room left in 24 tokens; /clear" in line]) == 1
+
+
+def test_a_chat_says_how_fast_it_was(script, chat_folder):
+    assert "tok/s" in converse(script, chat_folder, "hello", args=("--max_new_tokens", 5)).err
+
+
+def test_a_message_that_the_tokenizer_refuses(script, chat_folder):
+    once = converse(script, chat_folder, "hello", args=("--max_new_tokens", 5))
+    args = ("--checkpoint_path", chat_folder, "--interactive", "--max_new_tokens", 5)
+    result = script(*args, stdin=b"ab\xff\nhello\n")
+    assert result.out == once.out and "error: the text is not valid UTF-8" in result.err
+
+
+# ---- settings ----
+
+SAMPLED = ("--max_new_tokens", 12, "--seed", 3)
+CHANGES = {  # what /set is told, and the flags that say the same
+    "temperature 0.9": ("--temperature", 0.9),
+    "top_k 40": ("--top_k", 40),
+    "repetition_penalty 1.7": ("--repetition_penalty", 1.7),
+    "frequency_penalty 2": ("--frequency_penalty", 2),
+    "max_new_tokens 3": ("--max_new_tokens", 3),
+    "min_new_tokens 12": ("--min_new_tokens", 12),
+    'logit_bias {"70": 100}': ("--logit_bias", "70=100"),
+    'bad_words ["a", "e"]': ("--bad_words", "a", "e"),
+    "bad_words e": ("--bad_words", "e"),
+    "stop e": ("--stop", "e"),
+    'stop ["e", "\\n"]': ("--stop", "e", "\n"),
+    "stop 5": ("--stop", "5"),
+    "ignore_eos true": ("--ignore_eos",),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_set_is_what_the_flag_is(script, chat_folder, change):
+    """Before and after others; what is set back changes nothing."""
+    flagged = converse(script, chat_folder, "hello", "and", args=(*SAMPLED, *CHANGES[change]))
+    name = change.split()[0]
+    lines = (f"/set {change}", "hello", "and")
+    result = converse(script, chat_folder, *lines, args=SAMPLED)
+    assert (result.code, result.out) == (0, flagged.out)
+    plain = converse(script, chat_folder, "hello", args=SAMPLED).out
+    back = {"max_new_tokens": "12"}.get(name, "null")
+    again = converse(script, chat_folder, *lines, "/clear", f"/set {name} {back}", "hello", args=SAMPLED)
+    assert again.out == flagged.out + plain
+
+
+def test_set_changes_what_is_written(script, chat_folder):
+    """Lest the test above compares equal things: most of these matter to this model."""
+    plain = converse(script, chat_folder, "hello", "and", args=SAMPLED).out
+    changed = [converse(script, chat_folder, f"/set {change}", "hello", "and", args=SAMPLED).out for change in CHANGES]
+    assert sum(out != plain for out in changed) >= 7
+
+
+WRONG = [
+    ("/set temperature hot", "temperature"),
+    ("/set temperature -1", "temperature"),
+    ("/set temperature NaN", "temperature"),
+    ("/set temperature", "temperature"),
+    ("/set top_k 1.5", "top_k"),
+    ("/set top_p 0", "top_p"),
+    ("/set max_new_tokens 0", "max_new_tokens"),
+    ("/set max_new_tokens 99999", "context of 2048"),
+    ('/set logit_bias {"400": 1}', "400"),
+    ('/set logit_bias {"x": 1}', "logit_bias"),
+    ("/set stop", "stop"),
+    ("/set stop []x[", None),
+    ("/set bad_words " + json.dumps([f"word {i}" for i in range(100)]), "bad_words"),
+    ("/set bad_words " + "long" * 30, "bad_words"),
+    ("/set volume 11", "volume"),
+    ("/set", "setting"),
+    ("/set ignore_eos 1", "ignore_eos"),
+    ("/set seed -1", "seed"),
+    ("/set min_new_tokens 3000", "min_new_tokens"),
+]
+
+
+@pytest.mark.parametrize("line, said", WRONG)
+def test_a_bad_setting_is_said_and_changes_nothing(script, chat_folder, line, said):
+    before, after = (
+        converse(script, chat_folder, *lines, args=("--seed", 3)) for lines in (["/show"], [line, "/show"])
+    )
+    assert before.code == after.code == 0
+    complaints = [text for text in after.err.splitlines() if text.startswith("error: ")]
+    if said is None:  # a stop string like any other
+        assert complaints == [] and "stop" in after.err
+        return
+    assert len(complaints) == 1 and said in complaints[0]
+    assert [text for text in after.err.splitlines() if text not in complaints][3:] == before.err.splitlines()[3:]
+
+
+def test_show_says_what_is_in_force(script, chat_folder):
+    result = converse(
+        script, chat_folder, "/set stop User:", "/set top_p 0.5", "/show", args=("--seed", 3, "--bad_words", "字")
+    )
+    shown = dict(line.split(" ", 1) for line in result.err.splitlines()[3:])
+    assert json.loads(shown["stop"]) == "User:" and json.loads(shown["top_p"]) == 0.5
+    assert json.loads(shown["temperature"]) == 1.0  # a filter samples
+    assert json.loads(shown["bad_words"]) == ["字"] and json.loads(shown["seed"]) == 3
+    assert json.loads(shown["repetition_penalty"]) == 1 and json.loads(shown["max_new_tokens"]) == 200
+    assert shown.keys() == SETTINGS.keys()
+
+
+def test_help_and_what_only_looks_like_a_command(script, chat_folder):
+    result = converse(script, chat_folder, "/help", args=("--max_new_tokens", 5))
+    assert result.out == "" and all(command in result.err for command in ("/set", "/show", "/clear", "/exit"))
+    message = converse(script, chat_folder, "/usr/bin is what?", args=("--max_new_tokens", 5))
+    assert message.out and "error" not in message.err
+
+
+def test_a_chat_speculates_and_says_the_same(script, chat_folder, base_folder):
+    lines = ("hello", "and", "/set temperature 1", "so")
+    plain = converse(script, chat_folder, *lines, args=SAMPLED).out
+    for args in (("--prompt_lookup",), ("--draft_checkpoint_path", base_folder, "--speculate_k", 2)):
+        assert converse(script, chat_folder, *lines, args=(*SAMPLED, *args)).out == plain
+
+
+def test_penalties_of_a_chat_count_all_of_it(script, chat_folder, reference, tokenizer):
+    """What the cache holds is part of the prompt for a repetition penalty, as it is for transformers."""
+    text = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    chat, turns = [], ("hello", "and")
+    for turn in turns:
+        chat.append({"role": "user", "content": turn})
+        ids = text.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        reply = greedy(reference, ids, 8, eos_token_id=[1, 2], repetition_penalty=1.8)
+        chat.append({"role": "assistant", "content": tokenizer.decode(reply)})
+    result = converse(script, chat_folder, *turns, args=("--max_new_tokens", 8, "--repetition_penalty", 1.8))
+    assert result.out == "".join(message["content"] + "\n" for message in chat[1::2])
+
+
+BESIDE = ["--json", "--num_samples 2", "--batch_size 2", "--prompt_file x", "--prompt hello", "--num_beams 2", "--echo"]
+
+
+@pytest.mark.parametrize("flag", [*BESIDE, "--logprobs 2"])
+def test_what_does_not_go_with_interactive(script, base_folder, flag):
+    assert_refused(script("--checkpoint_path", base_folder, "--interactive", *flag.split()), "--interactive")
