@@ -115,7 +115,7 @@ def gptq_layers(
         block.attention.kv_cache = KVCache(cache, torch.float32, source.device)
 
         def run(x: Tensor, block: Block = block) -> Tensor:
-            return block(x, input_pos, *angles, input_pos[0], None)
+            return block(x, input_pos, *angles, input_pos[0], None, None)
 
         for layer in (layer for layer in quantized if layer.startswith(prefix)):
             linear = block.get_submodule(layer.removeprefix(prefix))
