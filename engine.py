@@ -131,8 +131,7 @@ class Engine:
             # A compiler that has built our kernels knows the instruction sets. Inductor would try out each at every
             # start, which takes a second; at the first one five.
             torch._inductor.config.cpp.vec_isa_ok = True
-        # One for each length of a step, so that the guards of each are few.
-        self._steps = {k: self.compile(decode_step) for k in choices}
+        self._step = self.compile(decode_step)
         self._catch_up = self.compile(catch_up)
         self._hidden = {
             id(model): torch.compile(model.hidden, fullgraph=True, dynamic=False) if compile_prefill else model.hidden
@@ -252,7 +251,7 @@ class Engine:
                 self._catch_up(self.draft, self.sampler)
                 self._unseen = 0
             self._unseen += k == 0
-        result = self._steps[k](self.model, self.draft, self.sampler, key_pos, k, self.lookup, self.logprobs)
+        result = self._step(self.model, self.draft, self.sampler, key_pos, k, self.lookup, self.logprobs)
         # The graph's next replay overwrites its output, and the host reads it one step late.
         return tuple(part.clone() for part in result) if self.device.type == "cuda" else result
 

@@ -14,7 +14,6 @@ from conftest import GREEDY, greedy, ids_of, run_rows, set_up
 from hypothesis import given
 from hypothesis import strategies as st
 
-import speculate
 from bench_models import quantize_model
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
@@ -346,7 +345,6 @@ def test_a_draft_that_was_not_asked_catches_up(speculating, drafts, steps):
     """Its keys and values are then those of a prefill of the text."""
     draft = drafts["noisy"]
     engine = speculating("noisy", 3)
-    engine._steps[0] = speculate.decode_step
     requests = [Request(prompt(length), NARROW, 1) for length in (1, 40)]
     set_up(engine, requests, 3)  # one row has no text
     for row, request in enumerate(requests):
