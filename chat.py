@@ -36,12 +36,13 @@ def converse(engine: Engine, target: Target, settings: dict[str, Any]) -> None:
     log("a chat" if chatting else "this model has no chat template: it continues what you write")
     log("/clear starts anew, /set and /show are for settings, /help explains, /exit or Ctrl-D ends")
     messages: list[dict[str, str]] = []
-    history: list[int] = []  # all of the conversation; the cache holds it but for the last token
+    history: list[int] = []  # all of the conversation
+    cached: list[int] = []  # what the cache holds, and a token more
     while (line := ask()) is not None and line.strip() not in ("/exit", "/quit"):
         command, _, rest = line.strip().partition(" ")
         try:
             if line.strip() == "/clear":
-                messages, history = [], []
+                messages, history, cached = [], [], []
             elif line.strip() == "/help":
                 log(HELP)
             elif line.strip() == "/show":
@@ -50,7 +51,7 @@ def converse(engine: Engine, target: Target, settings: dict[str, Any]) -> None:
             elif command == "/set":
                 settings = changed(engine, target, settings, rest)
             elif line.strip():
-                messages, history = answer(engine, target, settings, line, messages, history)
+                messages, history = answer(engine, target, settings, line, messages, history, cached)
         except UserError as error:  # no reason to lose the conversation
             log(f"error: {error}")
 
@@ -62,6 +63,7 @@ def answer(
     line: str,
     messages: list[dict[str, str]],
     history: list[int],
+    cached: list[int],
 ) -> tuple[list[dict[str, str]], list[int]]:
     """Writes the model's answer to `line` -> the conversation with both, as messages and as tokens."""
     tokenizer = target.tokenizer
@@ -73,11 +75,11 @@ def answer(
     room = target.limit - len(ids)
     if room < 1:
         raise UserError(f"the conversation has no room left in {target.limit} tokens; /clear starts a new one")
-    same = (a == b for a, b in zip(ids[:-1], history[:-1], strict=False))
-    cached = sum(itertools.takewhile(bool, same))
+    same = (a == b for a, b in zip(ids[:-1], cached[:-1], strict=False))
+    start = sum(itertools.takewhile(bool, same))
     new = make_request(target, [0], settings).max_new_tokens  # if there is room for them
-    request = make_request(target, ids, settings | {"max_new_tokens": min(new, room)}, start=cached)
-    reply = []
+    request = make_request(target, ids, settings | {"max_new_tokens": min(new, room)}, start=start)
+    cached[:], reply = ids, []
     for token in generate(engine, tokenizer, [request]):
         write(token.text)
         reply.append(token)
@@ -85,7 +87,8 @@ def answer(
     log(str(engine.stats))
     said = {"role": "assistant", "content": "".join(token.text for token in reply)}
     ended = reply[-1].id in request.eos_ids
-    return [*asked, said], ids + [token.id for token in (reply[:-1] if ended else reply)]
+    cached[:] = ids + [token.id for token in (reply[:-1] if ended else reply)]
+    return [*asked, said], [*cached]
 
 
 def effective(settings: dict[str, Any], target: Target) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def total(folder: Path) -> int:
         return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("parameters", [1e6, 4e6, 1e7])
+@pytest.mark.parametrize("parameters", [1e6, 4e6])
 def test_logits_are_those_of_the_original(original, tmp_path: Path, parameters: float):
     model, small = original
     grow(small, tmp_path / "grown", parameters)
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_original(original, tmp_path: Path, parameters: 
     torch.testing.assert_close(logits_of(tmp_path / "grown", tokens), wanted, atol=1e-5 * scale, rtol=0)
 
 
-@pytest.mark.parametrize("original", ["llama", "qwen3"], indirect=True)  # qwen3 is the tied one
+@pytest.mark.parametrize("original", ["qwen3"], indirect=True)  # the tied one
 def test_int4_rounds_it_like_the_original(original, tmp_path: Path):
     """Groups of 32 inputs stay together, and dividing by a power of two changes the scales alone."""
     small = original[1]
