@@ -1,4 +1,5 @@
-# make demo: text from the embedded model.  make test: the linter and the tests.  Both make .venv first.
+# make demo: text from the embedded model.  make test: the linter and the tests, a process on each core (threads of
+# several processes would wait for each other).  Both make .venv first.
 PYTHON ?= python3
 RUN = .venv/bin/python
 
@@ -10,7 +11,7 @@ demo: .venv/run
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

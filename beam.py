@@ -121,10 +121,7 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
         shared = torch.where(source[:, None] == source, end, shared[source][:, source])
 
         token, input_pos = torch.tensor([tokens, [end] * N], device=device)[..., None]
-        # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
-        key_pos = engine.key_positions(model, end + 1) if device.type == "mps" else model.key_pos
-        if device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
+        key_pos = engine.begin_step(end + 1)
         ranked = step(model, sampler, token, input_pos, key_pos, torch.tensor(scores, device=device), width)
     if not finished:
         raise UserError("the model has no next token: all are banned; ban fewer")

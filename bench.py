@@ -4,6 +4,7 @@
     python bench.py --mode bf16 int8 int4 --against llama.cpp transformers
     python bench.py --shape 8b --device cuda --mode int8 int4
     python bench.py --checkpoint_path checkpoints/org/name/model_int8.safetensors
+    torchrun --standalone --nproc_per_node 2 bench.py --mode int4     # tensor parallelism; GB/s are those of a rank
     python bench.py --mode int4 --batch_size 8 --positions 0 1000 4000 8000 --startup --long_cache   # more, see there
 
 A table goes to stdout, and into --out with every single measurement as JSON and a chart as PNG. --mode quantizes
@@ -51,26 +52,25 @@ from typing import Any
 
 import torch
 
-from bench_decoding import measure_ragged, measure_sampling, measure_speculation
+from bench_decoding import GREEDY, measure_ragged, measure_sampling, measure_speculation
 from bench_models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model, rebuild
 from bench_peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers, versions
 from bench_report import markdown, plot, summarize
 from bench_startup import measure_startup, write_checkpoint
 from checkpoint import DEMO, check_memory, load_config, load_model, read_json, weights_path, write_atomically
 from engine import Engine, Request, cache_bytes, check_compiler, peak_memory, weight_bytes
-from errors import ArgumentParser, UserError
-from generate import log, pick_device
+from errors import ArgumentParser, UserError, log
+from generate import pick_device
 from kernels import GROUPSIZES, allocate
 from model import ModelConfig, Transformer
 from prompts import check_draft
-from sampling import SamplingParams
 from tokenizer import load_tokenizer
+from tp import BACKENDS, Group, join, world_size
 
 PEERS = ("transformers", "llama.cpp")
 BUFFER_BYTES = {"cpu": 2**30, "cuda": 2**32}  # read to measure the bandwidth
 BASE_POSITION = 100  # what --positions are compared with
 DIFFERENT = {"int8": 0.2, "int4": 0.8}  # errors of a peer's logits from which it does not compute the same
-GREEDY = SamplingParams(temperature=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +265,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
+        "ranks": world_size(),
         "cores": os.cpu_count(),
         "load": list(os.getloadavg()),
         "python": platform.python_version(),
@@ -293,6 +294,7 @@ def parse_args() -> argparse.Namespace:
     add("--max_seq_length", type=int, help="of our KV cache; default: as generate.py would choose")
     add("--compile_prefill", action="store_true", help="compile our prefill as well")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--threads", type=int, help="default: one a core")
     add("--batch_size", type=int, nargs="+", default=[], help="measure decoding so many rows at once as well")
     add("--positions", type=int, nargs="+", default=[], help="measure decoding at these positions as well")
@@ -342,12 +344,17 @@ def random_prompt(length: int, config: ModelConfig) -> list[int]:
 
 
 def make_models(
-    args: argparse.Namespace, path: Path | None, config: ModelConfig, device: torch.device
+    args: argparse.Namespace, path: Path | None, config: ModelConfig, group: Group
 ) -> tuple[Transformer, dict[str, Transformer]]:
     """The model as it is stored, and a model for each mode to measure."""
     begun = time.perf_counter()
     dtype = torch.bfloat16 if args.mode else None
-    stored = random_model(config, device) if path is None else load_model(path, device, dtype)
+    device = group.device
+    if path is None:
+        group.check(config, {})
+        stored = random_model(config, device, group=group)
+    else:
+        stored = load_model(path, device, dtype, group)
     models = {}
     for mode in dict.fromkeys(args.mode or [mode_of(stored)]):
         if mode == mode_of(stored):
@@ -429,6 +436,16 @@ def measure_contenders(
 def main() -> None:
     args = parse_args()
     device = pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
+    with join(device, args.backend) as group:
+        if group.size > 1 and (args.against or args.startup):
+            raise UserError("--against and --startup are for one process; leave them out, or torchrun")
+        group.check_same({f"--{name}": value for name, value in vars(args).items()})
+        benchmark(args, group)
+
+
+def benchmark(args: argparse.Namespace, group: Group) -> None:
+    """What every rank of a torchrun does, or this process alone."""
+    device = group.device
     if args.threads:
         torch.set_num_threads(args.threads)
     made_up = not args.checkpoint_path and args.shape != "demo"
@@ -444,10 +461,10 @@ def main() -> None:
         if path is None:
             raise UserError("--speculate needs a target of the demo's family; name one by --checkpoint_path")
         check_draft(load_tokenizer(path.parent), load_tokenizer(weights_path(args.speculate).parent))
-        draft = load_model(weights_path(args.speculate), device)
+        draft = load_model(weights_path(args.speculate), device, group=group)
     check_compiler()
     torch._dynamo.config.recompile_limit = 1000  # each mode, cache and batch is one of the same function
-    stored, models = make_models(args, path, config, device)
+    stored, models = make_models(args, path, config, group)
     copies = sum(weight_bytes(model) for model in models.values()) if "llama.cpp" in args.against else 0
     caches = cache_bytes(stored, len(models), length + sum(args.batch_size) * needed + len(args.against) * 2 * needed)
     check_memory(copies + caches + BUFFER_BYTES[device.type], "the benchmark beside the model", device)
@@ -480,12 +497,16 @@ def main() -> None:
             as_it_is = path is not None and not args.mode
             folder = path if as_it_is else write_checkpoint(args.out / "weights", hf_config, model)
             report["startup"][mode] = measure_startup(folder, args.rounds, device)
+    if group.rank == 0:
+        write_report(report, args.out, f"bench-{name}-{'-'.join(models)}" + f"-{group.size}-ranks" * (group.size > 1))
+
+
+def write_report(report: dict[str, Any], folder: Path, stem: str) -> None:
     table = markdown(report)
-    stem = f"bench-{name}-{'-'.join(models)}"
     for suffix, text in (("json", json.dumps(report, indent=1)), ("md", table)):
-        with write_atomically(args.out / f"{stem}.{suffix}") as file:
+        with write_atomically(folder / f"{stem}.{suffix}") as file:
             file.write(text.encode())
-    plot(report, args.out / f"{stem}.png")
+    plot(report, folder / f"{stem}.png")
     print(table, end="")
 
 

@@ -1,8 +1,8 @@
 """What ways to decode gain or cost, beside plain decoding in the same rounds: for bench.py.
 
-measure_speculation(models, draft, tokenizer, new_tokens=128, rounds=3)     # draft model, prompt lookup
-measure_ragged(models, prompts, places=16, rounds=3)                        # a batch with refilled places
-measure_sampling(models, new_tokens=32, rounds=5)                           # filters and penalties, log-probabilities
+measure_speculation(models, draft, tokenizer, new_tokens=128, rounds=3)   # draft model, prompt lookup
+measure_ragged(models, tokenizer, places=16, rounds=3)                    # a batch with refilled places
+measure_sampling(models, new_tokens=32, rounds=5)                         # filters, penalties, log-probabilities
 """
 
 import random
@@ -14,11 +14,12 @@ from typing import Any
 from bench_models import rebuild
 from checkpoint import DEMO
 from engine import Engine, Request, generate
-from generate import log
+from errors import log
 from model import Transformer
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
+LENGTH = 1024  # of the KV caches
 GREEDY = SamplingParams(temperature=0.0)
 EVERYTHING = SamplingParams(
     temperature=0.8,
@@ -38,11 +39,18 @@ RENAMED = {"_localized_month": "_local_month", "unix_dialect": "unix_format", "D
            "different_locale": "other_locale"}  # fmt: skip
 
 
-def make_engine(model: Transformer, rows: int, length: int, plain: bool = True, logprobs: int | None = None, **how):
+def make_engine(
+    model: Transformer,
+    rows: int = 1,
+    draft: Transformer | None = None,
+    prompt_lookup: bool = False,
+    plain: bool = True,
+    logprobs: int | None = None,
+) -> Engine:
     """An engine with caches and compiled code of its own."""
-    draft = how.pop("draft", None)
-    engine = Engine(rebuild(model), compile=True, draft=None if draft is None else rebuild(draft), **how)
-    engine.setup(rows, length, plain=plain, logprobs=logprobs, bad_words=(0, 0) if plain else (16, 4))
+    draft = None if draft is None else rebuild(draft)
+    engine = Engine(rebuild(model), compile=True, draft=draft, prompt_lookup=prompt_lookup)
+    engine.setup(rows, LENGTH, plain=plain, logprobs=logprobs, bad_words=(0, 0) if plain else (16, 4))
     engine.warm_up()
     return engine
 
@@ -73,10 +81,10 @@ def measure_speculation(
     found = []
     for mode, model in models.items():
         ways = {
-            "plain": make_engine(model, 1, 1024),
-            "draft": make_engine(model, 1, 1024, draft=draft),
-            "prompt lookup": make_engine(model, 1, 1024, prompt_lookup=True),
-            "both": make_engine(model, 1, 1024, draft=draft, prompt_lookup=True),
+            "plain": make_engine(model),
+            "draft": make_engine(model, draft=draft),
+            "prompt lookup": make_engine(model, prompt_lookup=True),
+            "both": make_engine(model, draft=draft, prompt_lookup=True),
         }
         for task, prompts in tasks.items():
             rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -117,7 +125,7 @@ def measure_ragged(
     found = []
     for mode, model in models.items():
         rates: dict[int, list[float]] = {1: [], places: []}
-        engines = {rows: make_engine(model, rows, 1024) for rows in rates}
+        engines = {rows: make_engine(model, rows) for rows in rates}
         for number in range(rounds):
             for rows, engine in engines.items():
                 for _ in generate(engine, tokenizer, requests):
@@ -141,9 +149,9 @@ def measure_sampling(models: Mapping[str, Transformer], new_tokens: int, rounds:
     found = []
     for mode, model in models.items():
         ways = {
-            "greedy": (make_engine(model, 1, 1024), GREEDY),
-            "all filters and penalties": (make_engine(model, 1, 1024, plain=False), EVERYTHING),
-            "greedy, 5 logprobs": (make_engine(model, 1, 1024, logprobs=5), GREEDY),
+            "greedy": (make_engine(model), GREEDY),
+            "all filters and penalties": (make_engine(model, plain=False), EVERYTHING),
+            "greedy, 5 logprobs": (make_engine(model, logprobs=5), GREEDY),
         }
         times: dict[str, list[float]] = {way: [] for way in ways}
         for engine, params in ways.values():

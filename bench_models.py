@@ -6,6 +6,7 @@
 Models share what they have in common: the embedding and the norms, and where caches alone differ all layers.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from model import Linear, ModelConfig, Transformer, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, pack_int4, quantize_int8, to_levels
+from tp import ALONE, Group
 
 MODES = ("bf16", "int8", "int4")
 UNQUANTIZED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -43,8 +45,12 @@ SHAPES: dict[str, dict[str, Any]] = {  # as config.json; "demo" is the embedded 
 
 
 @torch.no_grad()
-def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Transformer:
-    """The same model each time: norms of 1, no biases, the rest uniform so that activations keep their size."""
+def random_model(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, group: Group = ALONE
+) -> Transformer:
+    """The same model each time: norms of 1, no biases, the rest uniform so that activations keep their size. Each rank
+    of a group has parts of the right shapes."""
+    whole, config = config, group.local(config)
     needed = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * dtype.itemsize
     check_memory(needed, "a model of this shape", device)
     with torch.device("meta"):
@@ -59,15 +65,14 @@ def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.d
         else:
             bound = (3 / weight.shape[1]) ** 0.5
             weight.uniform_(-bound, bound, generator=generator)
-    return model.eval().requires_grad_(False)
+    return group.parallelize(model, whole).eval().requires_grad_(False)
 
 
 def rebuild(model: Transformer, layers: Mapping[str, nn.Module] | None = None) -> Transformer:
-    """Another model of the very same layers, but for those that `layers` names."""
-    with torch.device("meta"):
-        twin = Transformer(model.config)
-    leaves = {name: module for name, module in model.named_modules() if not [*module.children()]}
-    for name, module in {**leaves, **(layers or {})}.items():
+    """Another model of the very same tensors, but for the layers that `layers` names; caches are set up for each."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for name, module in (layers or {}).items():
         parent, _, child = name.rpartition(".")
         setattr(twin.get_submodule(parent), child, module)
     return twin.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import gb, write_atomically
-from generate import log
+from errors import log
 
 # Of Okabe and Ito, which colour-blind people can tell apart.
 COLORS = {"gpt-brisk": "#0072B2", "llama.cpp": "#E69F00", "transformers": "#BBBBBB"}
@@ -96,13 +96,19 @@ def label(report: dict[str, Any], name: str) -> str:
     return f"{name} ({report['machine']['versions']['llama-cpp-python' if program == 'llama.cpp' else program]})"
 
 
+def workers(machine: dict[str, Any]) -> str:
+    """What computed: "2 threads", "4 ranks of 8 threads"."""
+    ranks = machine["ranks"]
+    return (f"{ranks} ranks of " if ranks > 1 else "") + f"{machine['threads']} threads"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables and a few lines."""
     machine, settings, bandwidth = report["machine"], report["settings"], report["read_bandwidth"]
     compiled = "compiled" if settings["compile_prefill"] else "eager"
     length = settings["prompt_length"]
     lines = [
-        f"**{settings['name']}** on {machine['device']}, {machine['threads']} threads, "
+        f"**{settings['name']}** on {machine['device']}, {workers(machine)}, "
         f"torch {machine['versions']['torch']}, {machine['date'][:10]}; medians of {settings['rounds']} rounds; "
         f"our prefill is {compiled}",
         "",
@@ -177,7 +183,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     machine = report["machine"]
-    axes.set_title(f"{report['settings']['name']}, {machine['device']}, {machine['threads']} threads", fontsize=10)
+    axes.set_title(f"{report['settings']['name']}, {machine['device']}, {workers(machine)}", fontsize=10)
     axes.legend(frameon=False, loc="upper left")
     with write_atomically(path) as file:
         figure.savefig(file, format="png")

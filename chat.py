@@ -11,17 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 from engine import Engine, generate
-from errors import UserError
+from errors import UserError, log
 from prompts import SETTINGS, Target, check_settings, make_request
 
 HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON, null for the default: /set stop ["\\n", "User:"]
 /show             all settings
 /clear            start anew
 /exit             end, as Ctrl-D does"""
-
-
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:
@@ -38,7 +34,7 @@ def converse(engine: Engine, target: Target, settings: dict[str, Any]) -> None:
     messages: list[dict[str, str]] = []
     history: list[int] = []  # all of the conversation
     cached: list[int] = []  # what the cache holds, and a token more
-    while (line := ask()) is not None and line.strip() not in ("/exit", "/quit"):
+    while (line := engine.group.from_rank_0(ask)) is not None and line.strip() not in ("/exit", "/quit"):
         command, _, rest = line.strip().partition(" ")
         try:
             if line.strip() == "/clear":

@@ -15,6 +15,7 @@ The format: https://huggingface.co/docs/safetensors (8 bytes length, a JSON head
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import math
 import mmap
@@ -33,6 +34,7 @@ from torch import Tensor
 import kernels
 from errors import UserError
 from model import ModelConfig, Transformer, expected_shapes
+from tp import ALONE, Group
 
 DEMO = Path(__file__).parent / "demo" / "target"  # the small trained model that is used when none is named
 
@@ -273,8 +275,11 @@ def weights_path(path: Path | str) -> Path:
 # Loading a model
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """Loads a checkpoint, a folder or one weight file in it, for inference (eval mode, no gradients).
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, group: Group = ALONE
+) -> Transformer:
+    """Loads a checkpoint, a folder or one weight file in it, for inference (eval mode, no gradients); of the ranks of
+    a group each its slices.
 
     `dtype` None keeps what is stored. On a CPU an embedding of which only rows are read stays mapped from the file; the
     other weights are copied into huge pages, where a decode step reads them faster. Quantized layers are packed for
@@ -286,19 +291,24 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     stored, metadata = read_safetensors(path)
     quantized = quantized_layers(path, metadata)
     check_tensors(config, stored, path, quantized)
+    group.check(config, quantized)
 
     dtype = dtype or stored["tok_embeddings.weight"].dtype
-    parts = {layer: [f"{layer}.{part}" for part in ("weight", "scales", "zeros")[: 3 if group else 2]]
-             for layer, group in quantized.items()}  # fmt: skip
+    parts = {layer: [f"{layer}.{part}" for part in ("weight", "scales", "zeros")[: 3 if groupsize else 2]]
+             for layer, groupsize in quantized.items()}  # fmt: skip
     orders = {layer: f"{layer}.order" for layer in quantized if f"{layer}.order" in stored}
     packed = {name for names in parts.values() for name in names} | set(orders.values())
     sizes = (t.nbytes if name in packed else math.prod(t.shape) * dtype.itemsize for name, t in stored.items())
-    check_memory(sum(sizes), f"the weights of {path.parent}", device)
+    check_memory(sum(sizes) // group.size, f"the weights of {path.parent}", device)
+
+    def part(name: str) -> Tensor:
+        return group.part(config, name, _mapped(stored[name]))
+
     state = {}
-    for name, tensor in stored.items():
+    for name in stored:
         if name in packed:
             continue
-        source = _mapped(tensor) if tensor.offset % tensor.dtype.itemsize == 0 else tensor.read()
+        source = part(name)
         if device.type != "cpu":
             state[name] = source.to(device, dtype)
         elif name == "tok_embeddings.weight" and source.dtype == dtype and ("output" in quantized or not config.tied):
@@ -307,27 +317,42 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
             memory = kernels.allocate(source.numel() * dtype.itemsize, device)
             state[name] = memory.view(dtype).view(source.shape).copy_(source)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(group.local(config))
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next
-    for layer, group in quantized.items():
-        weight, *grid = (_mapped(stored[name]).to(device) for name in parts[layer])  # packing copies them
+    for layer, groupsize in quantized.items():
+        weight, *grid = (part(name).to(device) for name in parts[layer])  # packing copies them
         bias = state.get(f"{layer}.bias")
-        if group:
-            order = _read_order(stored[orders[layer]], orders[layer]).to(device) if layer in orders else None
-            linear = kernels.Int4Linear.from_canonical(weight, *grid, 2 * weight.shape[1], group, bias, order)
+        if groupsize:
+            order = None
+            if layer in orders:
+                check_order(stored[orders[layer]], orders[layer])
+                order = part(orders[layer]).to(device)
+            linear = kernels.Int4Linear.from_canonical(weight, *grid, 2 * weight.shape[1], groupsize, bias, order)
         else:
             linear = kernels.Int8Linear.from_canonical(weight, *grid, bias)
         parent, _, child = layer.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
-    return model.eval().requires_grad_(False)
+    return group.parallelize(model, config).eval().requires_grad_(False)
 
 
-def _read_order(tensor: StoredTensor, name: str) -> Tensor:
+def checksum(path: Path | str) -> str:
+    """A short hash of a checkpoint: of its JSON files, and of the header and the beginning of each tensor."""
+    path = weights_path(path)
+    stored, metadata = read_safetensors(path)
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for file in sorted(path.parent.glob("*.json")):
+        digest.update(file.read_bytes())
+    for name, tensor in stored.items():
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(_mapped(tensor).flatten()[:256].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def check_order(tensor: StoredTensor, name: str) -> None:
     """UserError when it is no permutation."""
     order = tensor.read()
     if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype)):
         raise UserError(f"{tensor.path}: tensor {name!r} does not hold each input once; convert the model again")
-    return order
 
 
 def _mapped(tensor: StoredTensor) -> Tensor:
@@ -337,6 +362,8 @@ def _mapped(tensor: StoredTensor) -> Tensor:
     """
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor.offset % tensor.dtype.itemsize:
+        return tensor.read()
     first = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
     with open(tensor.path, "rb") as file:
         pages = mmap.mmap(file.fileno(), tensor.offset + tensor.nbytes - first, access=mmap.ACCESS_COPY, offset=first)

@@ -25,9 +25,10 @@ from errors import UserError
 from kernels import Int4Linear, Int8Linear, cpu_library
 from model import Transformer
 from sampling import Sampler, SamplingParams, logprobs
-from speculate import AUTO, CAUGHT_UP, Pace, catch_up, decode_step
+from speculate import AUTO, CAUGHT_UP, Pace, catch_up, decode_step, scored
 from stopping import StopStrings
 from tokenizer import StreamingDetokenizer, Tokenizer
+from tp import ALONE
 
 PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
 
@@ -115,6 +116,8 @@ class Engine:
     ):
         """`speculate_k` tokens are proposed a step, by default as many as turn out well."""
         self.model, self.draft, self.lookup = model, draft, prompt_lookup
+        # Of a model in parts all ranks have an engine, and do the same with it.
+        self.group = ALONE if model.vocabulary is None else model.vocabulary.group
         self.device = model.tok_embeddings.weight.device
         self.compiled = compile or compile_prefill
         self.compiles_steps, self.fixed_lengths = compile, compile_prefill
@@ -134,7 +137,7 @@ class Engine:
         self._step = self.compile(decode_step)
         self._catch_up = self.compile(catch_up)
         self._hidden = {
-            id(model): torch.compile(model.hidden, fullgraph=True, dynamic=False) if compile_prefill else model.hidden
+            model: torch.compile(model.hidden, fullgraph=True, dynamic=False) if compile_prefill else model.hidden
             for model in self.models
         }
         self.stats = Stats()
@@ -149,7 +152,8 @@ class Engine:
             return function
         # CUDA graphs: the launches of a decode step cost more than its work on small models. Sizes are not checked
         # at every call of every kernel: that took 10 us a layer.
-        options = {"triton.cudagraphs": self.device.type == "cuda", "size_asserts": False}
+        graphs = self.device.type == "cuda" and self.group.backend != "gloo"
+        options = {"triton.cudagraphs": graphs, "size_asserts": False}
         return torch.compile(function, options=options, fullgraph=True, dynamic=False)
 
     def setup(
@@ -169,6 +173,7 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
         self.logprobs = logprobs
+        self._weight_bytes = [weight_bytes(model) for model in self.models]
         self.forget()
 
     def forget(self) -> None:
@@ -222,7 +227,7 @@ class Engine:
                 hidden.append(model.hidden(*inputs, key_pos, None, rows)[0])
             else:
                 only = torch.tensor([len(part) - 1], device=self.device)
-                hidden = [self._hidden[id(model)](*inputs, key_pos, only, rows)[0]]
+                hidden = [self._hidden[model](*inputs, key_pos, only, rows)[0]]
         return torch.cat(hidden)
 
     @torch.no_grad()
@@ -238,14 +243,17 @@ class Engine:
         top = () if self.logprobs is None else logprobs(logits, drawn.clamp(min=0), self.logprobs)
         return torch.cat((torch.zeros_like(drawn), torch.ones_like(drawn), drawn), 1), *top, hidden
 
+    def begin_step(self, length: int) -> Tensor:
+        """To be called before each compiled step -> the key_pos of one in which no row goes further than `length`."""
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
+        return self.key_positions(self.model, length) if self.device.type == "mps" else self.model.key_pos
+
     @torch.no_grad()
     def step(self, k: int, length: int) -> tuple[Tensor, ...]:
         """Moves all rows on, none of them further than `length`: what decode_step says."""
-        # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
-        whole = self.device.type != "mps"
-        key_pos = self.model.key_pos if whole else self.key_positions(self.model, length)
-        if self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
+        key_pos = self.begin_step(length)
         if self.draft is not None:
             if (k and self._unseen) or self._unseen == CAUGHT_UP - 2:
                 self._catch_up(self.draft, self.sampler)
@@ -257,8 +265,9 @@ class Engine:
 
     def step_bytes(self, length: int, k: int) -> int:
         """What a step with k proposals reads when its rows have so many positions together."""
-        sizes = [weight_bytes(model) + cache_bytes(model, 1, length) for model in self.models]
-        return sizes[0] + k * sum(sizes[1:])
+        caches = (cache_bytes(model, 1, length) for model in self.models)
+        target, *draft = map(sum, zip(self._weight_bytes, caches, strict=True))
+        return self.group.size * (target + k * sum(draft))
 
     @torch.no_grad()
     def copy_row(self, source: int, row: int, begin: int, end: int) -> None:
@@ -290,7 +299,8 @@ class Engine:
                 for _ in range(3):
                     self.step(k, self.model.max_seq_length)[0].tolist()
                     times.append(time.perf_counter())
-                self.pace.seconds[k] = min(b - a for a, b in itertools.pairwise(times))
+                fastest = min(b - a for a, b in itertools.pairwise(times))
+                self.pace.seconds[k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
         self.forget()
         gc.freeze()  # what a compilation leaves behind stays, and would be searched at every collection and at the end
         gc.enable()
@@ -381,10 +391,12 @@ def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) 
         right, new, *drawn = zip(*result[0].tolist(), strict=True)
         top = [part.tolist() for part in result[1:]]
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        alike = seconds
         active = [at for at, row in enumerate(stepped) if row is not None and not row.done]
-        engine.pace.saw(
-            k, seconds, [right[at] for at in active], max(k, 1) if engine.lookup and engine.draft is None else k
-        )
+        if engine.group.size > 1 and len(engine.pace.choices) > 1:  # all ranks have to choose alike
+            known = engine.pace.seconds.get(k)
+            alike = engine.group.from_rank_0(lambda seconds=seconds: seconds) if known is None else known
+        engine.pace.saw(k, alike, [right[at] for at in active], scored(k, engine.draft, engine.lookup))
         nbytes = engine.step_bytes(sum(stepped[at].length for at in active), k)
         total.decode_seconds += seconds
         total.bytes_read += nbytes
@@ -393,9 +405,9 @@ def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) 
             row.stats.decode_seconds += seconds
             row.stats.bytes_read += nbytes
             for stats in (row.stats, total):
-                stats.steps, stats.proposed, stats.accepted = (
-                    stats.steps + 1, stats.proposed + k, stats.accepted + min(right[at], k)
-                )  # fmt: skip
+                stats.steps += 1
+                stats.proposed += k
+                stats.accepted += min(right[at], k)
             for i in range(new[at]):
                 chances = logprobs_of(top, at, i)
                 total.new_tokens += 1
@@ -441,12 +453,10 @@ def echo(engine: Engine, tokenizer: Tokenizer, row: Row, hidden: Tensor) -> Iter
     for first in range(1, len(prompt), 64):  # all logits at once may be gigabytes
         ids = prompt[first : first + 64]
         logits = engine.model.logits(hidden[None, first - 1 : first - 1 + len(ids)])
-        top = (
-            ()
-            if engine.logprobs is None
-            else logprobs(logits, torch.tensor([ids], device=engine.device), engine.logprobs)
-        )
-        top = [part.tolist() for part in top]
+        top = []
+        if engine.logprobs is not None:
+            chosen = torch.tensor([ids], device=engine.device)
+            top = [part.tolist() for part in logprobs(logits, chosen, engine.logprobs)]
         for i, token_id in enumerate(ids):
             last = first + i == len(prompt) - 1
             text = detokenizer.put(token_id) + (detokenizer.finish() if last else "")

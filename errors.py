@@ -49,11 +49,18 @@ def run(main: Callable[[], None]) -> None:
         exit_with(2, f"{where}{error.strerror}; {advice}")
 
 
+def log(message: str) -> None:
+    """A line for the user, on stderr: stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def exit_with(code: int, message: str = "") -> NoReturn:
     """Ends the script. stdout goes to the null device first: a closed pipe would raise once more at the last flush."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # of a torchrun
+    who = f"rank {os.environ['RANK']} of {ranks}: " if ranks > 1 else ""
     with contextlib.suppress(OSError):  # stderr may be full or closed as well
         if message:
-            print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+            log(f"error: {who}{' '.join(message.split())}")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 

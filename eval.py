@@ -3,6 +3,7 @@
     python eval.py --perplexity demo/heldout.txt                                    # the embedded demo model
     python eval.py --perplexity FILE --checkpoint_path checkpoints/ORG/NAME/model_int8.safetensors [--stride S]
     python eval.py --tasks arc_easy,hellaswag --limit 100 --batch_size 8            # pip install lm-eval==0.4.13
+    torchrun --standalone --nproc_per_node 2 eval.py ...
     ... [--max_seq_length T] [--device auto|cpu|cuda|mps] [--dtype bfloat16|float16|float32] [--json]
 
 The result goes to stdout, everything else to stderr. Perplexity is exp of the mean negative log-likelihood of a token.
@@ -21,16 +22,27 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, read_text, weights_path
+from checkpoint import (
+    DEMO,
+    check_memory,
+    checksum,
+    load_config,
+    load_generation_config,
+    load_model,
+    read_text,
+    weights_path,
+)
 from engine import Engine, Request, cache_bytes, generate
 from errors import ArgumentParser, UserError, run
 from generate import pick_device
 from model import Transformer
 from sampling import SamplingParams
 from tokenizer import Tokenizer, load_tokenizer
+from tp import BACKENDS, Group, join
 
 MAX_WINDOW = 2048  # tokens, where --max_seq_length does not say and the model's context is longer
 LOGIT_ROWS = 256  # positions whose logits are in memory at a time
+ELSEWHERE = ("checkpoint_path", "perplexity", "task_path")  # may be on another machine
 NEW_TOKENS = 256  # at most, where a task does not say
 
 Row = tuple[list[int], list[int]]  # inputs, and targets: the tokens that follow the last of the inputs
@@ -260,6 +272,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=1, help="requests that are run together")
     add("--task_path", type=Path, metavar="DIR", help="a folder with yaml tasks of your own")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--json", action="store_true", help="the result as one JSON object")
     args = parser.parse_args()
@@ -276,7 +289,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device, path = pick_device(args.device), weights_path(args.checkpoint_path)
+    with join(pick_device(args.device), args.backend) as group:
+        evaluate(args, group)
+
+
+def evaluate(args: argparse.Namespace, group: Group) -> None:
+    """What every rank of a torchrun does, or this process alone."""
+    device, path = group.device, weights_path(args.checkpoint_path)
     config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -293,9 +312,12 @@ def main() -> None:
         names = [name for names in args.tasks for name in names.split(",") if name]
         tasks = load_tasks(names, args.task_path)
     else:
-        text = read_text(args.perplexity)
+        text = group.from_rank_0(lambda: read_text(args.perplexity))
 
-    model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None)
+    if group.size > 1:
+        group.check_same({f"--{name}": value for name, value in vars(args).items() if name not in ELSEWHERE})
+        group.check_same({"the checkpoint": checksum(path)})
+    model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None, group)
     needed = cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     model.setup_caches(args.batch_size, length)

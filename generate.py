@@ -2,6 +2,7 @@
 
     python generate.py --compile --prompt "def read_lines(path):"              # the embedded demo model
     python generate.py --compile --checkpoint_path checkpoints/meta-llama/Llama-3.2-1B-Instruct --interactive
+    torchrun --standalone --nproc_per_node 4 generate.py --compile --checkpoint_path ...          # a part on each GPU
 
 The text goes to stdout, everything else to stderr. The way of a prompt: prompts.py makes requests of what is asked for,
 engine.generate (or beam.beam_search) continues them, here the text is written as it becomes certain. chat.py is
@@ -26,10 +27,10 @@ import torch
 from tqdm import tqdm
 
 from beam import BeamParams, beam_search
-from chat import converse, log, write
-from checkpoint import DEMO, check_memory, load_config, load_generation_config, load_model, weights_path
+from chat import converse, write
+from checkpoint import DEMO, check_memory, checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Token, cache_bytes, check_compiler, generate, weight_bytes
-from errors import ArgumentParser, UserError
+from errors import ArgumentParser, UserError, log
 from kernels import cpu_library
 from prompts import (
     NO_BEAMS,
@@ -43,6 +44,7 @@ from prompts import (
     read_jobs,
 )
 from tokenizer import Tokenizer, load_tokenizer
+from tp import ALONE, BACKENDS, Group, join
 
 CHAT_LENGTH = 4096  # what a conversation has room for by default
 CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a chat
@@ -58,7 +60,9 @@ NEEDS = {  # what has a meaning only beside one of these
     "logprobs": ("json",),
     "skip_bad_lines": ("prompt_file",),
     "speculate_k": SPECULATION,
+    "draft_tp": ("draft_checkpoint_path",),
 }
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "prompt_file", "profile")  # may be on another machine
 RANGES = {name: (1, 2**31 - 1) for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_length")}
 RANGES |= {"num_beams": (1, 1024), "logprobs": (0, 20), "speculate_k": (0, 64)}
 
@@ -111,12 +115,14 @@ def parse_args() -> argparse.Namespace:
     add("--num_return_sequences", type=int, default=1, help="the best so many beams")
     add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
     add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
+    add("--draft_tp", type=int, choices=(1,), help="under torchrun: the draft whole on every rank, not in parts")
     add("--speculate_k", type=count_or_auto, metavar="K", help="propose so many tokens a step; default: auto")
     add("--logprobs", type=int, metavar="K", help="in JSON: log-probabilities of the tokens and the K most likely ones")
     add("--echo", action="store_true", help="the prompt too; in JSON as prompt_logprobs")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill as well")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--max_seq_length", type=int, help="of the KV cache; default: what is needed, rounded up")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the generation")
@@ -169,7 +175,13 @@ def main() -> None:
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # the tokenizer says what is not UTF-8
-    device = pick_device(args.device)
+    with join(pick_device(args.device), args.backend) as group:
+        run(args, group)
+
+
+def run(args: argparse.Namespace, group: Group) -> None:
+    """What every rank does, or this process alone."""
+    device = group.device
     path = weights_path(args.checkpoint_path or DEMO)
     config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
     if tokenizer.vocab_size > config.vocab_size:
@@ -189,6 +201,11 @@ def main() -> None:
         early = {"true": True, "false": False, "never": "never"}[args.early_stopping]
         beams = BeamParams(args.num_beams, args.length_penalty, early, args.num_return_sequences)
 
+    if group.size > 1:
+        flags = {f"--{name}": value for name, value in vars(args).items() if name not in ELSEWHERE}
+        group.check_same(
+            flags | {f"the checksum of checkpoint {number}": checksum(path) for number, path in enumerate(paths)}
+        )
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset(recommended["eos_token_ids"] or tokenizer.eos_ids)
     settings = default_settings(args, recommended)
@@ -196,7 +213,10 @@ def main() -> None:
     if args.interactive and not args.max_seq_length:
         limit = round_up(max(CHAT_LENGTH, 2 * (args.max_new_tokens or 0)), context)
     target = Target(tokenizer, config.vocab_size, eos_ids, limit, "context" if limit == context else "cache")
-    jobs = [] if args.interactive else read_jobs(args, target, settings)
+    # A seed that nobody gave is rank 0's, and so is stdin.
+    jobs, settings = group.from_rank_0(
+        lambda: ([] if args.interactive else read_jobs(args, target, settings), settings)
+    )
     requests = [job.request for job in jobs] or [make_request(target, [0], settings)]
     longest = max(len(request.prompt) for request in requests)
     needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -207,7 +227,9 @@ def main() -> None:
     with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
         compiler = pool.submit(check_compiler) if args.compile or args.compile_prefill else None
         kernels = pool.submit(cpu_library) if device.type == "cpu" else None
-        models = [load_model(path, device, getattr(torch, args.dtype) if args.dtype else None) for path in paths]
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        groups = [group, ALONE if args.draft_tp else group]
+        models = [load_model(path, device, dtype, part) for path, part in zip(paths, groups, strict=False)]
         for job in filter(None, (compiler, kernels)):
             job.result()
     check_memory(
@@ -230,12 +252,13 @@ def main() -> None:
         bad_words=room,
     )
     size = sum(map(weight_bytes, models)) / 1e9
-    log(f"loaded {path.parent} ({size:.2f} GB, {device}) in {time.perf_counter() - begun:.1f} s")
+    where = f"{group.size} x {device.type} by {group.backend}, here {size:.2f} GB" if group.size > 1 else ""
+    log(f"loaded {path.parent} ({where or f'{size:.2f} GB, {device}'}) in {time.perf_counter() - begun:.1f} s")
     if (args.compile or args.compile_prefill) and not beams:  # beam search has a step of its own
         log("compiling ... (later runs find it in the cache)")
         seconds = engine.warm_up(None if args.interactive else longest)
         log(f"compiled in {seconds:.1f} s")
-    with profiler(args.profile):
+    with profiler(args.profile if group.rank == 0 else None):
         if args.interactive:
             converse(engine, target, settings)
         elif beams:

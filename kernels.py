@@ -27,7 +27,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, log
 
 ISAS = ("avx512", "avx2", "portable")  # the best first
 CACHE_LINE = 64  # bytes
@@ -60,6 +59,7 @@ _library.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None) -> Tensor"
 )
 _library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
+_library.define("all_reduce(Tensor x) -> Tensor")
 
 
 def _op(fake):
@@ -142,6 +142,12 @@ def reach(numbers: Tensor, weights: Tensor | None, limit: Tensor) -> Tensor:
     at = (ones.cumsum(-1) < limit).sum(-1, keepdim=True)
     found = order.values.gather(-1, at.clamp(max=numbers.shape[-1] - 1))
     return torch.where(at < numbers.shape[-1], found, torch.inf)
+
+
+@_op(lambda x: torch.empty_like(x))
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of contiguous x over the ranks of one machine that `open_channel` was called for; only in C++."""
+    raise RuntimeError("brisk::all_reduce needs the CPU kernels, which could not be built")
 
 
 def _reference_linear(x: Tensor, weight: Tensor, group: int, bias: Tensor | None) -> Tensor:
@@ -357,7 +363,7 @@ def cuda_kernels() -> ModuleType | None:
     try:
         import kernels_triton
     except ImportError as error:
-        print(f"warning: no Triton, so quantized layers and attention will be slow: {error}", file=sys.stderr)
+        log(f"warning: no Triton, so quantized layers and attention will be slow: {error}")
         return None
     return kernels_triton
 
@@ -367,7 +373,8 @@ def cuda_kernels() -> ModuleType | None:
 
 FOLDER = Path(__file__).parent
 HEADERS = ["kernels_cpu.h", "kernels_cpu_vector.h"]
-KERNELS, OPS = ["kernels_cpu_linear.cpp", "kernels_cpu_attention.cpp"], ["kernels_cpu_ops.cpp"]
+KERNELS = ["kernels_cpu_linear.cpp", "kernels_cpu_attention.cpp"]
+OPS = ["kernels_cpu_ops.cpp", "kernels_cpu_ranks.cpp"]
 # What an instruction set needs, as Linux calls it; the compiler's flags have no underscores.
 AVX2 = ["avx2", "fma", "f16c"]
 AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16"))]
@@ -395,12 +402,16 @@ def cpu_library() -> ctypes.CDLL | None:
         with ThreadPoolExecutor() as pool:
             ops, kernels = (ctypes.CDLL(str(path)) for path in pool.map(build, ("ops", wanted)))
     except (OSError, subprocess.SubprocessError) as error:
-        print(
-            f"warning: the CPU kernels could not be built, so this will be slow: {error}", file=sys.stderr, flush=True
-        )
+        log(f"warning: the CPU kernels could not be built, so this will be slow: {error}")
         return None
     _use(ops, kernels)
     return ops
+
+
+def open_channel(file: int, rank: int, size: int) -> None:
+    """all_reduce then goes through the memory of this file, which all ranks have opened: a descriptor."""
+    if not cpu_library().brisk_open_channel(file, rank, size):
+        raise OSError(f"rank {rank} cannot map the memory that it shares with the other {size - 1}")
 
 
 def use_isa(isa: str) -> None:

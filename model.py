@@ -527,6 +527,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied else Linear(config.dim, config.vocab_size)
+        self.vocabulary: nn.Module | None = None  # where this process has a part of it: tp.Sliced
         self.max_batch_size = self.max_seq_length = 0
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
@@ -573,6 +574,15 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V]."""
+        logits = self._own_logits(hidden)
+        return logits if self.vocabulary is None else self.vocabulary(logits)
+
+    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., dim] -> the largest logit [...] and its token, which is less work where the vocabulary is in parts."""
+        value, token = self._own_logits(hidden).max(-1)
+        return (value, token) if self.vocabulary is None else self.vocabulary.best(value, token)
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.tok_embeddings.weight) if self.output is None else self.output(hidden)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import Request
-from errors import UserError
+from errors import UserError, log
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -224,7 +224,7 @@ def read_file(args: argparse.Namespace, target: Target, settings: dict[str, Any]
             said = " ".join(f"--prompt_file {name}, line {number}: {error}".split())
             if not args.skip_bad_lines:
                 raise UserError(said) from error
-            print(f"warning: {said}", file=sys.stderr, flush=True)
+            log(f"warning: {said}")
 
 
 def holds_object(line: bytes) -> bool:

@@ -193,8 +193,7 @@ class Sampler(nn.Module):
         `rows` int64 [B] are the sampler's rows that these are, by default all of them.
         """
         if self.plain:
-            best, token = logits.max(-1)
-            return torch.where(best.isfinite(), token, -1)
+            return possible(*logits.max(-1))
         filtered = self.filtered(self.penalize(logits, tokens, input_pos, rows), rows)
         # The token whose clock rings first: that of rate p rings before all others with probability p.
         greedy = self._column("settings", 0, rows) == 0
@@ -257,6 +256,11 @@ class Sampler(nn.Module):
     def _column(self, name: str, column: int, rows: Tensor | None) -> Tensor:
         """One setting of all rows, [B, 1]."""
         return self._of(name, rows)[:, column : column + 1]
+
+
+def possible(best: Tensor, token: Tensor) -> Tensor:
+    """The token of the largest logit; -1 where that is no number, or -inf like all others."""
+    return torch.where(best.isfinite(), token, -1)
 
 
 def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

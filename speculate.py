@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from sampling import Sampler, logprobs
+from sampling import Sampler, logprobs, possible
 
 AUTO = {"draft": (0, 2, 4), "lookup": (0, 3, 7)}  # what --speculate_k auto chooses from, step by step
 NGRAM = 3  # tokens at the end of the text that prompt lookup looks for, at most
@@ -42,16 +42,20 @@ def decode_step(
     position = sampler.position[:, None]
     tokens = sampler.history.gather(1, position)
     proposed = run_draft(draft, sampler, k, model.config.vocab_size) if draft is not None and k else None
-    if lookup and (k or draft is None):
-        found, alike = look_up(sampler.history, position, max(k, 1))
+    if lookup and scored(k, draft, lookup):
+        found, alike = look_up(sampler.history, position, scored(k, draft, lookup))
         # The draft is asked where the text does not repeat itself.
         proposed = found if proposed is None else torch.where(alike == NGRAM, found, proposed)
     if k:
         tokens = torch.cat((tokens, proposed), 1)
     at = (position + torch.arange(k + 1, device=position.device)).clamp(max=end)
     sampler.history.scatter_(1, at, tokens)
-    logits = model(tokens, at, key_pos)
-    drawn = sampler(logits, tokens, at)
+    hidden = model.hidden(tokens, at, key_pos)
+    if sampler.plain and top is None:
+        drawn = possible(*model.best(hidden))
+    else:
+        logits = model.logits(hidden)
+        drawn = sampler(logits, tokens, at)
     right = torch.zeros_like(position[:, 0])
     if proposed is not None:
         right = (drawn[:, : proposed.shape[1]] == proposed).cumprod(1).sum(1)
@@ -61,6 +65,11 @@ def decode_step(
     sampler.position.copy_((sampler.position + new).clamp(max=end))
     result = torch.cat((right[:, None], new[:, None], drawn), 1)
     return (result,) if top is None else (result, *logprobs(logits, drawn.clamp(min=0), top))
+
+
+def scored(k: int, draft: Transformer | None, lookup: bool) -> int:
+    """Of how many proposals a step with k of them tells whether they are right."""
+    return max(k, 1) if lookup and draft is None else k
 
 
 def run_draft(draft: Transformer, sampler: Sampler, k: int, vocab_size: int) -> Tensor:

@@ -206,7 +206,7 @@ def test_samples_of_one_prompt_prefill_it_once(engine, tokenizer, monkeypatch):
     apart = [request for each in requests for request in (each, other)]
     calls, hidden = [], engine.model.hidden
     monkeypatch.setitem(
-        engine._hidden, id(engine.model), lambda tokens, *rest: calls.append(len(tokens[0])) or hidden(tokens, *rest)
+        engine._hidden, engine.model, lambda tokens, *rest: calls.append(len(tokens[0])) or hidden(tokens, *rest)
     )
     set_up(engine, apart, 3)
     expected = ids_of(run_rows(engine, tokenizer, apart))[::2]

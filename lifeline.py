@@ -1,0 +1,125 @@
+"""All ranks of a torchrun end when one has failed, each with one `error:` line that says which and why.
+
+    with Lifeline(store, rank, size):
+        ...
+
+A thread writes into the store that its rank is alive, twice a second, and reads the same of the others. So a rank that
+died, hangs or failed is found out whatever the main thread is waiting for, mostly a collective that will never end.
+Ctrl-C ends all ranks without a word.
+"""
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from errors import UserError
+
+PERIOD = 0.5  # seconds between two signs of life
+SILENCE = 15.0  # after so many seconds without one a rank is given up,
+SUSPICION = 3.0  # or after so many when something is wrong: a connection was closed, torchrun ends everything
+FAILED, ENDED, INTERRUPTED = "failed: ", "ended", "interrupted"  # instead of a sign of life
+
+
+class Lifeline:
+    """While the context lasts this rank watches the others. `store`: a torch.distributed.Store of this thread's own."""
+
+    def __init__(self, store: Any, rank: int, size: int):
+        self.store, self.rank, self.others = store, rank, [other for other in range(size) if other != rank]
+        self.size, self.beat = size, 0
+        self.state: dict[int, tuple[str, float]] = {}  # what each of the others wrote last, and when that was seen
+        self.leaving = threading.Lock()  # who holds it ends this rank
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Lifeline":
+        # Signals wake the thread, since the main one may be in a collective. Ctrl-C also interrupts that as usual.
+        self.awake, self.signals = socket.socketpair()
+        for end in (self.awake, self.signals):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self.signals.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        reason = self.find_culprit(SUSPICION) if isinstance(error, RuntimeError) else ""
+        self.leaving.acquire()
+        self.stopped.set()
+        self.thread.join()
+        if error is None:
+            self._tell(ENDED)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        elif isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
+            self._tell(FAILED + (reason or f"rank {self.rank} failed: {str(error) or type(error).__name__}"))
+        else:
+            self._tell(INTERRUPTED)
+        if reason:
+            raise UserError(reason) from error
+
+    def find_culprit(self, seconds: float) -> str:
+        """Why something went wrong: what another rank says of it, or which one is silent; "" if neither."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if reason := self._look(seconds - PERIOD):
+                return reason
+            time.sleep(PERIOD / 4)
+        return ""
+
+    def _watch(self) -> None:
+        while not self.stopped.is_set():
+            if select.select([self.awake], [], [], PERIOD)[0]:
+                received = self.awake.recv(64)
+                if signal.SIGINT in received:
+                    time.sleep(2)  # for the main thread, unless that is in a collective
+                    self._end(130)
+                if signal.SIGTERM in received:
+                    self._end(1, self.find_culprit(SUSPICION) or "was told to end (SIGTERM)")
+            if reason := self._look(SILENCE):
+                self._end(1, reason)
+
+    def _look(self, silence: float) -> str:
+        """Gives a sign of life, and looks for those of the others -> what is wrong, or ""."""
+        self.beat += 1
+        if not self._tell(str(self.beat)):
+            return "lost the connection to torchrun"
+        now = time.monotonic()
+        for other in self.others:
+            try:
+                text = self.store.get(f"alive/{other}").decode() if self.store.check([f"alive/{other}"]) else None
+            except dist.DistError:
+                return "lost the connection to torchrun"
+            if text is None:  # it has not begun
+                continue
+            if self.state.get(other, ("",))[0] != text:
+                self.state[other] = text, now
+            if text.startswith(FAILED):
+                return text.removeprefix(FAILED)
+            if text == INTERRUPTED:
+                self._end(130)
+            if text != ENDED and now - self.state[other][1] > silence:
+                return f"rank {other} has died or hangs"
+        return ""
+
+    def _tell(self, text: str) -> bool:
+        try:
+            self.store.set(f"alive/{self.rank}", text)
+        except dist.DistError:
+            return False
+        return True
+
+    def _end(self, code: int, reason: str = "") -> None:
+        """Ends this rank, unless the main thread is about to."""
+        if not self.leaving.acquire(blocking=False):
+            return
+        if reason:
+            self._tell(FAILED + reason)
+            os.write(2, f"error: rank {self.rank} of {self.size}: {reason}\n".encode())
+        os._exit(code)

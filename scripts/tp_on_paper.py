@@ -1,0 +1,78 @@
+"""What tensor parallelism should give on GPUs, by a formula, beside what gpt-fast published. Nothing here is measured.
+
+    python scripts/tp_on_paper.py                                                    # H100: 3.35 TB/s
+    python scripts/tp_on_paper.py --bandwidth 4.8 --latency 18 24 29                 # H200; us on 2, 4, 8 GPUs
+
+A decode step on N GPUs takes
+
+    bytes / (N x bandwidth x share)  +  (2 x layers + 2) x latency(N)
+
+`bytes` are the weights that a step reads, 2, 1 or 0.5625 for each in bf16, int8 and int4 with groups of 32;
+`share` is the part of the peak bandwidth that the kernels reach. An all-reduce follows the attention and the
+feed-forward of each layer, the embedding and the output projection. A token's hidden state has 8 to 16 kB, which takes
+NVLink less than 0.1 us, so an all-reduce costs its latency, whatever the model's width. gpt-fast's figures (README,
+Llama 2 on A100s of 330 W with one-shot all-reduces) give latencies of 18, 24 and 29 us on 2, 4 and 8 GPUs by this very
+formula, which is what is taken here; all that makes GPUs wait for each other is in them.
+"""
+
+import argparse
+import itertools
+
+SHAPES = {  # layers, hidden size, feed-forward width, heads and key-value heads of head_dim, vocabulary
+    "Llama 3.1 8B": (32, 4096, 14336, 32, 8, 128, 128256),
+    "Llama 3.1 70B": (80, 8192, 28672, 64, 8, 128, 128256),
+    "Llama 2 7B": (32, 4096, 11008, 32, 32, 128, 32000),
+    "Llama 2 70B": (80, 8192, 28672, 64, 8, 128, 32000),
+}
+BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # a weight
+PUBLISHED = {  # gpt-fast's README, tok/s at batch 1
+    ("Llama 2 7B", "bf16"): {1: 104.9, 2: 168.84, 4: 254.02, 8: 328.43},
+    ("Llama 2 70B", "bf16"): {2: 21.32, 4: 38.01, 8: 62.50},
+    ("Llama 2 70B", "int8"): {8: 80.44},
+    ("Llama 2 70B", "int4"): {8: 90.77},
+}
+
+
+def step_bytes(shape: str, mode: str) -> float:
+    """The weights that a step reads: all but the embedding."""
+    layers, dim, ffn, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+    attention = dim * (heads + 2 * kv_heads) * head_dim + heads * head_dim * dim
+    return (layers * (attention + 3 * dim * ffn) + vocabulary * dim) * BYTES[mode]
+
+
+def tokens_a_second(shape: str, mode: str, gpus: int, bandwidth: float, share: float, latency: float) -> float:
+    """By the formula; bandwidth in TB/s, latency in us."""
+    communication = (2 * SHAPES[shape][0] + 2) * latency * 1e-6 if gpus > 1 else 0
+    return 1 / (step_bytes(shape, mode) / (gpus * bandwidth * 1e12 * share) + communication)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Decode speed of 1 to 8 GPUs, on paper.")
+    parser.add_argument("--bandwidth", type=float, default=3.35, help="of one GPU's memory, TB/s")
+    parser.add_argument("--shares", type=float, nargs=3, default=[0.8, 0.8, 0.65], help="of it in bf16, int8, int4")
+    parser.add_argument("--latency", type=float, nargs=3, default=[18, 24, 29], help="of an all-reduce, us")
+    args = parser.parse_args()
+    latency = dict(zip((1, 2, 4, 8), (0, *args.latency), strict=True))
+    shares = dict(zip(BYTES, args.shares, strict=True))
+
+    print(f"Formula, {args.bandwidth} TB/s, tok/s at batch 1 (of it communication):\n")
+    print("| | a step reads, GB | 1 GPU | 2 | 4 | 8 |\n|---|---:|---:|---:|---:|---:|")
+    for shape, mode in itertools.product(("Llama 3.1 8B", "Llama 3.1 70B"), BYTES):
+        cells = []
+        for gpus, us in latency.items():
+            rate = tokens_a_second(shape, mode, gpus, args.bandwidth, shares[mode], us)
+            waiting = (2 * SHAPES[shape][0] + 2) * us * 1e-6 * rate
+            cells.append(f"{rate:.0f}" + (f" ({waiting:.0%})" if gpus > 1 else ""))
+        print(f"| {shape} {mode} | {step_bytes(shape, mode) / 1e9:.1f} | {' | '.join(cells)} |")
+
+    print("\ngpt-fast, published, and the formula with an A100's 1.40 TB/s (its own bf16 rate on one GPU):\n")
+    print("| | GPUs | published | formula |\n|---|---:|---:|---:|")
+    for (shape, mode), rates in PUBLISHED.items():
+        for gpus, rate in rates.items():
+            share = {"bf16": 1.0, "int8": 1069 / 1397, "int4": 863 / 1397}[mode]  # as on one GPU
+            paper = tokens_a_second(shape, mode, gpus, 1.397, share, latency[gpus])
+            print(f"| {shape} {mode} | {gpus} | {rate:.1f} | {paper:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
