@@ -11,7 +11,7 @@ demo: .venv/run
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

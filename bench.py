@@ -57,15 +57,17 @@ from bench_models import MODES, SHAPES, format_of, mode_of, quantize_model, rand
 from bench_peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers, versions
 from bench_report import markdown, plot, summarize
 from bench_startup import measure_startup, write_checkpoint
-from checkpoint import DEMO, check_memory, load_config, load_model, read_json, weights_path, write_atomically
+from capacity import check_memory
+from checkpoint import DEMO, load_config, load_model, read_json, weights_path, write_atomically
+from config import ModelConfig
 from engine import Engine, Request, cache_bytes, check_compiler, peak_memory, weight_bytes
-from errors import ArgumentParser, UserError, log
+from errors import ArgumentParser, UserError, log, world_size
 from generate import pick_device
 from kernels import GROUPSIZES, allocate
-from model import ModelConfig, Transformer
+from model import Transformer
 from prompts import check_draft
 from tokenizer import load_tokenizer
-from tp import BACKENDS, Group, join, world_size
+from tp import BACKENDS, Group, join
 
 PEERS = ("transformers", "llama.cpp")
 BUFFER_BYTES = {"cpu": 2**30, "cuda": 2**32}  # read to measure the bandwidth

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import check_memory
+from capacity import check_memory
+from config import ModelConfig
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
-from model import Linear, ModelConfig, Transformer, expected_shapes
+from model import Linear, Transformer, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, pack_int4, quantize_int8, to_levels
 from tp import ALONE, Group
 

@@ -10,7 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from checkpoint import gb, write_atomically
+from capacity import gb
+from checkpoint import write_atomically
 from errors import log
 
 # Of Okabe and Ito, which colour-blind people can tell apart.

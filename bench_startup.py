@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bench_peers import fingerprint
-from checkpoint import DEMO, FORMAT, VERSION, check_disk, write_atomically, write_safetensors
+from capacity import check_disk
+from checkpoint import DEMO, FORMAT, VERSION, write_atomically, write_safetensors
 from engine import weight_bytes
 from errors import UserError, log
 from kernels import Int4Linear, Int8Linear, unpack_int4, unpack_int8

@@ -31,10 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import StoredTensor, gb
+from capacity import check_disk, gb
+from checkpoint import StoredTensor
+from config import ModelConfig
 from errors import ArgumentParser, UserError
 from hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
-from model import ModelConfig, expected_shapes
+from model import expected_shapes
 from pickled import PickledFiles, PickledTensor
 from quantized_formats import Dequantized, Format, QuantizedLinear, is_quantized, quantized_linear, read_format
 from tokenizer import load_tokenizer
@@ -273,7 +275,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_byt
     path = out.resolve()
     if path.exists() and path.samefile(source):
         raise UserError(f"--out {out} is the source itself; name another folder")
-    checkpoint.check_disk(size, path)
+    check_disk(size, path)
     dtype_name = str(dtype).removeprefix("torch.")
     metadata = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "dtype": dtype_name}
     if quantized:

@@ -264,7 +264,7 @@ class Engine:
         return tuple(part.clone() for part in result) if self.device.type == "cuda" else result
 
     def step_bytes(self, length: int, k: int) -> int:
-        """What a step with k proposals reads when its rows have so many positions together."""
+        """What all ranks read in a step with k proposals when its rows have so many positions together."""
         caches = (cache_bytes(model, 1, length) for model in self.models)
         target, *draft = map(sum, zip(self._weight_bytes, caches, strict=True))
         return self.group.size * (target + k * sum(draft))
@@ -393,7 +393,8 @@ def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         alike = seconds
         active = [at for at, row in enumerate(stepped) if row is not None and not row.done]
-        if engine.group.size > 1 and len(engine.pace.choices) > 1:  # all ranks have to choose alike
+        # All ranks have to choose alike, and to ask rank 0 costs more than a step: its first time is kept.
+        if engine.group.size > 1 and len(engine.pace.choices) > 1:
             known = engine.pace.seconds.get(k)
             alike = engine.group.from_rank_0(lambda seconds=seconds: seconds) if known is None else known
         engine.pace.saw(k, alike, [right[at] for at in active], scored(k, engine.draft, engine.lookup))

@@ -49,6 +49,11 @@ def run(main: Callable[[], None]) -> None:
         exit_with(2, f"{where}{error.strerror}; {advice}")
 
 
+def world_size() -> int:
+    """How many ranks a torchrun has started; 1 without one."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 def log(message: str) -> None:
     """A line for the user, on stderr: stdout is for results."""
     print(message, file=sys.stderr, flush=True)
@@ -56,12 +61,14 @@ def log(message: str) -> None:
 
 def exit_with(code: int, message: str = "") -> NoReturn:
     """Ends the script. stdout goes to the null device first: a closed pipe would raise once more at the last flush."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))  # of a torchrun
+    ranks = world_size()
     who = f"rank {os.environ['RANK']} of {ranks}: " if ranks > 1 else ""
     with contextlib.suppress(OSError):  # stderr may be full or closed as well
         if message:
             log(f"error: {who}{' '.join(message.split())}")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if ranks > 1:
+        os._exit(code)  # what the interpreter would tidy up waits for the other ranks
     sys.exit(code)
 
 

@@ -22,16 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import (
-    DEMO,
-    check_memory,
-    checksum,
-    load_config,
-    load_generation_config,
-    load_model,
-    read_text,
-    weights_path,
-)
+from capacity import check_memory
+from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, read_text, weights_path
 from engine import Engine, Request, cache_bytes, generate
 from errors import ArgumentParser, UserError, run
 from generate import pick_device
@@ -296,6 +288,9 @@ def main() -> None:
 def evaluate(args: argparse.Namespace, group: Group) -> None:
     """What every rank of a torchrun does, or this process alone."""
     device, path = group.device, weights_path(args.checkpoint_path)
+    if group.size > 1:
+        same = {f"--{name}": value for name, value in vars(args).items() if name not in ELSEWHERE}
+        group.check_same(same | {"the checkpoint": checksum(path)})
     config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -314,9 +309,6 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     else:
         text = group.from_rank_0(lambda: read_text(args.perplexity))
 
-    if group.size > 1:
-        group.check_same({f"--{name}": value for name, value in vars(args).items() if name not in ELSEWHERE})
-        group.check_same({"the checkpoint": checksum(path)})
     model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None, group)
     needed = cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)

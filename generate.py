@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 from beam import BeamParams, beam_search
+from capacity import check_memory
 from chat import converse, write
-from checkpoint import DEMO, check_memory, checksum, load_config, load_generation_config, load_model, weights_path
+from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Token, cache_bytes, check_compiler, generate, weight_bytes
 from errors import ArgumentParser, UserError, log
 from kernels import cpu_library
@@ -233,7 +234,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
         for job in filter(None, (compiler, kernels)):
             job.result()
     check_memory(
-        sum(cache_bytes(model, batch_size, max_seq_length) for model in models),
+        group.sharing * sum(cache_bytes(model, batch_size, max_seq_length) for model in models),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",
         device,
     )

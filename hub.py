@@ -15,8 +15,9 @@ from pathlib import Path
 
 import checkpoint
 import quantized_formats
+from capacity import check_disk
+from config import ModelConfig
 from errors import UserError
-from model import ModelConfig
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -80,7 +81,7 @@ def fetch(repo: str, revision: str | None) -> Path:
         ModelConfig.from_hf(config)
         quantized_formats.read_format(config, folder)
     missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=info.sha)]
-    checkpoint.check_disk(sum(sizes[name] for name in missing), Path(hub.constants.HF_HUB_CACHE))
+    check_disk(sum(sizes[name] for name in missing), Path(hub.constants.HF_HUB_CACHE))
     return get(files)
 
 

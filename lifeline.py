@@ -4,8 +4,9 @@
         ...
 
 A thread writes into the store that its rank is alive, twice a second, and reads the same of the others. So a rank that
-died, hangs or failed is found out whatever the main thread is waiting for, mostly a collective that will never end.
-Ctrl-C ends all ranks without a word.
+died, was stopped or failed is found out whatever the main thread is waiting for, mostly a collective that will never
+end. Ctrl-C ends all ranks without a word. (A rank whose main thread hangs, but not its process, shows only by the
+timeout of a collective.)
 """
 
 import os
@@ -22,18 +23,21 @@ import torch.distributed as dist
 from errors import UserError
 
 PERIOD = 0.5  # seconds between two signs of life
+START = 120.0  # seconds between the first rank that is there and the last
 SILENCE = 15.0  # after so many seconds without one a rank is given up,
 SUSPICION = 3.0  # or after so many when something is wrong: a connection was closed, torchrun ends everything
 FAILED, ENDED, INTERRUPTED = "failed: ", "ended", "interrupted"  # instead of a sign of life
 
 
 class Lifeline:
-    """While the context lasts this rank watches the others. `store`: a torch.distributed.Store of this thread's own."""
+    """While the context lasts this rank watches the others. `store`: a torch.distributed.Store with a connection of its
+    own, since on others there is waiting for minutes."""
 
     def __init__(self, store: Any, rank: int, size: int):
         self.store, self.rank, self.others = store, rank, [other for other in range(size) if other != rank]
         self.size, self.beat = size, 0
-        self.state: dict[int, tuple[str, float]] = {}  # what each of the others wrote last, and when that was seen
+        # What each of the others wrote last, and when that was seen.
+        self.state: dict[int, tuple[str, float]] = dict.fromkeys(self.others, ("", time.monotonic()))
         self.leaving = threading.Lock()  # who holds it ends this rank
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -45,13 +49,15 @@ class Lifeline:
             end.setblocking(False)
         signal.set_wakeup_fd(self.signals.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
+        self._look()
         self.thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        reason = self.find_culprit(SUSPICION) if isinstance(error, RuntimeError) else ""
+        reason = self.find_culprit() if isinstance(error, RuntimeError) else ""
         self.leaving.acquire()
         self.stopped.set()
+        self.signals.send(b"\0")  # wakes the thread
         self.thread.join()
         if error is None:
             self._tell(ENDED)
@@ -62,13 +68,14 @@ class Lifeline:
         else:
             self._tell(INTERRUPTED)
         if reason:
-            raise UserError(reason) from error
+            here = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{reason} (here: {here})") from error
 
-    def find_culprit(self, seconds: float) -> str:
+    def find_culprit(self) -> str:
         """Why something went wrong: what another rank says of it, or which one is silent; "" if neither."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SUSPICION + 4 * PERIOD
         while time.monotonic() < end:
-            if reason := self._look(seconds - PERIOD):
+            if reason := self._look(SUSPICION, SUSPICION):
                 return reason
             time.sleep(PERIOD / 4)
         return ""
@@ -81,31 +88,32 @@ class Lifeline:
                     time.sleep(2)  # for the main thread, unless that is in a collective
                     self._end(130)
                 if signal.SIGTERM in received:
-                    self._end(1, self.find_culprit(SUSPICION) or "was told to end (SIGTERM)")
-            if reason := self._look(SILENCE):
+                    self._end(1, self.find_culprit() or "was told to end (SIGTERM)")
+            if reason := self._look():
                 self._end(1, reason)
 
-    def _look(self, silence: float) -> str:
-        """Gives a sign of life, and looks for those of the others -> what is wrong, or ""."""
+    def _look(self, silence: float = SILENCE, unseen: float = START) -> str:
+        """Gives a sign of life, and looks for those of the others -> what is wrong, or "".
+
+        A rank is given up after so many seconds without one, or before its first.
+        """
         self.beat += 1
         if not self._tell(str(self.beat)):
-            return "lost the connection to torchrun"
+            return "lost the connection to the others"
         now = time.monotonic()
         for other in self.others:
             try:
-                text = self.store.get(f"alive/{other}").decode() if self.store.check([f"alive/{other}"]) else None
+                text = self.store.get(f"alive/{other}").decode() if self.store.check([f"alive/{other}"]) else ""
             except dist.DistError:
-                return "lost the connection to torchrun"
-            if text is None:  # it has not begun
-                continue
-            if self.state.get(other, ("",))[0] != text:
+                return "lost the connection to the others"
+            if self.state[other][0] != text:
                 self.state[other] = text, now
             if text.startswith(FAILED):
                 return text.removeprefix(FAILED)
             if text == INTERRUPTED:
                 self._end(130)
-            if text != ENDED and now - self.state[other][1] > silence:
-                return f"rank {other} has died or hangs"
+            if text != ENDED and now - self.state[other][1] > (silence if text else unseen):
+                return f"rank {other} has died or was stopped"
         return ""
 
     def _tell(self, text: str) -> bool:
@@ -119,7 +127,7 @@ class Lifeline:
         """Ends this rank, unless the main thread is about to."""
         if not self.leaving.acquire(blocking=False):
             return
+        self._tell(FAILED + reason if reason else INTERRUPTED)
         if reason:
-            self._tell(FAILED + reason)
             os.write(2, f"error: rank {self.rank} of {self.size}: {reason}\n".encode())
         os._exit(code)

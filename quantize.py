@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import StoredTensor, gb
+from capacity import check_disk, check_memory, gb
+from checkpoint import StoredTensor
+from config import ModelConfig
 from errors import ArgumentParser, UserError, run
-from model import Block, KVCache, ModelConfig, RMSNorm, expected_shapes, rope_angles, rope_frequencies
+from model import Block, KVCache, RMSNorm, expected_shapes, rope_angles, rope_frequencies
 from rounding import SCALE_DTYPE, gptq_layer, input_hessian, pack_int4, quantize_int4, quantize_int8
 from tokenizer import load_tokenizer
 
@@ -145,7 +147,7 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
     length = min(WINDOW, config.context_length, len(tokens))
     count = min(len(tokens) // length, WINDOWS)
     # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
-    checkpoint.check_memory(4 * (count * length * config.dim + 4 * widest**2), f"calibrating on {path}", device)
+    check_memory(4 * (count * length * config.dim + 4 * widest**2), f"calibrating on {path}", device)
     return tokens[: count * length].view(count, length)
 
 
@@ -200,7 +202,7 @@ def quantize(
         dtypes[f"{layer}.zeros"] = torch.uint8
     tensors = {name: (dtypes[name], shape) for name, shape in shapes.items()}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
-    checkpoint.check_disk(size, path)
+    check_disk(size, path)
     metadata = {
         "format": checkpoint.FORMAT,
         "version": checkpoint.VERSION,

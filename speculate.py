@@ -46,6 +46,8 @@ def decode_step(
         found, alike = look_up(sampler.history, position, scored(k, draft, lookup))
         # The draft is asked where the text does not repeat itself.
         proposed = found if proposed is None else torch.where(alike == NGRAM, found, proposed)
+    if proposed is not None and draft is not None and model.vocabulary is not None and draft.vocabulary is None:
+        proposed = model.vocabulary.of_rank_0(proposed)  # each rank has a draft of its own
     if k:
         tokens = torch.cat((tokens, proposed), 1)
     at = (position + torch.arange(k + 1, device=position.device)).clamp(max=end)

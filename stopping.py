@@ -1,11 +1,11 @@
 """Stop strings: where a text ends before its time, found across the pieces that it comes in.
 
-    stops = StopStrings(("\n\n", "User:"))
-    for piece in pieces:
-        print(stops.put(piece), end="")
-        if stops.found:
-            break
-    print(stops.finish())
+stops = StopStrings(("\n\n", "User:"))
+for piece in pieces:
+    print(stops.put(piece), end="")
+    if stops.found:
+        break
+print(stops.finish())
 """
 
 

@@ -12,8 +12,8 @@ Scales, groups, biases and the order of act-order go with their slices.
 
 model.py knows nothing of this but that its logits may be a part of the vocabulary: a rank's model is an ordinary one
 of fewer heads and a narrower feed-forward, in which `parallelize` wraps the layers whose outputs have to be added up.
-All ranks compute the same logits to the last bit, since each logit is computed by one of them, and so draw the same
-tokens. Lifeline (lifeline.py) ends all of them when one has failed.
+All ranks have the same logits to the last bit, since each logit is computed by one of them, and so, on equal machines,
+draw the same tokens. Lifeline (lifeline.py) ends all of them when one has failed.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -32,15 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from errors import UserError, log
-from lifeline import Lifeline
-from model import Embedding, ModelConfig, Transformer
+from config import ModelConfig
+from errors import UserError, log, world_size
+from lifeline import START, Lifeline
+from model import Transformer
 
 T = TypeVar("T")
 BACKENDS = ("auto", "shm", "gloo", "nccl")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # ranks may compile for minutes; those that died the lifeline finds sooner
-JOIN_TIMEOUT = timedelta(minutes=2)  # from the first rank that is there to the last
-SYMMETRIC_NUMEL = 2**16  # numbers that are summed up in one shot: 128 KiB of bfloat16
+JOIN_TIMEOUT = timedelta(seconds=START)
+PIECE_BYTES = 2**22  # what rank 0 tells at a time: a store takes 8 MiB
+SYMMETRIC_BYTES = 2**17  # the largest sum that takes one shot
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class Group:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
+    sharing: int = 1  # ranks that share this machine's memory
     backend: str = ""
-    all_reduce: Any = None  # AllReduce
-    store: Any = None  # torch.distributed.Store
-    counter: Any = None  # of what rank 0 told the others
+    all_reduce: "AllReduce | None" = None
+    store: dist.Store | None = None
+    counter: Iterator[int] | None = None  # numbers what rank 0 tells the others
 
     def __deepcopy__(self, memo: dict) -> "Group":
         return self
@@ -74,13 +78,18 @@ class Group:
                 result = (produce(), None)
             except UserError as error:
                 result = (None, str(error))
-            self.store.set(key, pickle.dumps(result))
+            data = pickle.dumps(result)
+            pieces = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
+            for i, piece in enumerate(pieces):
+                self.store.set(f"{key}/{i}", piece)
+            self.store.set(key, str(len(pieces)))
         else:
             while True:
                 with contextlib.suppress(dist.DistStoreError):  # not yet
                     self.store.wait([key], timedelta(minutes=1))
                     break
-            result = pickle.loads(self.store.get(key))
+            count = int(self.store.get(key))
+            result = pickle.loads(b"".join(self.store.get(f"{key}/{i}") for i in range(count)))
         if result[1] is not None:
             raise UserError(result[1])
         return result[0]
@@ -98,12 +107,12 @@ class Group:
         """UserError where the sizes don't divide; `groupsizes` are those of the layers that are int4."""
         sizes = {
             "attention heads": config.n_heads,
-            "feed-forward width": config.ffn_dim,
-            "vocabulary": config.vocab_size,
+            "feed-forward channels": config.ffn_dim,
+            "tokens of the vocabulary": config.vocab_size,
         }
         for what, size in sizes.items():
             if size % self.size:
-                raise UserError(f"{self.size} ranks cannot share a {what} of {size}; use a number that divides it")
+                raise UserError(f"{self.size} ranks cannot share {size} {what}; use a number that divides them")
         if config.n_kv_heads % self.size and self.size % config.n_kv_heads:
             raise UserError(
                 f"{self.size} ranks cannot share {config.n_kv_heads} key-value heads; "
@@ -154,7 +163,10 @@ class Group:
         return tensor.chunk(self.size)[self.rank]
 
     def parallelize(self, model: Transformer, config: ModelConfig) -> Transformer:
-        """Makes a model of `local(config)` a rank's share of one of `config`: its outputs become those of all."""
+        """Makes a model of `local(config)` a rank's share of one of `config`: its outputs become those of all.
+
+        Its config keeps the rank's own heads and widths, since so are its caches; the vocabulary is the whole one.
+        """
         if self.size == 1:
             return model
         for block in model.layers:
@@ -186,10 +198,20 @@ class AllReduce(nn.Module):
         x = x.contiguous()
         if self.name == "":
             return torch.ops.brisk.all_reduce(x)
-        if self.symmetric is not None and x.dtype == self.symmetric.dtype and x.numel() <= self.symmetric.numel():
-            buffer = self.symmetric[: x.numel()].view(x.shape)
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", self.name)
+        if self.symmetric is not None and x.nbytes <= self.symmetric.nbytes:
+            return one_shot_all_reduce(self.symmetric, x, self.name)
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", self.name))
+
+
+# An op of its own: Inductor would replace the buffer of PyTorch's by one that it fills by another kernel.
+@torch.library.custom_op("brisk::one_shot_all_reduce", mutates_args=())
+def one_shot_all_reduce(buffer: Tensor, x: Tensor, name: str) -> Tensor:
+    """The sum over the ranks of a process group; `buffer` [bytes] is this rank's symmetric memory."""
+    room = buffer[: x.nbytes].view(x.dtype).view(x.shape)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x, "sum", name)
+
+
+one_shot_all_reduce.register_fake(lambda buffer, x, name: torch.empty_like(x))
 
 
 class RowParallel(nn.Module):
@@ -231,12 +253,16 @@ class Sliced(nn.Module):
         value, high, low = (part.gather(-1, rank)[..., 0] for part in (value, high, low))
         return value, (high.long() << 16) + low.long()
 
+    def of_rank_0(self, tokens: Tensor) -> Tensor:
+        """Rank 0's token ids, below 2^24."""
+        return self.all_reduce(torch.where(self.mine[0], tokens, 0).float()).long()
 
-class VocabParallelEmbedding(Embedding):
-    """The rows of some of the tokens."""
+
+class VocabParallelEmbedding(nn.Module):
+    """Takes the place of model.Embedding, with the rows of this rank's part of the vocabulary."""
 
     def __init__(self, weight: nn.Parameter, group: Group):
-        nn.Module.__init__(self)
+        super().__init__()
         self.weight, self.all_reduce = weight, group.all_reduce
         first = torch.tensor(group.rank * len(weight), device=group.device)
         self.register_buffer("first", first, persistent=False)
@@ -252,10 +278,6 @@ class VocabParallelEmbedding(Embedding):
 # Joining
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 @contextlib.contextmanager
 def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
     """Meets the other ranks of a torchrun -> the group, for as long as the context lasts.
@@ -265,6 +287,8 @@ def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
     """
     size = world_size()
     if size == 1:
+        if backend != "auto" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise UserError("--backend is for several ranks; start them by torchrun, or leave it out")
         yield Group(device=device)
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -287,13 +311,23 @@ def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
             share_memory(store, rank, size)
             all_reduce = AllReduce("")
         else:
-            group = dist.PrefixStore("group", store)
-            own = device if backend == "nccl" else None
             dist.init_process_group(
-                backend, store=group, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=own
+                backend,
+                store=dist.PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=device if backend == "nccl" else None,
             )
             all_reduce = AllReduce(dist.group.WORLD.group_name, symmetric_buffer(device, on_this_machine == size))
-        yield Group(rank, size, device, backend, all_reduce, store, itertools.count())
+        sharing = on_this_machine if device.type == "cpu" else 1
+        group = Group(rank, size, device, sharing, backend, all_reduce, store, itertools.count())
+        # The last bits of what each rank computes for itself depend on these.
+        group.check_same({"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()})
+        yield group
+        if backend == "nccl" and (graphs := sys.modules.get("torch._inductor.cudagraph_trees")):
+            torch.cuda.synchronize()
+            graphs.reset_cudagraph_trees()  # NCCL would wait for the graphs that its kernels are in
         if backend != "shm":
             dist.destroy_process_group()
 
@@ -325,12 +359,21 @@ def take_cores(local_rank: int, ranks: int) -> None:
     """Each rank of a machine computes on cores of its own."""
     if not hasattr(os, "sched_setaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0))
-    own = cores[local_rank * len(cores) // ranks : (local_rank + 1) * len(cores) // ranks]
-    if own:
+    cores = sorted(os.sched_getaffinity(0), key=place)
+    count = len(cores) // ranks  # as many for each: the last bits of sums depend on the number of threads
+    if own := cores[local_rank * count : (local_rank + 1) * count]:
         os.sched_setaffinity(0, own)
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which is what torchrun sets
-            torch.set_num_threads(len(own))
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets it, where the user does not say more
+            torch.set_num_threads(len({place(core)[:2] for core in own}))
+
+
+def place(core: int) -> tuple[int, int, int]:
+    """Where a logical core is: socket, physical core, itself."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        return *(int((topology / name).read_text()) for name in ("physical_package_id", "core_id")), core
+    except OSError:
+        return 0, core, core
 
 
 def share_memory(store: dist.Store, rank: int, size: int) -> None:
@@ -352,19 +395,27 @@ def symmetric_buffer(device: torch.device, one_machine: bool) -> Tensor | None:
     which then take one kernel and no copies."""
     if device.type != "cuda" or not one_machine:
         return None
+    import torch.distributed._symmetric_memory as symmetric_memory
+
     buffer, peers = None, set(range(torch.cuda.device_count())) - {device.index}
     if all(torch.cuda.can_device_access_peer(device, peer) for peer in peers):
+        with contextlib.suppress(RuntimeError):  # a driver or a link without it
+            buffer = symmetric_memory.empty(SYMMETRIC_BYTES, dtype=torch.uint8, device=device)
+    if all_have(buffer, device):
         try:
-            import torch.distributed._symmetric_memory as symmetric_memory
-
-            buffer = symmetric_memory.empty(SYMMETRIC_NUMEL, dtype=torch.bfloat16, device=device)
             symmetric_memory.rendezvous(buffer, dist.group.WORLD)
-        except (ImportError, RuntimeError) as error:  # a driver or a link without it
+        except RuntimeError as error:
             log(f"no symmetric memory ({str(error).splitlines()[0]}); NCCL does all")
             buffer = None
+        if all_have(buffer, device):
+            return buffer
+    return None
+
+
+def all_have(buffer: Tensor | None, device: torch.device) -> bool:
     have = torch.tensor(buffer is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(have, dist.ReduceOp.MIN)  # all ranks, or none
-    return buffer if have.item() else None
+    dist.all_reduce(have, dist.ReduceOp.MIN)
+    return bool(have.item())
 
 
 @contextlib.contextmanager
@@ -374,7 +425,7 @@ def only_rank_0_speaks(rank: int) -> Iterator[None]:
         yield
         return
     streams = sys.stdin, sys.stdout, sys.stderr
-    with open(os.devnull, "r+") as nowhere:
+    with open(os.devnull, "r+", encoding="utf-8", errors="replace") as nowhere:
         sys.stdin = sys.stdout = sys.stderr = nowhere
         try:
             yield

@@ -25,11 +25,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
 
 import checkpoint
-from checkpoint import StoredTensor, gb
+from capacity import check_disk, gb
+from checkpoint import StoredTensor
+from config import ModelConfig
 from convert_hf_checkpoint import replace_folder
 from errors import ArgumentParser, UserError, run
 from hub import TOKENIZER_FILES
-from model import ModelConfig, expected_shapes
+from model import expected_shapes
 
 ASPECT = 128  # hidden size by layers, as Llama 3 has it from 1 B to 70 B parameters
 FFN = 4  # ffn units by hidden size
@@ -165,7 +167,7 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
     dtype = stored["tok_embeddings.weight"].dtype
     growth = Growth(stored, config, new)
     size = count(new) * dtype.itemsize
-    checkpoint.check_disk(size, out.resolve())
+    check_disk(size, out.resolve())
 
     def write(folder: Path) -> None:
         tensors = {name: (dtype, shape) for name, shape in growth.shapes.items()}

@@ -20,11 +20,13 @@ import bench_models
 import bench_peers
 import bench_report
 import bench_startup
+import capacity
 import checkpoint
 import engine
 import rounding
+from config import ModelConfig
 from errors import UserError
-from model import Linear, ModelConfig, Transformer
+from model import Linear, Transformer
 
 HERE = Path(bench.__file__).parent
 TINY = bench_models.LLAMA | dict(
@@ -579,7 +581,7 @@ def test_a_group_that_does_not_divide():
 
 
 def test_too_large_is_refused_in_gigabytes(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(capacity, "free_memory", lambda: 2_000_000_000)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--shape", "8b", "--device", "cpu", "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"16\.1 GB, 2\.0 GB are free"):
         bench.main()
@@ -587,7 +589,7 @@ def test_too_large_is_refused_in_gigabytes(monkeypatch, tmp_path):
 
 
 def test_the_peers_need_memory_too(monkeypatch, tmp_path, tiny_checkpoint):
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 500_000_000)
+    monkeypatch.setattr(capacity, "free_memory", lambda: 500_000_000)
     args = ["--checkpoint_path", str(tiny_checkpoint), "--prompt_length", "8", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *args, "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"needs 1\.1 GB, 0\.5 GB are free"):

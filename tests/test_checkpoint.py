@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
+from capacity import check_disk, check_memory, free_memory
 from checkpoint import load_config, load_generation_config, load_model, read_header, write_atomically, write_safetensors
+from config import ModelConfig
 from errors import UserError
-from model import ModelConfig, Transformer, expected_shapes
+from model import Transformer, expected_shapes
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
@@ -467,7 +469,7 @@ def test_free_memory_respects_control_groups(tmp_path):
         for name, text in ({"proc/meminfo": "MemFree: 10 kB\nMemAvailable:   8000000 kB\n"} | files).items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text)
-        return checkpoint.free_memory(root)
+        return free_memory(root)
 
     stat = "anon 5\ninactive_file 100\nactive_file 20\n"
     assert fake({}) == 8_192_000_000
@@ -486,16 +488,16 @@ def test_free_memory_respects_control_groups(tmp_path):
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000\n",
     }
     assert fake(v1) == 1000 - 90
-    assert checkpoint.free_memory() > 0
+    assert free_memory() > 0
 
 
 def test_check_memory_and_disk_speak_gigabytes(tmp_path):
-    checkpoint.check_memory(1000, "a cache")
+    check_memory(1000, "a cache")
     with pytest.raises(UserError, match=r"^a cache needs 1000000\.0 GB, [\d.]+ GB are free on cpu; take a smaller one"):
-        checkpoint.check_memory(10**15, "a cache")
-    checkpoint.check_disk(1000, tmp_path / "a" / "b")
+        check_memory(10**15, "a cache")
+    check_disk(1000, tmp_path / "a" / "b")
     with pytest.raises(UserError, match=r"b needs 1000000000\.0 GB, [\d.]+ [GM]B are free there"):
-        checkpoint.check_disk(10**18, tmp_path / "a" / "b")
+        check_disk(10**18, tmp_path / "a" / "b")
 
 
 @pytest.mark.slow

@@ -31,9 +31,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import checkpoint
 import convert_hf_checkpoint
 from checkpoint import load_config, load_model
+from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
-from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -631,7 +631,9 @@ def test_full_disk_mounted(tmp_path, monkeypatch):
     try:
         with pytest.raises(UserError, match=r"out needs [\d.]+ MB, [\d.]+ MB are free there; free some space"):
             convert(tmp_path / "in", disk / "out")
-        monkeypatch.setattr(checkpoint, "check_disk", lambda *_: None)  # as if somebody else filled it meanwhile
+        monkeypatch.setattr(
+            convert_hf_checkpoint, "check_disk", lambda *_: None
+        )  # as if somebody else filled it meanwhile
         with pytest.raises(OSError, match="No space left on device"):
             convert(tmp_path / "in", disk / "out")
         assert list(disk.iterdir()) == []

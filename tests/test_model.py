@@ -7,9 +7,10 @@ import torch
 import transformers
 
 from checkpoint import load_model
+from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
-from model import ModelConfig, Transformer, rope_angles, rope_frequencies
+from model import Transformer, rope_angles, rope_frequencies
 
 SIZES = dict(
     hidden_size=64,
