@@ -2,6 +2,7 @@
 # several processes would wait for each other).  Both make .venv first.
 PYTHON ?= python3
 RUN = .venv/bin/python
+LONGEST = tests/test_tp.py tests/test_lifeline.py tests/test_bench.py  # first, so that all processes end together
 
 .PHONY: demo test clean
 
@@ -11,7 +12,7 @@ demo: .venv/run
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(LONGEST) tests
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -80,19 +80,24 @@ Range share(int64_t total, int thread, int threads) {
     return {total * thread / threads, total * (thread + 1) / threads};
 }
 
-// Work for threads to take as they get ready: one that is held up, by another process say, takes less of it.
+// Work for threads to take as they get ready: one that is held up, by another process say, takes less of it. The parts
+// get smaller (guided self-scheduling), so that all threads end at nearly the same time.
 class Queue {
    public:
-    explicit Queue(int64_t total) : total(total), chunk(total / (8 * torch::stable::get_num_threads()) + 1) {}
+    explicit Queue(int64_t total) : total(total), parts(PARTS * torch::stable::get_num_threads()) {}
 
     // The next part of the work, empty when there is none left.
     Range take() {
-        const int64_t begin = std::min(next.fetch_add(chunk, std::memory_order_relaxed), total);
-        return {begin, std::min(begin + chunk, total)};
+        int64_t begin = next.load(std::memory_order_relaxed), end;
+        do {
+            end = begin + (total - begin + parts - 1) / parts;
+        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return {begin, end};
     }
 
    private:
-    const int64_t total, chunk;
+    static constexpr int64_t PARTS = 2;  // of what is left, for each thread
+    const int64_t total, parts;
     std::atomic<int64_t> next{0};
 };
 

@@ -319,7 +319,8 @@ def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=device if backend == "nccl" else None,
             )
-            all_reduce = AllReduce(dist.group.WORLD.group_name, symmetric_buffer(device, on_this_machine == size))
+            shared = symmetric_buffer(device) if backend == "nccl" and on_this_machine == size else None
+            all_reduce = AllReduce(dist.group.WORLD.group_name, shared)
         sharing = on_this_machine if device.type == "cpu" else 1
         group = Group(rank, size, device, sharing, backend, all_reduce, store, itertools.count())
         # The last bits of what each rank computes for itself depend on these.
@@ -390,11 +391,9 @@ def share_memory(store: dist.Store, rank: int, size: int) -> None:
     os.close(file)
 
 
-def symmetric_buffer(device: torch.device, one_machine: bool) -> Tensor | None:
+def symmetric_buffer(device: torch.device) -> Tensor | None:
     """Memory that the GPUs of one machine read from each other, where they can: for sums as small as a decode step's,
     which then take one kernel and no copies."""
-    if device.type != "cuda" or not one_machine:
-        return None
     import torch.distributed._symmetric_memory as symmetric_memory
 
     buffer, peers = None, set(range(torch.cuda.device_count())) - {device.index}

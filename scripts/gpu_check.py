@@ -1,7 +1,7 @@
 """What only a machine with an NVIDIA GPU can tell, in one call: the CUDA tests, each kernel's speed, and bench.py.
 
     python scripts/gpu_check.py                     # results go to $OUT if that is set, else to gpu_check/
-    python scripts/gpu_check.py FOLDER --only tests kernels bench                 # some of the three
+    python scripts/gpu_check.py FOLDER --only tests kernels bench ranks           # some of the four
 
 Leaves tests.txt, kernels.json (the layers and the attention of the 8b shape, in microseconds and GB/s) and the report
 of bench.py. It goes on after a failure, and ends with 1 if there was one. All of it should take some ten minutes, most
@@ -114,7 +114,23 @@ def run_bench(folder: Path) -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-PARTS = {"tests": run_tests, "kernels": run_kernels, "bench": run_bench}
+def run_ranks(folder: Path) -> bool:
+    """Tensor parallelism over all GPUs, if there are several: the same text as one, and bench.py."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        print("ranks: skipped, there is one GPU", flush=True)
+        return True
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    greedy = ["generate.py", "--compile", "--dtype", "float32", "--temperature", "0", "--prompt", "import os"]
+    texts = [
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+        for command in ([sys.executable, *greedy], [*torchrun, *greedy])
+    ]
+    bench = ["bench.py", "--shape", "8b", "--device", "cuda", "--mode", "bf16", "int8", "int4", "--out", str(folder)]
+    return texts[0] == texts[1] != "" and subprocess.run([*torchrun, *bench], cwd=ROOT).returncode == 0
+
+
+PARTS = {"tests": run_tests, "kernels": run_kernels, "bench": run_bench, "ranks": run_ranks}
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ A decode step on N GPUs takes
 `bytes` are the weights that a step reads, 2, 1 or 0.5625 for each in bf16, int8 and int4 with groups of 32;
 `share` is the part of the peak bandwidth that the kernels reach. An all-reduce follows the attention and the
 feed-forward of each layer, the embedding and the output projection. A token's hidden state has 8 to 16 kB, which takes
-NVLink less than 0.1 us, so an all-reduce costs its latency, whatever the model's width. gpt-fast's figures (README,
-Llama 2 on A100s of 330 W with one-shot all-reduces) give latencies of 18, 24 and 29 us on 2, 4 and 8 GPUs by this very
-formula, which is what is taken here; all that makes GPUs wait for each other is in them.
+NVLink less than 0.1 us, so an all-reduce costs its latency, whatever the model's width. The latencies are those that
+gpt-fast's figures for Llama 2 7B imply (README, A100s of 330 W, one-shot all-reduces); all the waiting of GPUs for each
+other is in them. Its figures for 70B are then predictions.
 """
 
 import argparse

@@ -241,7 +241,7 @@ def test_quantized_models_are_close(name, mode, groupsize, error):
     assert bench_models.mode_of(model) == "fp32" and bench_models.mode_of(quantized) == mode
     assert bench_models.format_of(quantized) == (f"int4-g{groupsize}" if mode == "int4" else "int8")
     assert not any(isinstance(module, Linear) for module in quantized.modules())
-    assert quantized.tok_embeddings is model.tok_embeddings and quantized.norm is model.norm
+    assert quantized.tok_embeddings.weight is model.tok_embeddings.weight and quantized.norm.weight is model.norm.weight
 
 
 def test_int4_is_nearly_as_good_as_with_the_search():
