@@ -7,7 +7,7 @@ LONGEST = tests/test_tp.py tests/test_lifeline.py tests/test_bench.py  # first, 
 .PHONY: demo test clean
 
 demo: .venv/run
-	$(RUN) generate.py --compile
+	$(RUN) generate.py --compile --seed 5
 
 test: .venv/dev
 	$(RUN) -m ruff check .

@@ -326,9 +326,10 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
             bootstrap_iters=1000,  # for standard errors; lm-eval's own 100,000 take a minute a task
             log_samples=False,
         )
-        keys = ("results", "groups", "versions", "n-shot", "n-samples")
-        kept = {key: results[key] for key in keys if key in results}
-        print(json.dumps(kept, default=str) if args.json else lm_eval.utils.make_table(results))
+        if group.rank == 0:  # lm-eval has results only there
+            keys = ("results", "groups", "versions", "n-shot", "n-samples")
+            kept = {key: results[key] for key in keys if key in results}
+            print(json.dumps(kept, default=str) if args.json else lm_eval.utils.make_table(results))
     else:
         result = perplexity(model, tokenizer, text, length, stride)
         if args.json:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import subprocess
 import sys
@@ -280,6 +281,22 @@ def test_tasks_through_lm_eval(base_folder, reference, tokenizer, tasks, monkeyp
     assert results["tiny_choice"]["acc,none"] == pytest.approx(right / 5)
     assert results["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
     assert results["tiny_generation"]["exact_match,none"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.slow
+def test_tasks_by_two_ranks(base_folder, tasks, tmp_path):
+    """One object, with the numbers of one process."""
+    names, where = ["tiny_choice", "tiny_generation"], ["--task_path", tasks, "--checkpoint_path", base_folder]
+    command = [ROOT / "eval.py", "--tasks", *names, *where, "--batch_size", "2", "--json"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | offline | {"HF_DATASETS_CACHE": str(tmp_path)}
+    outs = []
+    for launcher in ([], torchrun):
+        result = subprocess.run([sys.executable, *launcher, *command], env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        outs.append([json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")])
+    assert len(outs[0]) == 1 and outs[0] == outs[1]
 
 
 def test_the_table_limit_and_examples(base_folder, tasks, monkeypatch, capsys):
