@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,7 @@ def test_at_a_terminal(terminal, chat_folder, script):
 
 def test_ctrl_c_at_a_terminal(terminal):
     terminal.read_until(b"> ")
+    time.sleep(1)  # input() loses a signal between its prompt and its waiting, which no user is quick enough for
     terminal.type(b"\x03")
     rest = terminal.read_until(b"nothing")
     assert "Traceback" not in rest and terminal.exit_code() == 130
