@@ -441,7 +441,7 @@ def main() -> None:
     with join(device, args.backend) as group:
         if group.size > 1 and (args.against or args.startup):
             raise UserError("--against and --startup are for one process; leave them out, or torchrun")
-        group.check_same({f"--{name}": value for name, value in vars(args).items()})
+        group.check_flags(args)
         benchmark(args, group)
 
 

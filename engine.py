@@ -263,6 +263,14 @@ class Engine:
         # The graph's next replay overwrites its output, and the host reads it one step late.
         return tuple(part.clone() for part in result) if self.device.type == "cuda" else result
 
+    def learn(self, k: int, seconds: float, right: list[int]) -> None:
+        """Tells the pace that a step with k proposals took so long, and how many of each row were right."""
+        # All ranks have to choose alike, and to ask rank 0 costs more than a step: its first time is kept.
+        if self.group.size > 1 and len(self.pace.choices) > 1:
+            known = self.pace.seconds.get(k)
+            seconds = self.group.from_rank_0(lambda: seconds) if known is None else known
+        self.pace.saw(k, seconds, right, scored(k, self.draft, self.lookup))
+
     def step_bytes(self, length: int, k: int) -> int:
         """What all ranks read in a step with k proposals when its rows have so many positions together."""
         caches = (cache_bytes(model, 1, length) for model in self.models)
@@ -391,13 +399,8 @@ def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) 
         right, new, *drawn = zip(*result[0].tolist(), strict=True)
         top = [part.tolist() for part in result[1:]]
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        alike = seconds
         active = [at for at, row in enumerate(stepped) if row is not None and not row.done]
-        # All ranks have to choose alike, and to ask rank 0 costs more than a step: its first time is kept.
-        if engine.group.size > 1 and len(engine.pace.choices) > 1:
-            known = engine.pace.seconds.get(k)
-            alike = engine.group.from_rank_0(lambda seconds=seconds: seconds) if known is None else known
-        engine.pace.saw(k, alike, [right[at] for at in active], scored(k, engine.draft, engine.lookup))
+        engine.learn(k, seconds, [right[at] for at in active])
         nbytes = engine.step_bytes(sum(stepped[at].length for at in active), k)
         total.decode_seconds += seconds
         total.bytes_read += nbytes

@@ -288,9 +288,7 @@ def main() -> None:
 def evaluate(args: argparse.Namespace, group: Group) -> None:
     """What every rank of a torchrun does, or this process alone."""
     device, path = group.device, weights_path(args.checkpoint_path)
-    if group.size > 1:
-        same = {f"--{name}": value for name, value in vars(args).items() if name not in ELSEWHERE}
-        group.check_same(same | {"the checkpoint": checksum(path)})
+    group.check_flags(args, ELSEWHERE, lambda: [checksum(path)])
     config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(

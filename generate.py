@@ -202,11 +202,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
         early = {"true": True, "false": False, "never": "never"}[args.early_stopping]
         beams = BeamParams(args.num_beams, args.length_penalty, early, args.num_return_sequences)
 
-    if group.size > 1:
-        flags = {f"--{name}": value for name, value in vars(args).items() if name not in ELSEWHERE}
-        group.check_same(
-            flags | {f"the checksum of checkpoint {number}": checksum(path) for number, path in enumerate(paths)}
-        )
+    group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset(recommended["eos_token_ids"] or tokenizer.eos_ids)
     settings = default_settings(args, recommended)

@@ -42,8 +42,8 @@ def decode_step(
     position = sampler.position[:, None]
     tokens = sampler.history.gather(1, position)
     proposed = run_draft(draft, sampler, k, model.config.vocab_size) if draft is not None and k else None
-    if lookup and scored(k, draft, lookup):
-        found, alike = look_up(sampler.history, position, scored(k, draft, lookup))
+    if lookup and (count := scored(k, draft, lookup)):
+        found, alike = look_up(sampler.history, position, count)
         # The draft is asked where the text does not repeat itself.
         proposed = found if proposed is None else torch.where(alike == NGRAM, found, proposed)
     if proposed is not None and draft is not None and model.vocabulary is not None and draft.vocabulary is None:

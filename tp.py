@@ -16,6 +16,7 @@ All ranks have the same logits to the last bit, since each logit is computed by 
 draw the same tokens. Lifeline (lifeline.py) ends all of them when one has failed.
 """
 
+import argparse
 import contextlib
 import itertools
 import os
@@ -99,6 +100,14 @@ class Group:
         for name, value in self.from_rank_0(lambda: about).items():
             if about[name] != value:
                 raise UserError(f"{name} is {about[name]} here and {value} on rank 0; give all ranks the same")
+
+    def check_flags(
+        self, args: argparse.Namespace, elsewhere: tuple[str, ...] = (), checksums: Callable[[], list[str]] = list
+    ) -> None:
+        """check_same of a script's flags, but for those that differ from machine to machine, and of its checkpoints."""
+        if self.size > 1:
+            flags = {f"--{name}": value for name, value in vars(args).items() if name not in elsewhere}
+            self.check_same(flags | {f"the checksum of checkpoint {i}": text for i, text in enumerate(checksums())})
 
     # -----------------------------------------------------------------------------------------------------------------
     # Which slice of which tensor
