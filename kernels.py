@@ -215,9 +215,9 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
 
 
 def kind_of_zeros(zeros: Tensor) -> int:
-    """The zero of all groups, if that is the same whole number from 0 to 255; else ZERO_BYTES or ZERO_FLOATS."""
+    """The zero of all groups, if that is the same whole number from 0 to 16; else ZERO_BYTES or ZERO_FLOATS."""
     low, high = zeros.aminmax()
-    if low < 0 or high > 255 or bool((zeros != zeros.round()).any()):
+    if low < 0 or high > 16 or bool((zeros != zeros.round()).any()):
         return ZERO_FLOATS
     return int(low) if low == high else ZERO_BYTES
 

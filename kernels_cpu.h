@@ -46,7 +46,9 @@ enum { ZERO_BYTES = -1, ZERO_FLOATS = -2 };
 struct Activations {
     int8_t* q;
     float* scale;
-    int32_t* start;  // what a group's sum of products starts from: minus the sum of q, times the zero if all share one
+    // What a group's sum of products starts from: minus the sum of q, times the zero if all share one. An instruction
+    // set may have it otherwise, with as many numbers as one for each 32 k.
+    int32_t* start;
 };
 
 struct LinearKernels {

@@ -8,6 +8,15 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantized activations
 
+#if AVX2
+// dot_int4 adds up pairs in 16 bits: they start from -zero times the sums of those k, mod 8 less than 4 and the others.
+int32_t start_of_pairs(i32s sum, int32_t zero) {
+    sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
+    sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6);
+    return (uint16_t)(-zero * sum[0]) | (uint32_t)(-zero * sum[4]) << 16;
+}
+#endif
+
 void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to) {
     // dpbusd wants unsigned weights: int8 ones have a zero of 128 there.
     const int32_t zero = w.bits == 8 ? (AVX512 ? 128 : 0) : w.zero >= 0 ? w.zero : 1;
@@ -42,9 +51,12 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
             if (w.bits == 4)  // the low nibbles of 4 bytes are k 0 2 4 6, the high ones 1 3 5 7
                 q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
             for (int j = 0; j < 4; j++) memcpy(to.q + (((first + k) / 4 + j) * R + r) * 4, (int8_t*)&q + 4 * j, 4);
+#if AVX2
+            if (w.bits == 4 && k % 32) to.start[(first + k) / 32 * R + r] = start_of_pairs(sum, zero), sum = i32s{};
+#endif
         }
         to.scale[g * R + r] = scale;
-        to.start[g * R + r] = -zero * sum_lanes(sum);
+        if (!AVX2 || w.bits == 8) to.start[g * R + r] = -zero * sum_lanes(sum);
     }
 }
 
@@ -54,7 +66,7 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
 #if AVX512
 constexpr int TILE_ROWS = 8;  // x 2 halves of a panel: 16 of the 32 registers hold sums
 #elif AVX2
-constexpr int TILE_ROWS = 4;  // x half a panel: 8 of the 16 registers hold sums
+constexpr int TILE_ROWS = 5;  // x half a panel: 10 of the 16 registers hold sums
 #else
 constexpr int TILE_ROWS = 1;
 #endif
@@ -77,17 +89,23 @@ INLINE i32s dot_int8(i32s sums, bytes w, int32_t x) {
 #endif
 }
 
-// The same for weights from 0 to 15, which AVX2 adds up in 16 bits: that is enough for 32 k.
+// The same for weights from 0 to 15. AVX2 adds up in 16 bits, in pairs for each 4 k: that is enough for 32 k, if the
+// sums start from the zero's part, and can't be more than 16 * 16 * 127.
 #if AVX2
 typedef int16_t Sums4 __attribute__((vector_size(32)));
+constexpr bool SUMS_OF_32 = true;
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
     sums += (Sums4)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
     asm("" : "+x"(sums));  // otherwise GCC puts off all sums, and runs out of registers
     return sums;
 }
-INLINE i32s add_pairs(Sums4 sums) { return (i32s)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+INLINE i32s total_of(Sums4 sums) { return (i32s)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+INLINE int32_t total_of(int32_t start) { return (int16_t)start + (start >> 16); }
+INLINE Sums4 start_from(int32_t start) { return (Sums4)_mm256_set1_epi32(start); }
+INLINE Sums4 start_from(int32_t start, i32s zeros) { return (Sums4)(zeros | zeros << 16) * start_from(start); }
 #else
 typedef i32s Sums4;
+constexpr bool SUMS_OF_32 = false;
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
 #if AVX512
     return (i32s)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
@@ -97,16 +115,17 @@ INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
     return sums;
 #endif
 }
-#endif
-
-// Zeros times the (negative) sum of a group's activations: both fit 16 bits.
-INLINE i32s zeros_times(i32s zeros, int32_t sum) {
+INLINE i32s total_of(Sums4 sums) { return sums; }
+INLINE int32_t total_of(int32_t start) { return start; }
+INLINE Sums4 start_from(int32_t start) { return i32s{} + start; }
+INLINE Sums4 start_from(int32_t start, i32s zeros) {
 #if AVX512
-    return (i32s)_mm512_madd_epi16((__m512i)zeros, _mm512_set1_epi32(sum));
+    return (i32s)_mm512_madd_epi16((__m512i)zeros, _mm512_set1_epi32(start));  // both fit 16 bits
 #else
-    return zeros * sum;
+    return zeros * start;
 #endif
 }
+#endif
 
 INLINE int32_t load4(const int8_t* from) {
     int32_t v;
@@ -116,94 +135,114 @@ INLINE int32_t load4(const int8_t* from) {
 
 constexpr int64_t AHEAD = AVX512 ? 6144 : 2048;  // bytes
 
-template <int BITS, int R>
-void panel_times_rows(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[R][VECTORS]) {
-    // At one or two rows of int8 the hardware's own prefetching is as fast as memory, and more than that disturbs it.
-    constexpr bool FETCH = BITS == 4 || R > 2;
-    constexpr int NV = AVX2 && BITS == 8 && R <= 2 ? 4 : 2;  // vectors of the panel at once
-    f32s total[R][VECTORS] = {};
+// A panel [32, K] times R rows of activations -> y, without the scales of int8's rows.
+template <int R>
+void panel_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[R][VECTORS]) {
+    // At one or two rows the hardware's own prefetching is as fast as memory, and more than that disturbs it.
+    constexpr bool FETCH = R > 2;
+    constexpr int NV = AVX2 && R <= 2 ? 4 : 2;  // vectors of the panel at once
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = f32s{};
     const int64_t padded_k = round_up(w.k, 16);
     for (int64_t g = 0; g < w.groups; g++) {
-        const float* scale = x.scale + g * R;
-        const int32_t* start = x.start + g * R;
-        if constexpr (BITS == 8) {
-            const int64_t steps = smaller(w.group, padded_k - g * w.group) / 4;
-            UNROLL for (int h = 0; h < VECTORS; h += NV) {
-                i32s sums[R][NV];
-                UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) sums[r][v] = i32s{} + start[r];
-                for (int64_t i = 0; i < steps; i++) {
-                    const uint8_t* from = at + i * 4 * PANEL + h * 4 * LANES;
-                    bytes ws[NV];
-                    UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(from + v * 4 * LANES);
-                    if (FETCH)
-                        UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(from + AHEAD + b);
-                    UNROLL for (int r = 0; r < R; r++) {
-                        const int32_t a = load4(x.q + (i * R + r) * 4);
-                        UNROLL for (int v = 0; v < NV; v++) sums[r][v] = dot_int8(sums[r][v], ws[v], a);
-                    }
+        const int64_t steps = smaller(w.group, padded_k - g * w.group) / 4;
+        UNROLL for (int h = 0; h < VECTORS; h += NV) {
+            i32s sums[R][NV];
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) sums[r][v] = i32s{} + x.start[r];
+            for (int64_t i = 0; i < steps; i++) {
+                const uint8_t* from = at + i * 4 * PANEL + h * 4 * LANES;
+                bytes ws[NV];
+                UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(from + v * 4 * LANES);
+                if (FETCH)
+                    UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(from + AHEAD + b);
+                UNROLL for (int r = 0; r < R; r++) {
+                    const int32_t a = load4(x.q + (i * R + r) * 4);
+                    UNROLL for (int v = 0; v < NV; v++) sums[r][v] = dot_int8(sums[r][v], ws[v], a);
                 }
-                UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-                    total[r][h + v] += to_f32(sums[r][v]) * scale[r];
             }
-            at += steps * 4 * PANEL, x.q += steps * 4 * R;
-        } else {
-            const uint8_t* beyond = at + PANEL * w.group / 2;  // scales, then zeros
-            const uint8_t* zeros_at = beyond + PANEL * size_of(w.scale_type);
-            if (FETCH) prefetch(beyond + AHEAD);
-            UNROLL for (int h = 0; h < VECTORS; h += NV) {
-                f32s w_scale[NV];
-                i32s sums[R][NV];
-                UNROLL for (int v = 0; v < NV; v++) w_scale[v] = load_lanes({beyond, w.scale_type}, LANES * (h + v));
-                UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) {
-                    if (w.zero == ZERO_BYTES)
-                        sums[r][v] = zeros_times(widen(load<u8s>(zeros_at + LANES * (h + v))), start[r]);
-                    else
-                        sums[r][v] = i32s{} + (w.zero == ZERO_FLOATS ? 0 : start[r]);
-                }
-                const auto add = [&](auto& to, int64_t i) INLINE_LAMBDA {
-                    const uint8_t* from = at + i * 4 * PANEL + h * 4 * LANES;
-                    const int8_t* q = x.q + i * 8 * R;
-                    bytes ws[NV];
-                    UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(from + v * 4 * LANES);
-                    if (FETCH)
-                        UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(from + AHEAD + b);
-                    bytes low[NV], high[NV];
-                    UNROLL for (int v = 0; v < NV; v++) low[v] = ws[v] & 15, high[v] = (bytes)((u32s)ws[v] >> 4) & 15;
-                    UNROLL for (int r = 0; r < R; r++) {
-                        const int32_t even = load4(q + 4 * r), odd = load4(q + 4 * (R + r));
-                        UNROLL for (int v = 0; v < NV; v++) to[r][v] = dot_int4(to[r][v], low[v], even);
-                        UNROLL for (int v = 0; v < NV; v++) to[r][v] = dot_int4(to[r][v], high[v], odd);
-                    }
-                };
-#if AVX2
-                for (int64_t i = 0; i < w.group / 8; i += 4) {
-                    Sums4 some[R][NV] = {};
-                    UNROLL for (int j = 0; j < 4; j++) add(some, i + j);
-                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-                        sums[r][v] += add_pairs(some[r][v]);
-                }
-#else
-                for (int64_t i = 0; i < w.group / 8; i++) add(sums, i);
-#endif
-                UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-                    total[r][h + v] += to_f32(sums[r][v]) * (w_scale[v] * scale[r]);
-                if (w.zero == ZERO_FLOATS)
-                    for (int r = 0; r < R; r++)
-                        for (int v = 0; v < NV; v++)
-                            total[r][h + v] += load<f32s>(zeros_at + 4 * LANES * (h + v)) * w_scale[v] *
-                                               (scale[r] * (float)start[r]);
-            }
-            at += w.group_bytes, x.q += w.group * R;
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+                y[r][h + v] += to_f32(sums[r][v]) * x.scale[r];
         }
+        at += steps * 4 * PANEL, x.q += steps * 4 * R, x.scale += R, x.start += R;
     }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = total[r][v];
+}
+
+// Adds to y what the groups [begin, end) of a panel give, for NV of its vectors. COMMON: what quantize.py writes; known at
+// compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
+template <int R, int NV, bool COMMON>
+__attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel, Activations x, int64_t begin,
+                                           int64_t end, int first, f32s (&y)[R][VECTORS]) {
+    const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = SUMS_OF_32 ? 32 : group;
+    const Type scale_type = COMMON ? BF16 : w.scale_type;
+    constexpr int64_t ahead = NV == VECTORS ? AHEAD : 8192;
+    const int8_t* q = x.q + begin * group * R;
+    const int32_t* start = x.start + begin * (group / block) * R;
+    f32s total[R][NV];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) total[r][v] = y[r][first + v];
+    for (int64_t g = begin; g < end; g++) {
+        const uint8_t* at = panel + g * w.group_bytes + first * 4 * LANES;
+        const uint8_t* scales_at = panel + g * w.group_bytes + PANEL * group / 2;
+        const uint8_t* zeros_at = scales_at + PANEL * size_of(scale_type);
+        prefetch(scales_at + ahead);
+        f32s scale[NV];
+        UNROLL for (int v = 0; v < NV; v++) scale[v] = load_lanes({scales_at, scale_type}, LANES * (first + v));
+        i32s sums[R][NV] = {};
+        for (int64_t k = 0; k < group; k += block) {
+            Sums4 some[R][NV];
+            UNROLL for (int v = 0; v < NV; v++) {
+                const i32s zeros = zero == ZERO_BYTES ? widen(load<u8s>(zeros_at + LANES * (first + v))) : i32s{};
+                UNROLL for (int r = 0; r < R; r++)
+                    some[r][v] = zero >= 0 ? start_from(start[r]) : start_from(start[r], zeros);
+            }
+            UNROLL for (int64_t i = 0; i < block; i += 8) {
+                bytes ws[NV];
+                UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(at + v * 4 * LANES) & 15;
+                UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(at + ahead + b);
+                UNROLL for (int r = 0; r < R; r++) {
+                    const int32_t even = load4(q + 4 * r);
+                    UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], even);
+                }
+                UNROLL for (int v = 0; v < NV; v++) ws[v] = (bytes)(load<u32s>(at + v * 4 * LANES) >> 4) & 15;
+                UNROLL for (int r = 0; r < R; r++) {
+                    const int32_t odd = load4(q + 4 * (R + r));
+                    UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], odd);
+                }
+                at += 4 * PANEL, q += 8 * R;
+            }
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) sums[r][v] += total_of(some[r][v]);
+            if (zero == ZERO_FLOATS)
+                for (int r = 0; r < R; r++)
+                    for (int v = 0; v < NV; v++)
+                        total[r][v] += load<f32s>(zeros_at + 4 * LANES * (first + v)) * scale[v] *
+                                       (x.scale[g * R + r] * (float)total_of(start[r]));
+            start += R;
+        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+            total[r][v] += to_f32(sums[r][v]) * (scale[v] * x.scale[g * R + r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) y[r][first + v] = total[r][v];
+}
+
+template <int R>
+void panel_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)[R][VECTORS]) {
+    constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of the panel at once: their sums stay in registers
+    constexpr int64_t SOME = NV == VECTORS ? INT64_MAX : 256;  // k for these, before the others: memory is read in order
+    const bool common = w.zero == 8 && w.group == 32 && w.scale_type == BF16;
+    const auto add = common ? groups_int4<R, NV, true> : groups_int4<R, NV, false>;
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = f32s{};
+    const int64_t step = SOME / w.group;
+    for (int64_t g = 0; g < w.groups; g += step)
+        for (int v = 0; v < VECTORS; v += NV) add(w, panel, x, g, smaller(w.groups - g, step) + g, v, y);
 }
 
 template <int BITS, int R>
 void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vector bias, Type type, void* out) {
     for (int64_t panel = begin; panel < end; panel++) {
         f32s y[R][VECTORS];
-        panel_times_rows<BITS, R>(w, w.packed + panel * w.panel_bytes, x, y);
+        const uint8_t* packed = w.packed + panel * w.panel_bytes;
+        if constexpr (BITS == 8)
+            panel_int8<R>(w, packed, x, y);
+        else
+            panel_int4<R>(w, packed, x, y);
         for (int v = 0; v < VECTORS; v++) {
             const int64_t first = panel * PANEL + LANES * v, count = w.n - first;
             if (count <= 0) break;

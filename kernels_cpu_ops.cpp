@@ -129,14 +129,15 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
     const int64_t padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
     const LinearKernels& kernels = *linear;
     const Vector bias_vector = bias_of(bias, w.n), x_vector = vector_of(x);
-    Memory q = allocate(rows * padded_k), scale = allocate(rows * w.groups * 4), start = allocate(rows * w.groups * 4);
+    const int64_t starts = round_up(padded_k, 32) / 32;  // of a row, at most
+    Memory q = allocate(rows * padded_k), scale = allocate(rows * w.groups * 4), start = allocate(rows * starts * 4);
     // Rows in tiles of nearly equal size.
     const int64_t tiles = (rows + kernels.tile_rows - 1) / kernels.tile_rows;
     const auto tile = [&](int64_t i) { return Range{rows * i / tiles, rows * (i + 1) / tiles}; };
     const auto activations = [&](Range rows_of_tile) {
         const int64_t first = rows_of_tile.begin;
         return Activations{(int8_t*)q.get() + first * padded_k, (float*)scale.get() + first * w.groups,
-                           (int32_t*)start.get() + first * w.groups};
+                           (int32_t*)start.get() + first * starts};
     };
     char* out = (char*)y.mutable_data_ptr();
     const auto quantize = [&](Range units) {  // groups of all rows, one row after the other

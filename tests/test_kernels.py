@@ -4,6 +4,7 @@ The bounds follow from the arithmetic: the output is rounded once to its dtype, 
 activations are quantized, each is off by at most half a step of its group.
 """
 
+import ctypes
 import math
 import os
 import subprocess
@@ -33,7 +34,7 @@ def library():
 
 
 @pytest.fixture(scope="module", params=[*kernels.ISAS, "reference"])
-def op(request, library):
+def op(request, library, tmp_path_factory):
     """The ops, as one instruction set or the reference versions do them."""
     best = kernels.available_isas()[0]
     if request.param == "reference":
@@ -41,9 +42,22 @@ def op(request, library):
     elif request.param in kernels.available_isas():
         kernels.use_isa(request.param)
         yield torch.ops.brisk
+    elif request.param == "avx512":
+        kernels._use(kernels.cpu_library(), emulated_avx512(tmp_path_factory.mktemp("emulated") / "avx512.so"))
+        yield torch.ops.brisk
     else:
         pytest.skip(f"this processor has no {request.param}")
     kernels.use_isa(best)
+
+
+def emulated_avx512(library: Path) -> ctypes.CDLL:
+    """The kernels for AVX512 on a processor without it: emulated/immintrin.h is found before the compiler's own."""
+    sources = [ROOT / source for source in kernels.KERNELS]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DBRISK_ISA=avx512", "-shared"]
+    subprocess.run(
+        [os.environ.get("CXX", "g++"), *flags, "-I", ROOT / "tests" / "emulated", *sources, "-o", library], check=True
+    )
+    return ctypes.CDLL(str(library))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

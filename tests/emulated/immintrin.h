@@ -1,0 +1,134 @@
+// AVX512 as far as the kernels use it, in plain C++: so their tests run on any processor. Results are those of Intel's
+// Intrinsics Guide, but for denormal numbers in dpbf16, which processors take as zero.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+typedef float __m512 __attribute__((vector_size(64)));
+typedef double __m512d __attribute__((vector_size(64)));
+typedef long long __m512i __attribute__((vector_size(64)));
+typedef uint16_t __m512bh __attribute__((vector_size(64)));
+typedef long long __m256i __attribute__((vector_size(32)));
+typedef long long __m128i __attribute__((vector_size(16)));
+typedef uint32_t __mmask32;
+#define _MM_FROUND_TO_NEAREST_INT 0
+
+namespace emulated {
+typedef int32_t i32 __attribute__((vector_size(64)));
+typedef uint32_t u32 __attribute__((vector_size(64)));
+typedef int16_t i16 __attribute__((vector_size(64)));
+typedef int8_t i8 __attribute__((vector_size(64)));
+typedef uint8_t u8 __attribute__((vector_size(64)));
+typedef uint16_t u16_half __attribute__((vector_size(32)));
+typedef int8_t i8_quarter __attribute__((vector_size(16)));
+typedef uint8_t u8_quarter __attribute__((vector_size(16)));
+
+static inline float from_bf16(uint16_t bits) {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+}
+}  // namespace emulated
+
+static inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+static inline __m512 _mm512_castpd_ps(__m512d a) { return (__m512)a; }
+static inline __m512d _mm512_castps_pd(__m512 a) { return (__m512d)a; }
+static inline __m512i _mm512_set1_epi32(int32_t a) { return (__m512i)(emulated::i32{} + a); }
+
+static inline __m512i _mm512_loadu_si512(const void* from) {
+    __m512i v;
+    memcpy(&v, from, 64);
+    return v;
+}
+
+static inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* from) {
+    emulated::i16 v = {};
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) v[i] = ((const int16_t*)from)[i];
+    return (__m512i)v;
+}
+
+static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    return (__m512i)__builtin_convertvector((emulated::u16_half)a, emulated::u32);
+}
+static inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
+    return (__m512i)__builtin_convertvector((emulated::u8_quarter)a, emulated::u32);
+}
+static inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
+    return (__m256i)__builtin_convertvector((emulated::u32)a, emulated::u16_half);
+}
+static inline __m128i _mm512_cvtepi32_epi8(__m512i a) {
+    return (__m128i)__builtin_convertvector((emulated::i32)a, emulated::i8_quarter);
+}
+
+__attribute__((noinline)) static __m512 _mm512_cvtph_ps(__m256i a) {
+    __m512 v;
+    for (int i = 0; i < 16; i++) {
+        _Float16 x;
+        memcpy(&x, (const char*)&a + 2 * i, 2);
+        v[i] = (float)x;
+    }
+    return v;
+}
+
+__attribute__((noinline)) static __m256i _mm512_cvtps_ph(__m512 a, int) {
+    __m256i v;
+    for (int i = 0; i < 16; i++) {
+        const _Float16 x = (_Float16)a[i];
+        memcpy((char*)&v + 2 * i, &x, 2);
+    }
+    return v;
+}
+
+// Within each 128 bits: the halves of a and b by turns.
+static inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
+    __m512 v;
+    for (int i = 0; i < 16; i++) v[i] = (i % 2 ? b : a)[i / 4 * 4 + i % 4 / 2];
+    return v;
+}
+static inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
+    __m512 v;
+    for (int i = 0; i < 16; i++) v[i] = (i % 2 ? b : a)[i / 4 * 4 + 2 + i % 4 / 2];
+    return v;
+}
+static inline __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) {
+    __m512d v;
+    for (int i = 0; i < 8; i++) v[i] = (i % 2 ? b : a)[i / 2 * 2];
+    return v;
+}
+static inline __m512d _mm512_unpackhi_pd(__m512d a, __m512d b) {
+    __m512d v;
+    for (int i = 0; i < 8; i++) v[i] = (i % 2 ? b : a)[i / 2 * 2 + 1];
+    return v;
+}
+
+// Of the 128 bits, two chosen from a, then two from b.
+static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int choice) {
+    __m512 v;
+    for (int i = 0; i < 16; i++) v[i] = (i < 8 ? a : b)[(choice >> (2 * (i / 4)) & 3) * 4 + i % 4];
+    return v;
+}
+
+static inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+    emulated::i32 sums;
+    for (int i = 0; i < 16; i++)
+        sums[i] = ((emulated::i16)a)[2 * i] * ((emulated::i16)b)[2 * i] +
+                  ((emulated::i16)a)[2 * i + 1] * ((emulated::i16)b)[2 * i + 1];
+    return (__m512i)sums;
+}
+
+__attribute__((noinline)) static __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+    emulated::i32 v = (emulated::i32)sums;
+    for (int i = 0; i < 64; i++) v[i / 4] += ((emulated::u8)a)[i] * ((emulated::i8)b)[i];
+    return (__m512i)v;
+}
+
+__attribute__((noinline)) static __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 1; j >= 0; j--)  // the odd ones first, each product added without a rounding between
+            sums[i] = __builtin_fmaf(emulated::from_bf16(a[2 * i + j]), emulated::from_bf16(b[2 * i + j]), sums[i]);
+    return sums;
+}
