@@ -31,11 +31,6 @@ INLINE Pairs query_part(const float* q, const uint16_t*) { return {load<f32s>(q)
 INLINE f32s multiply_add(f32s sum, Pairs k, Pairs q) { return sum + k.even * q.even + k.odd * q.odd; }
 #endif
 INLINE f32s part(const float* x) { return load<f32s>(x); }
-#if AVX2  // GCC would rather load from memory again for every use
-INLINE void keep_in_register(f32s& v) { asm("" : "+x"(v)); }
-#else
-INLINE void keep_in_register(f32s&) {}
-#endif
 INLINE void keep_in_register(Pairs& p) { keep_in_register(p.even), keep_in_register(p.odd); }
 INLINE f32s query_part(const float* q, const float*) { return part(q); }
 INLINE f32s multiply_add(f32s sum, f32s k, f32s q) { return sum + k * q; }

@@ -166,8 +166,8 @@ void panel_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[R][
     }
 }
 
-// Adds to y what the groups [begin, end) of a panel give, for NV of its vectors. COMMON: what quantize.py writes; known at
-// compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
+// Adds to y what the groups [begin, end) of a panel give, for NV of its vectors. COMMON: what quantize.py writes; known
+// at compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
 template <int R, int NV, bool COMMON>
 __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel, Activations x, int64_t begin,
                                            int64_t end, int first, f32s (&y)[R][VECTORS]) {
@@ -225,7 +225,7 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
 template <int R>
 void panel_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)[R][VECTORS]) {
     constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of the panel at once: their sums stay in registers
-    constexpr int64_t SOME = NV == VECTORS ? INT64_MAX : 256;  // k for these, before the others: memory is read in order
+    constexpr int64_t SOME = NV == VECTORS ? INT64_MAX : 256;  // k, then the other vectors: memory is read in order
     const bool common = w.zero == 8 && w.group == 32 && w.scale_type == BF16;
     const auto add = common ? groups_int4<R, NV, true> : groups_int4<R, NV, false>;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = f32s{};
@@ -274,36 +274,34 @@ void linear_quantized(const Weight& w, Activations x, int R, int64_t begin, int6
 // bf16 linear
 
 constexpr int BF16_ROWS = 6, STEP = 2 * LANES;  // rows of x at once, k at once
+// A step is read in PARTS. Without products of bf16, these are the numbers at even k, then those at odd k, as floats.
 #if AVX512
 constexpr bool BF16_PRODUCTS = true;
+constexpr int PARTS = 1;
 typedef uint16_t Activation;
 typedef __m512bh Part;
-INLINE Part weights(const uint16_t* w) { return (__m512bh)_mm512_loadu_si512(w); }
-INLINE Part part(const uint16_t* x) { return weights(x); }
-INLINE Part weights(const uint16_t* w, int64_t count) {
-    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), w);
-}
-INLINE Part part(const uint16_t* x, int64_t count) { return weights(x, count); }
+INLINE Part weights(const uint16_t* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
+INLINE Part activations(const uint16_t* x, int64_t) { return weights(x, 0); }
 INLINE f32s multiply_add(f32s sum, Part w, Part x) { return (f32s)_mm512_dpbf16_ps((__m512)sum, w, x); }
+INLINE int64_t place(int64_t k, int r, int, int64_t stride) { return r * stride + k; }
 #else
 constexpr bool BF16_PRODUCTS = false;
+constexpr int PARTS = 2;
 typedef float Activation;
-typedef Pairs Part;
-INLINE Part weights(const uint16_t* w) { return pairs_of(w); }
-INLINE Part weights(const uint16_t* w, int64_t count) {
-    uint16_t padded[STEP] = {};
-    memcpy(padded, w, count * 2);
-    return pairs_of(padded);
+typedef f32s Part;
+INLINE Part weights(const uint16_t* w, int part) {
+    const u32s two = load<u32s>(w);
+    return (f32s)(part ? two & 0xffff0000u : two << 16);
 }
-INLINE Part part(const float* x) { return {load<f32s>(x), load<f32s>(x + LANES)}; }
-INLINE Part part(const float* x, int64_t) { return part(x); }  // padded with zeros
-INLINE f32s multiply_add(f32s sum, Part w, Part x) { return sum + w.even * x.even + w.odd * x.odd; }
+INLINE Part activations(const float* x, int part) { return load<f32s>(x + part * LANES); }
+INLINE f32s multiply_add(f32s sum, Part w, Part x) { return sum + w * x; }
+INLINE int64_t place(int64_t k, int r, int R, int64_t) { return k * R + r * STEP; }  // what is read together is together
 #endif
 
-void to_floats(const uint16_t* x, int64_t count, int64_t padded, float* to) {
-    for (int64_t i = 0; i < padded; i += STEP) {
-        const Pairs p = split(load_lanes({x, BF16}, i, count - i), load_lanes({x, BF16}, i + LANES, count - i - LANES));
-        store(to + i, p.even), store(to + i + LANES, p.odd);
+void to_floats(const uint16_t* x, int64_t k, int R, int r, float* to) {
+    for (int64_t i = 0; i < k; i += STEP) {
+        const Pairs p = split(load_lanes({x, BF16}, i, k - i), load_lanes({x, BF16}, i + LANES, k - i - LANES));
+        store(to + place(i, r, R, 0), p.even), store(to + place(i, r, R, 0) + LANES, p.odd);
     }
 }
 
@@ -311,23 +309,35 @@ void to_floats(const uint16_t* x, int64_t count, int64_t padded, float* to) {
 template <int NW, int R>
 void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, int64_t stride, float* y) {
     f32s sums[R][NW] = {};
+    // A step: of weights, in rows so far apart, and of activations from i on.
+    const auto add = [&](const uint16_t* w, int64_t apart, const Activation* x, int64_t i, int64_t stride) INLINE_LAMBDA {
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            Part ws[NW];
+            UNROLL for (int j = 0; j < NW; j++) ws[j] = weights(w + j * apart, p);
+            UNROLL for (int r = 0; r < R; r++) {
+                Part xs = activations(x + place(i, r, R, stride), p);
+                if constexpr (NW > 1) keep_in_register(xs);
+                UNROLL for (int j = 0; j < NW; j++) sums[r][j] = multiply_add(sums[r][j], ws[j], xs);
+            }
+        }
+    };
     int64_t i = 0;
     for (; i + STEP <= k; i += STEP) {
         // What is needed later lies further in these rows, or at the beginning of those after them.
         const int64_t ahead = i + AHEAD / 2 < k ? i + AHEAD / 2 : i + AHEAD / 2 + (NW - 1) * k;
-        Part ws[NW];
-        UNROLL for (int j = 0; j < NW; j++) {
-            ws[j] = weights(w + j * k + i);
-            prefetch(w + j * k + ahead);
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            Part xs = part(x + r * stride + i);
-            UNROLL for (int j = 0; j < NW; j++) sums[r][j] = multiply_add(sums[r][j], ws[j], xs);
+        add(w + i, k, x, i, stride);
+        UNROLL for (int j = 0; j < NW; j++) prefetch(w + j * k + ahead);
+    }
+    if (i < k) {  // with zeros from k on
+        uint16_t last_w[NW * STEP] = {}, last_x[R * STEP] = {};
+        for (int j = 0; j < NW; j++) memcpy(last_w + j * STEP, w + j * k + i, 2 * (k - i));
+        if constexpr (BF16_PRODUCTS) {
+            for (int r = 0; r < R; r++) memcpy(last_x + r * STEP, x + r * stride + i, 2 * (k - i));
+            add(last_w, STEP, last_x, 0, STEP);
+        } else {
+            add(last_w, STEP, x, i, stride);
         }
     }
-    if (i < k)
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < NW; j++)
-            sums[r][j] = multiply_add(sums[r][j], weights(w + j * k + i, k - i), part(x + r * stride + i, k - i));
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < NW; j++) y[r * 16 + j] = sum_lanes(sums[r][j]);
 }
 

@@ -227,19 +227,24 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
     const Memory floats = kernels.bf16_products ? nullptr : allocate(rows * stride * size);
     const char* data = floats ? floats.get() : (const char*)x_data;
     const int64_t tiles = (rows + kernels.bf16_tile_rows - 1) / kernels.bf16_tile_rows;
+    const auto tile = [&](int64_t i) { return Range{rows * i / tiles, rows * (i + 1) / tiles}; };
     constexpr int64_t BLOCK = 16;  // rows of w for all rows of x before the next: the second time they are in the cache
     Queue queue((n + BLOCK - 1) / BLOCK);
     parallel([&](int thread, int threads) {
         if (floats) {
             const Range mine = share(rows, thread, threads);
-            for (int64_t r = mine.begin; r < mine.end; r++)
-                kernels.to_floats(x_data + r * k, k, stride, (float*)floats.get() + r * stride);
+            for (int64_t i = 0; i < tiles; i++) {
+                const Range r = tile(i);
+                for (int64_t row = std::max(r.begin, mine.begin); row < std::min(r.end, mine.end); row++)
+                    kernels.to_floats(x_data + row * k, k, r.end - r.begin, row - r.begin,
+                                      (float*)floats.get() + r.begin * stride);
+            }
 #pragma omp barrier
         }
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
             for (int64_t block = mine.begin; block < mine.end; block++)
                 for (int64_t i = 0; i < tiles; i++) {
-                    const Range r{rows * i / tiles, rows * (i + 1) / tiles};
+                    const Range r = tile(i);
                     kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k, data + r.begin * stride * size,
                                         stride, r.end - r.begin, block * BLOCK, smaller(n, block * BLOCK + BLOCK),
                                         bias_vector, (char*)y.mutable_data_ptr() + r.begin * n * 2);

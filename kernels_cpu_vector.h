@@ -47,6 +47,14 @@ INLINE void store(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
+// Otherwise GCC would load from memory again for every use, which takes AVX2 longer than what is done with it.
+template <class V>
+INLINE void keep_in_register(V& v) {
+#if AVX2
+    asm("" : "+x"(v));
+#endif
+}
+
 INLINE f32s all(float x) { return f32s{} + x; }
 INLINE f32s to_f32(i32s v) { return __builtin_convertvector(v, f32s); }
 
