@@ -173,7 +173,7 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
                                            int64_t end, int first, f32s (&y)[R][VECTORS]) {
     const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = SUMS_OF_32 ? 32 : group;
     const Type scale_type = COMMON ? BF16 : w.scale_type;
-    constexpr int64_t ahead = NV == VECTORS ? AHEAD : 8192;
+    constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;
     const int8_t* q = x.q + begin * group * R;
     const int32_t* start = x.start + begin * (group / block) * R;
     f32s total[R][NV];
@@ -295,7 +295,7 @@ INLINE Part weights(const uint16_t* w, int part) {
 }
 INLINE Part activations(const float* x, int part) { return load<f32s>(x + part * LANES); }
 INLINE f32s multiply_add(f32s sum, Part w, Part x) { return sum + w * x; }
-INLINE int64_t place(int64_t k, int r, int R, int64_t) { return k * R + r * STEP; }  // what is read together is together
+INLINE int64_t place(int64_t k, int r, int R, int64_t) { return k * R + r * STEP; }  // in the order of reading
 #endif
 
 void to_floats(const uint16_t* x, int64_t k, int R, int r, float* to) {
@@ -310,7 +310,8 @@ template <int NW, int R>
 void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, int64_t stride, float* y) {
     f32s sums[R][NW] = {};
     // A step: of weights, in rows so far apart, and of activations from i on.
-    const auto add = [&](const uint16_t* w, int64_t apart, const Activation* x, int64_t i, int64_t stride) INLINE_LAMBDA {
+    const auto add = [&](const uint16_t* w, int64_t apart, const Activation* x, int64_t i, int64_t stride)
+                         INLINE_LAMBDA {
         UNROLL for (int p = 0; p < PARTS; p++) {
             Part ws[NW];
             UNROLL for (int j = 0; j < NW; j++) ws[j] = weights(w + j * apart, p);
