@@ -88,25 +88,28 @@ def measure_speculation(
         }
         for task, prompts in tasks.items():
             rates: dict[str, list[float]] = {way: [] for way in ways}
-            figures: dict[str, dict] = {}
-            texts: dict[str, list[list[int]]] = {}
+            accepted, steps = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+            texts: dict[str, list[list[int]]] = {way: [] for way in ways}
+            draw = random.Random(0)
             for number in range(rounds):
-                for way, engine in random.Random(number).sample(sorted(ways.items()), len(ways)):
-                    seconds, tokens, accepted, steps = 0.0, [], 0, 0
-                    for prompt in prompts:
+                seconds = dict.fromkeys(ways, 0.0)
+                for prompt in prompts:  # each by all ways in turn: the machine changes within seconds
+                    for way, engine in draw.sample(sorted(ways.items()), len(ways)):
                         request = Request(prompt, GREEDY, new_tokens)
-                        tokens.append([token.id for token in generate(engine, tokenizer, [request])])
-                        seconds += engine.stats.decode_seconds
-                        accepted, steps = accepted + engine.stats.accepted, steps + engine.stats.steps
-                    rates[way].append(len(prompts) * (new_tokens - 1) / seconds)
-                    figures[way], texts[way] = {"tokens_a_step": 1 + accepted / steps}, tokens
-                    log(f"{mode}, {task}, round {number + 1} of {rounds}: {way} {rates[way][-1]:.1f} tok/s")
+                        texts[way].append([token.id for token in generate(engine, tokenizer, [request])])
+                        seconds[way] += engine.stats.decode_seconds
+                        accepted[way] += engine.stats.accepted
+                        steps[way] += engine.stats.steps
+                for way in ways:
+                    rates[way].append(len(prompts) * (new_tokens - 1) / seconds[way])
+                told = ", ".join(f"{way} {rates[way][-1]:.1f}" for way in ways)
+                log(f"{mode}, {task}, round {number + 1} of {rounds}, tok/s: {told}")
             for way in ways:
                 ratios = [one / plain for one, plain in zip(rates[way], rates["plain"], strict=True)]
                 found.append({
                     "mode": mode, "task": task, "way": way, "tok_s": rates[way],
                     "decode_tok_s": statistics.median(rates[way]), "times_plain": statistics.median(ratios),
-                    "same_text": texts[way] == texts["plain"], **figures[way],
+                    "same_text": texts[way] == texts["plain"], "tokens_a_step": 1 + accepted[way] / steps[way],
                 })  # fmt: skip
     return found
 
