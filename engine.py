@@ -478,8 +478,11 @@ def logprobs_of(top: list[list], row: int, i: int) -> tuple[float | None, tuple[
 def check_compiler() -> None:
     """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler."""
     import torch._inductor.compile_fx  # noqa: F401
-    from torch._inductor import cpp_builder, exc
+    from torch._inductor import codecache, cpp_builder, exc
 
+    for key in (codecache.torch_key, codecache.triton_key):  # of its cache: hashes of all of PyTorch, of all of Triton
+        if hasattr(key, "prefetch"):
+            key.prefetch()
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:
