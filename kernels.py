@@ -215,7 +215,8 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
 
 
 def kind_of_zeros(zeros: Tensor) -> int:
-    """The zero of all groups, if that is the same whole number from 0 to 16; else ZERO_BYTES or ZERO_FLOATS."""
+    """The zero of all groups, if that is the same whole number from 0 to 16; ZERO_BYTES if there are several such;
+    ZERO_FLOATS for others. Of zeros above 16, sums would not fit the 16 bits that AVX2 has for them."""
     low, high = zeros.aminmax()
     if low < 0 or high > 16 or bool((zeros != zeros.round()).any()):
         return ZERO_FLOATS

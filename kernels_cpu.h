@@ -46,8 +46,8 @@ enum { ZERO_BYTES = -1, ZERO_FLOATS = -2 };
 struct Activations {
     int8_t* q;
     float* scale;
-    // What a group's sum of products starts from: minus the sum of q, times the zero if all share one. An instruction
-    // set may have it otherwise, with as many numbers as one for each 32 k.
+    // What a group's sum of products starts from: minus the sum of q, times the zero if all share one. int4 on AVX2 has
+    // [k / 32][R] of them instead, each two numbers of 16 bits (start_of_pairs).
     int32_t* start;
 };
 
@@ -61,11 +61,12 @@ struct LinearKernels {
     // R rows times the panels [begin, end) -> y, rows [N] of type `type`, R of them `w.n` apart.
     void (*linear_quantized)(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
                              void* y);
-    // Row r of a tile of R rows, bf16 [K] -> its floats as linear_bf16 wants them: R times K, up to a multiple of 32.
+    // Row r of a tile of R rows, bf16 [K] -> its floats as linear_bf16 wants them. A tile has room for R times K, K
+    // rounded up to 32.
     void (*to_floats)(const uint16_t* x, int64_t k, int R, int r, float* to);
-    // R rows of bf16 [R, stride], or a tile from to_floats, times the rows [begin, end) of w [N, K] -> bf16 [R, N].
-    void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int64_t stride, int R, int64_t begin,
-                        int64_t end, Vector bias, void* y);
+    // R rows of bf16 [R, K], or a tile from to_floats, times the rows [begin, end) of w [N, K] -> bf16 [R, N].
+    void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end,
+                        Vector bias, void* y);
 };
 
 struct AttentionKernels {

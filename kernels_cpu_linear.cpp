@@ -89,11 +89,10 @@ INLINE i32s dot_int8(i32s sums, bytes w, int32_t x) {
 #endif
 }
 
-// The same for weights from 0 to 15. AVX2 adds up in 16 bits, in pairs for each 4 k: that is enough for 32 k, if the
-// sums start from the zero's part, and can't be more than 16 * 16 * 127.
+// The same for weights from 0 to 15. On AVX2 a lane of 16 bits adds up 16 of 32 k, starting from -zero times their sum:
+// so each counts as -zero * q and then as (w - zero) * q: with zeros from 0 to 16 never more than 16 * 16 * 127 in all.
 #if AVX2
 typedef int16_t Sums4 __attribute__((vector_size(32)));
-constexpr bool SUMS_OF_32 = true;
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
     sums += (Sums4)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
     asm("" : "+x"(sums));  // otherwise GCC puts off all sums, and runs out of registers
@@ -105,7 +104,6 @@ INLINE Sums4 start_from(int32_t start) { return (Sums4)_mm256_set1_epi32(start);
 INLINE Sums4 start_from(int32_t start, i32s zeros) { return (Sums4)(zeros | zeros << 16) * start_from(start); }
 #else
 typedef i32s Sums4;
-constexpr bool SUMS_OF_32 = false;
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
 #if AVX512
     return (i32s)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
@@ -166,12 +164,12 @@ void panel_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[R][
     }
 }
 
-// Adds to y what the groups [begin, end) of a panel give, for NV of its vectors. COMMON: what quantize.py writes; known
-// at compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
+// Adds to y what the groups [begin, end) of a panel give, for NV of its vectors. COMMON: what quantize.py writes by
+// default; known at compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
 template <int R, int NV, bool COMMON>
 __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel, Activations x, int64_t begin,
                                            int64_t end, int first, f32s (&y)[R][VECTORS]) {
-    const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = SUMS_OF_32 ? 32 : group;
+    const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = AVX2 ? 32 : group;
     const Type scale_type = COMMON ? BF16 : w.scale_type;
     constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;
     const int8_t* q = x.q + begin * group * R;
@@ -193,7 +191,7 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
                 UNROLL for (int r = 0; r < R; r++)
                     some[r][v] = zero >= 0 ? start_from(start[r]) : start_from(start[r], zeros);
             }
-            UNROLL for (int64_t i = 0; i < block; i += 8) {
+            _Pragma("GCC unroll 4") for (int64_t i = 0; i < block; i += 8) {
                 bytes ws[NV];
                 UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(at + v * 4 * LANES) & 15;
                 UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(at + ahead + b);
@@ -225,13 +223,13 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
 template <int R>
 void panel_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)[R][VECTORS]) {
     constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of the panel at once: their sums stay in registers
-    constexpr int64_t SOME = NV == VECTORS ? INT64_MAX : 256;  // k, then the other vectors: memory is read in order
+    constexpr int64_t SOME = NV == VECTORS ? 1 << 30 : 256;  // k, then the other vectors: memory is read in order
     const bool common = w.zero == 8 && w.group == 32 && w.scale_type == BF16;
     const auto add = common ? groups_int4<R, NV, true> : groups_int4<R, NV, false>;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = f32s{};
     const int64_t step = SOME / w.group;
     for (int64_t g = 0; g < w.groups; g += step)
-        for (int v = 0; v < VECTORS; v += NV) add(w, panel, x, g, smaller(w.groups - g, step) + g, v, y);
+        for (int v = 0; v < VECTORS; v += NV) add(w, panel, x, g, smaller(w.groups, g + step), v, y);
 }
 
 template <int BITS, int R>
@@ -281,17 +279,17 @@ constexpr int PARTS = 1;
 typedef uint16_t Activation;
 typedef __m512bh Part;
 INLINE Part weights(const uint16_t* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
-INLINE Part activations(const uint16_t* x, int64_t) { return weights(x, 0); }
+INLINE Part activations(const uint16_t* x, int) { return weights(x, 0); }
 INLINE f32s multiply_add(f32s sum, Part w, Part x) { return (f32s)_mm512_dpbf16_ps((__m512)sum, w, x); }
-INLINE int64_t place(int64_t k, int r, int, int64_t stride) { return r * stride + k; }
+INLINE int64_t place(int64_t k, int r, int, int64_t row) { return r * row + k; }
 #else
 constexpr bool BF16_PRODUCTS = false;
 constexpr int PARTS = 2;
 typedef float Activation;
 typedef f32s Part;
 INLINE Part weights(const uint16_t* w, int part) {
-    const u32s two = load<u32s>(w);
-    return (f32s)(part ? two & 0xffff0000u : two << 16);
+    const Pairs both = pairs_of(w);
+    return part ? both.odd : both.even;
 }
 INLINE Part activations(const float* x, int part) { return load<f32s>(x + part * LANES); }
 INLINE f32s multiply_add(f32s sum, Part w, Part x) { return sum + w * x; }
@@ -307,16 +305,15 @@ void to_floats(const uint16_t* x, int64_t k, int R, int r, float* to) {
 
 // NW rows of w times R rows of x: w is read once from memory and each value used R times. y is [R, 16].
 template <int NW, int R>
-void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, int64_t stride, float* y) {
+void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, float* y) {
     f32s sums[R][NW] = {};
-    // A step: of weights, in rows so far apart, and of activations from i on.
-    const auto add = [&](const uint16_t* w, int64_t apart, const Activation* x, int64_t i, int64_t stride)
-                         INLINE_LAMBDA {
+    // A step: of weights, and of activations from i on, in rows that are so long.
+    const auto add = [&](const uint16_t* w, int64_t row, const Activation* x, int64_t i) INLINE_LAMBDA {
         UNROLL for (int p = 0; p < PARTS; p++) {
             Part ws[NW];
-            UNROLL for (int j = 0; j < NW; j++) ws[j] = weights(w + j * apart, p);
+            UNROLL for (int j = 0; j < NW; j++) ws[j] = weights(w + j * row, p);
             UNROLL for (int r = 0; r < R; r++) {
-                Part xs = activations(x + place(i, r, R, stride), p);
+                Part xs = activations(x + place(i, r, R, row), p);
                 if constexpr (NW > 1) keep_in_register(xs);
                 UNROLL for (int j = 0; j < NW; j++) sums[r][j] = multiply_add(sums[r][j], ws[j], xs);
             }
@@ -326,32 +323,32 @@ void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, int64_t stride
     for (; i + STEP <= k; i += STEP) {
         // What is needed later lies further in these rows, or at the beginning of those after them.
         const int64_t ahead = i + AHEAD / 2 < k ? i + AHEAD / 2 : i + AHEAD / 2 + (NW - 1) * k;
-        add(w + i, k, x, i, stride);
+        add(w + i, k, x, i);
         UNROLL for (int j = 0; j < NW; j++) prefetch(w + j * k + ahead);
     }
     if (i < k) {  // with zeros from k on
         uint16_t last_w[NW * STEP] = {}, last_x[R * STEP] = {};
         for (int j = 0; j < NW; j++) memcpy(last_w + j * STEP, w + j * k + i, 2 * (k - i));
         if constexpr (BF16_PRODUCTS) {
-            for (int r = 0; r < R; r++) memcpy(last_x + r * STEP, x + r * stride + i, 2 * (k - i));
-            add(last_w, STEP, last_x, 0, STEP);
+            for (int r = 0; r < R; r++) memcpy(last_x + r * STEP, x + r * k + i, 2 * (k - i));
+            add(last_w, STEP, last_x, 0);
         } else {
-            add(last_w, STEP, x, i, stride);
+            add(last_w, STEP, x, i);
         }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < NW; j++) y[r * 16 + j] = sum_lanes(sums[r][j]);
 }
 
 template <int R>
-void bf16_rows(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int64_t stride, int64_t begin, int64_t end,
-               Vector bias, void* out) {
+void bf16_rows(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int64_t begin, int64_t end, Vector bias,
+               void* out) {
     constexpr int NW = AVX512 ? (R <= 2 ? 8 : 4) : (R == 1 ? 4 : 2);  // as many as there are registers for
     for (int64_t first = begin; first < end; first += 16) {
         const int64_t count = smaller(16, end - first);
         float y[R * 16] = {};
         int64_t j = 0;
-        for (; j + NW <= count; j += NW) bf16_tile<NW, R>(w + (first + j) * k, k, x, stride, y + j);
-        for (; j < count; j++) bf16_tile<1, R>(w + (first + j) * k, k, x, stride, y + j);
+        for (; j + NW <= count; j += NW) bf16_tile<NW, R>(w + (first + j) * k, k, x, y + j);
+        for (; j < count; j++) bf16_tile<1, R>(w + (first + j) * k, k, x, y + j);
         for (int64_t i = 0; i < count; i += LANES) {
             const f32s add = bias.data ? load_lanes(bias, first + i, count - i) : f32s{};
             for (int r = 0; r < R; r++)
@@ -361,17 +358,17 @@ void bf16_rows(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int
 }
 
 template <int R>
-void bf16_any(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int64_t stride, int rows, int64_t begin,
-              int64_t end, Vector bias, void* y) {
+void bf16_any(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int rows, int64_t begin, int64_t end,
+              Vector bias, void* y) {
     if (rows == R)
-        bf16_rows<R>(w, n, k, x, stride, begin, end, bias, y);
+        bf16_rows<R>(w, n, k, x, begin, end, bias, y);
     else if constexpr (R < BF16_ROWS)
-        bf16_any<R + 1>(w, n, k, x, stride, rows, begin, end, bias, y);
+        bf16_any<R + 1>(w, n, k, x, rows, begin, end, bias, y);
 }
 
-void linear_bf16(const uint16_t* w, int64_t n, int64_t k, const void* x, int64_t stride, int R, int64_t begin,
-                 int64_t end, Vector bias, void* y) {
-    bf16_any<1>(w, n, k, (const Activation*)x, stride, R, begin, end, bias, y);
+void linear_bf16(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end, Vector bias,
+                 void* y) {
+    bf16_any<1>(w, n, k, (const Activation*)x, R, begin, end, bias, y);
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ Memory allocate(int64_t bytes) { return Memory((char*)std::aligned_alloc(64, rou
 template <class Work>
 void parallel(const Work& work) {
     const int threads = omp_in_parallel() ? 1 : torch::stable::get_num_threads();
-    if (threads == 1) return work(0, 1);
+    if (threads == 1 && !omp_in_parallel()) return work(0, 1);  // in a team, its barriers would be those of the team
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num(), omp_get_num_threads());
 }
@@ -189,6 +189,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, 
 Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t n, int64_t group, ScalarType scale_type,
                    int64_t zero, const OptionalTensor& bias) {
     STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "groupsize: expected 32, 64 or 128, got ", group);
+    STD_TORCH_CHECK(zero >= ZERO_FLOATS && zero <= 16, "zero: expected -2 to 16, got ", zero);
     Weight w{};
     w.packed = (const uint8_t*)packed.const_data_ptr(), w.bits = 4, w.n = n, w.k = x.size(-1), w.group = group;
     w.groups = (w.k + group - 1) / group, w.scale_type = type_of(scale_type), w.zero = zero;
@@ -246,7 +247,7 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
                 for (int64_t i = 0; i < tiles; i++) {
                     const Range r = tile(i);
                     kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k, data + r.begin * stride * size,
-                                        stride, r.end - r.begin, block * BLOCK, smaller(n, block * BLOCK + BLOCK),
+                                        r.end - r.begin, block * BLOCK, smaller(n, block * BLOCK + BLOCK),
                                         bias_vector, (char*)y.mutable_data_ptr() + r.begin * n * 2);
                 }
     });

@@ -176,7 +176,7 @@ def int4_weight(generator, N: int, K: int, groupsize: int, scale_dtype: str = "f
     scales = (torch.rand(N, groups, generator=generator) / 8).to(DTYPES[scale_dtype])
     zeros = torch.full((N, groups), 8.0)
     if zero_kind == "whole":
-        zeros = torch.randint(0, 16, (N, groups), generator=generator).float()
+        zeros = torch.randint(0, 17, (N, groups), generator=generator).float()
     elif zero_kind == "float":
         zeros = torch.randn(N, groups, generator=generator) * 10
     return q, scales, zeros
@@ -184,6 +184,22 @@ def int4_weight(generator, N: int, K: int, groupsize: int, scale_dtype: str = "f
 
 def weight_size(scales: torch.Tensor, zeros: torch.Tensor, K: int, groupsize: int) -> torch.Tensor:
     return ((15 + zeros.double().abs()) * scales.double().abs()).repeat_interleave(groupsize, 1)[:, :K]
+
+
+@pytest.mark.parametrize("groupsize", kernels.GROUPSIZES)
+@pytest.mark.parametrize("zeros", [(0, 0), (8, 8), (16, 16), (0, 16), (17, 17)])
+def test_int4_at_its_extremes(op, groupsize, zeros):
+    """Weights 0 or 15, all activations of a block the largest: sums need all of 16 bits. In tiles of every size."""
+    K, row, generator = 323, torch.arange(64)[:, None], torch.Generator().manual_seed(0)
+    q = (row // 2 % 2 * 255).to(torch.uint8).repeat(1, 162)
+    scales = torch.ones(64, -(-K // groupsize), dtype=torch.bfloat16)
+    all_zeros = torch.tensor(zeros).float()[row % 2].expand(scales.shape)
+    packed, zero = kernels.pack_int4(q, scales, all_zeros, K, groupsize)
+    weight = (row // 2 % 2 * 15 - all_zeros[:, :1]).double().expand(64, K)
+    for rows in range(1, 18):
+        x = torch.randn(rows, 11, generator=generator).sign().repeat_interleave(32, 1)[:, :K]
+        y = op.linear_int4(x, packed, 64, groupsize, scales.dtype, zero, None)
+        torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=1e-5, atol=0.01)
 
 
 def test_int4_low_nibble_is_the_even_k():
@@ -218,10 +234,15 @@ def test_what_is_not_finite_stays_so(op, value):
     x = torch.randn(3, 200).bfloat16()
     x[1, 77] = value
     w = torch.randint(-127, 128, (40, 200), dtype=torch.int8)
-    for y in (
+    outputs = [
         op.linear_bf16(x, torch.randn(40, 200).bfloat16(), None),
         op.linear_int8(x, kernels.pack_int8(w), torch.ones(40), None),
-    ):
+    ]
+    for kind in ("same", "whole", "float"):
+        q, scales, zeros = int4_weight(torch.Generator().manual_seed(0), 40, 200, 32, "bf16", kind)
+        packed, zero = kernels.pack_int4(q, scales, zeros, 200, 32)
+        outputs.append(op.linear_int4(x, packed, 40, 32, torch.bfloat16, zero, None))
+    for y in outputs:
         assert not y[1].isfinite().any()
         assert y[[0, 2]].isfinite().all()
 

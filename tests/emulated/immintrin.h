@@ -12,7 +12,6 @@ typedef long long __m512i __attribute__((vector_size(64)));
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
 typedef long long __m128i __attribute__((vector_size(16)));
-typedef uint32_t __mmask32;
 #define _MM_FROUND_TO_NEAREST_INT 0
 
 namespace emulated {
@@ -42,13 +41,6 @@ static inline __m512i _mm512_loadu_si512(const void* from) {
     __m512i v;
     memcpy(&v, from, 64);
     return v;
-}
-
-static inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* from) {
-    emulated::i16 v = {};
-    for (int i = 0; i < 32; i++)
-        if (mask >> i & 1) v[i] = ((const int16_t*)from)[i];
-    return (__m512i)v;
 }
 
 static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
