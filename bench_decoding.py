@@ -14,7 +14,7 @@ from typing import Any
 from bench_models import rebuild
 from checkpoint import DEMO
 from engine import Engine, Request, generate
-from errors import log
+from errors import UserError, log
 from model import Transformer
 from sampling import SamplingParams
 from tokenizer import Tokenizer
@@ -78,6 +78,9 @@ def measure_speculation(
 ) -> list[dict[str, Any]]:
     """Greedy tokens a second of a row by each way, and how many times plain decoding that is."""
     tasks = {"held-out text": held_out_prompts(tokenizer), "editing": editing_prompts(tokenizer)}
+    longest = max(len(prompt) for prompts in tasks.values() for prompt in prompts)
+    if longest + new_tokens > LENGTH:
+        raise UserError(f"--new_tokens {new_tokens} after prompts of up to {longest} exceed {LENGTH}; give fewer")
     found = []
     for mode, model in models.items():
         ways = {

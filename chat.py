@@ -14,7 +14,7 @@ from engine import Engine, generate
 from errors import UserError, log
 from prompts import SETTINGS, Target, check_settings, make_request
 
-HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON, null for the default: /set stop ["\\n", "User:"]
+HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON, null for the first one: /set stop ["\\n", "User:"]
 /show             all settings
 /clear            start anew
 /exit             end, as Ctrl-D does"""
@@ -31,6 +31,7 @@ def converse(engine: Engine, target: Target, settings: dict[str, Any]) -> None:
     chatting = target.tokenizer.has_chat_template
     log("a chat" if chatting else "this model has no chat template: it continues what you write")
     log("/clear starts anew, /set and /show are for settings, /help explains, /exit or Ctrl-D ends")
+    defaults = settings
     messages: list[dict[str, str]] = []
     history: list[int] = []  # all of the conversation
     cached: list[int] = []  # what the cache holds, and a token more
@@ -45,7 +46,7 @@ def converse(engine: Engine, target: Target, settings: dict[str, Any]) -> None:
                 for name, value in effective(settings, target).items():
                     log(f"{name} {json.dumps(value, ensure_ascii=False)}")
             elif command == "/set":
-                settings = changed(engine, target, settings, rest)
+                settings = changed(engine, target, settings, defaults, rest)
             elif line.strip():
                 messages, history = answer(engine, target, settings, line, messages, history, cached)
         except UserError as error:  # no reason to lose the conversation
@@ -81,6 +82,9 @@ def answer(
         reply.append(token)
     write("\n")
     log(str(engine.stats))
+    if reply[-1].finish_reason == "length":
+        more = "/set max_new_tokens allows more" if new < room else "/clear makes room"
+        log(f"cut off after {request.max_new_tokens} tokens; {more}")
     said = {"role": "assistant", "content": "".join(token.text for token in reply)}
     ended = reply[-1].id in request.eos_ids
     cached[:] = ids + [token.id for token in (reply[:-1] if ended else reply)]
@@ -95,7 +99,9 @@ def effective(settings: dict[str, Any], target: Target) -> dict[str, Any]:
     return {name: values[name] for name in SETTINGS}
 
 
-def changed(engine: Engine, target: Target, settings: dict[str, Any], line: str) -> dict[str, Any]:
+def changed(
+    engine: Engine, target: Target, settings: dict[str, Any], defaults: dict[str, Any], line: str
+) -> dict[str, Any]:
     """The settings after `/set LINE`. UserError where a value is not possible."""
     name, _, text = line.strip().partition(" ")
     try:
@@ -106,7 +112,7 @@ def changed(engine: Engine, target: Target, settings: dict[str, Any], line: str)
         value = next((form for form in (value, text, [text]) if form is None or SETTINGS[name][1](form)), value)
     if value is not None or name not in SETTINGS:
         check_settings({name: value})
-    settings = settings | {name: value}
+    settings = settings | {name: defaults[name] if value is None else value}
     words = make_request(target, [0], settings).params.bad_words
     room, longest = engine.sampler.words.shape[1:]
     if len(words) > room or max(map(len, words), default=0) > longest:

@@ -2,6 +2,7 @@
 
     engine = Engine(load_model(path), compile=True)
     engine.setup(batch_size=1, max_seq_length=1024)
+    engine.warm_up()  # compiles; with speculation also times its steps
     request = Request(tokenizer.encode("Hello"), SamplingParams(temperature=0.8), max_new_tokens=100)
     for token in generate(engine, tokenizer, [request]):
         print(token.text, end="", flush=True)
@@ -415,7 +416,10 @@ def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) 
             for i in range(new[at]):
                 chances = logprobs_of(top, at, i)
                 total.new_tokens += 1
-                yield row.put(drawn[i][at], *chances)
+                token = row.put(drawn[i][at], *chances)
+                if row.done:
+                    row.stats.peak_memory = total.peak_memory = peak_memory(engine.device)
+                yield token
                 if row.done:
                     rows[at] = None
                     engine.sampler.park(at, row.request.start + len(row.request.prompt))
@@ -480,7 +484,8 @@ def check_compiler() -> None:
     import torch._inductor.compile_fx  # noqa: F401
     from torch._inductor import codecache, cpp_builder, exc
 
-    for key in (codecache.torch_key, codecache.triton_key):  # of its cache: hashes of all of PyTorch, of all of Triton
+    for name in ("torch_key", "triton_key"):  # of its cache: hashes of all of PyTorch, of all of Triton, made meanwhile
+        key = getattr(codecache, name, None)
         if hasattr(key, "prefetch"):
             key.prefetch()
     try:

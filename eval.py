@@ -11,6 +11,9 @@ The text is read in windows of T tokens that begin S apart, and a window scores 
 the first exactly once, with at least T - S tokens before it where there are as many.
 """
 
+import errors  # first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import argparse
 import json
 import math
@@ -25,7 +28,7 @@ from tqdm import tqdm
 from capacity import check_memory
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, read_text, weights_path
 from engine import Engine, Request, cache_bytes, generate
-from errors import ArgumentParser, UserError, run
+from errors import ArgumentParser, UserError
 from generate import pick_device
 from model import Transformer
 from sampling import SamplingParams
@@ -276,6 +279,8 @@ def parse_args() -> argparse.Namespace:
     for name in others:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with {'--perplexity' if args.tasks else '--tasks'}; leave it out")
+    if args.perplexity and args.batch_size > 1:
+        raise UserError("--batch_size goes with --tasks; leave it out")
     return args
 
 
@@ -308,7 +313,7 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
         text = group.from_rank_0(lambda: read_text(args.perplexity))
 
     model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None, group)
-    needed = cache_bytes(model, args.batch_size, length)
+    needed = group.sharing * cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     model.setup_caches(args.batch_size, length)
     if args.tasks:
@@ -340,4 +345,4 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

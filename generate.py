@@ -65,7 +65,7 @@ NEEDS = {  # what has a meaning only beside one of these
 }
 ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "prompt_file", "profile")  # may be on another machine
 RANGES = {name: (1, 2**31 - 1) for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_length")}
-RANGES |= {"num_beams": (1, 1024), "logprobs": (0, 20), "speculate_k": (0, 64)}
+RANGES |= {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, 15)}  # attention takes 16 queries
 
 
 def token_bias(text: str) -> tuple[str, float]:

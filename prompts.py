@@ -111,7 +111,8 @@ def sampling_params(settings: dict[str, Any], tokenizer: Tokenizer) -> SamplingP
     """Greedy, unless a temperature is given or a filter, which would have nothing to do."""
     names = {field.name for field in fields(SamplingParams)}
     given = {name: value for name, value in settings.items() if value is not None and name in names}
-    given.setdefault("temperature", 1.0 if {"top_k", "top_p", "min_p"} & given.keys() else 0.0)
+    filtered = given.get("top_k", 0) > 0 or given.get("top_p", 1) < 1 or given.get("min_p", 0) > 0
+    given.setdefault("temperature", 1.0 if filtered else 0.0)
     given["logit_bias"] = tuple((int(token), float(bias)) for token, bias in given.get("logit_bias", {}).items())
     given["bad_words"] = tuple(
         dict.fromkeys(ids for word in given.get("bad_words", []) for ids in spell(word, tokenizer))

@@ -16,6 +16,9 @@ output projection is tied to the embedding, the file holds both, the projection 
 by layer (checkpoint.quantized_layers reads it). Works tensor by tensor, GPTQ block by block.
 """
 
+import errors  # first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import json
 import math
 import shlex
@@ -31,7 +34,7 @@ import checkpoint
 from capacity import check_disk, check_memory, gb
 from checkpoint import StoredTensor
 from config import ModelConfig
-from errors import ArgumentParser, UserError, run
+from errors import ArgumentParser, UserError
 from model import Block, KVCache, RMSNorm, expected_shapes, rope_angles, rope_frequencies
 from rounding import SCALE_DTYPE, gptq_layer, input_hessian, pack_int4, quantize_int4, quantize_int8
 from tokenizer import load_tokenizer
@@ -278,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

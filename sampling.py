@@ -23,7 +23,8 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one row is sampled. Everything applies in the order of transformers, which is the order here."""
+    """How one row is sampled. All applies in the order of transformers: logit_bias, penalties, min_new_tokens,
+    bad_words, temperature, top_k, top_p, min_p."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
