@@ -154,7 +154,7 @@ def test_at_a_terminal(terminal, chat_folder, script):
     reply = converse(script, chat_folder, "hello", args=("--max_new_tokens", 5)).out
     assert "/clear" in terminal.read_until(b"> ")
     terminal.type(b"hello\n")
-    echo, speed = "hello\n" + reply, r"prefill [^\n]+\n> "
+    echo, speed = "hello\n" + reply, r"prefill [^\n]+\ncut off after 5 tokens; /set max_new_tokens [^\n]+\n> "
     assert re.fullmatch(re.escape(echo) + speed, terminal.read_until(b"\n> "))
     terminal.type(b"\x04")  # Ctrl-D
     assert "Traceback" not in terminal.read_until(b"nothing") and terminal.exit_code() == 0

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from errors import UserError
-from sampling import Sampler, SamplingParams, logprobs
+from sampling import Sampler, SamplingParams, largest, logprobs
 
 examples = settings(deadline=None, derandomize=True, max_examples=40)
 NO_TEXT = torch.zeros(1, 1, dtype=torch.long)
@@ -505,6 +505,16 @@ def test_logprobs_are_the_models_own(dtype):
     torch.testing.assert_close(top.double(), expected.topk(5).values, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(top.double(), expected.gather(-1, ids), atol=1e-5, rtol=1e-6)
     assert chosen.dtype == top.dtype == torch.float32 and logprobs(logits, tokens, 0)[1].shape == (2, 3, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(V=st.integers(20, 1500), k=st.integers(0, 20), seed=st.integers(0, 9999), block=st.sampled_from([1, 7, 256]))
+def test_the_largest_are_those_of_topk(V, k, seed, block):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-50, 50, (2, 3, V), generator=generator).float()  # many are equal
+    values, ids = largest(x, k, block)
+    assert torch.equal(values, x.topk(k).values) and torch.equal(x.gather(-1, ids), values)
+    assert all(len(set(row)) == k for row in ids.flatten(0, 1).tolist())
 
 
 @pytest.mark.parametrize(
