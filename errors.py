@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
@@ -80,3 +81,4 @@ def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 sys.excepthook = quiet_interrupt  # `run` has not begun while a script imports torch, which takes seconds
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's word where there is none; nothing needs it
