@@ -14,7 +14,8 @@ from engine import Engine, generate
 from errors import UserError, log
 from prompts import SETTINGS, Target, check_settings, make_request
 
-HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON, null for the first one: /set stop ["\\n", "User:"]
+HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop ["\\n", "User:"]
+/set NAME null    what the setting was when the chat began
 /show             all settings
 /clear            start anew
 /exit             end, as Ctrl-D does"""

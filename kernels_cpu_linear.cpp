@@ -95,7 +95,7 @@ INLINE i32s dot_int8(i32s sums, bytes w, int32_t x) {
 typedef int16_t Sums4 __attribute__((vector_size(32)));
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
     sums += (Sums4)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
-    asm("" : "+x"(sums));  // otherwise GCC puts off all sums, and runs out of registers
+    keep_in_register(sums);  // otherwise GCC puts off all sums, and runs out of registers
     return sums;
 }
 INLINE i32s total_of(Sums4 sums) { return (i32s)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
@@ -171,7 +171,7 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
                                            int64_t end, int first, f32s (&y)[R][VECTORS]) {
     const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = AVX2 ? 32 : group;
     const Type scale_type = COMMON ? BF16 : w.scale_type;
-    constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;
+    constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;  // arithmetic takes longer than memory: further
     const int8_t* q = x.q + begin * group * R;
     const int32_t* start = x.start + begin * (group / block) * R;
     f32s total[R][NV];
@@ -327,9 +327,10 @@ void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, float* y) {
         UNROLL for (int j = 0; j < NW; j++) prefetch(w + j * k + ahead);
     }
     if (i < k) {  // with zeros from k on
-        uint16_t last_w[NW * STEP] = {}, last_x[R * STEP] = {};
+        uint16_t last_w[NW * STEP] = {};
         for (int j = 0; j < NW; j++) memcpy(last_w + j * STEP, w + j * k + i, 2 * (k - i));
         if constexpr (BF16_PRODUCTS) {
+            uint16_t last_x[R * STEP] = {};
             for (int r = 0; r < R; r++) memcpy(last_x + r * STEP, x + r * k + i, 2 * (k - i));
             add(last_w, STEP, last_x, 0);
         } else {

@@ -66,8 +66,9 @@ Memory allocate(int64_t bytes) { return Memory((char*)std::aligned_alloc(64, rou
 // Runs work(thread, threads) on PyTorch's own threads.
 template <class Work>
 void parallel(const Work& work) {
-    const int threads = omp_in_parallel() ? 1 : torch::stable::get_num_threads();
-    if (threads == 1 && !omp_in_parallel()) return work(0, 1);  // in a team, its barriers would be those of the team
+    const bool in_team = omp_in_parallel();  // a team of its own then, of one: its barriers are not those around it
+    const int threads = in_team ? 1 : torch::stable::get_num_threads();
+    if (threads == 1 && !in_team) return work(0, 1);
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num(), omp_get_num_threads());
 }
@@ -76,9 +77,8 @@ struct Range {
     int64_t begin, end;
 };
 
-Range share(int64_t total, int thread, int threads) {
-    return {total * thread / threads, total * (thread + 1) / threads};
-}
+// Part number `part` of parts of nearly equal size.
+Range share(int64_t total, int64_t part, int64_t parts) { return {total * part / parts, total * (part + 1) / parts}; }
 
 // Work for threads to take as they get ready: one that is held up, by another process say, takes less of it. The parts
 // get smaller (guided self-scheduling), so that all threads end at nearly the same time.
@@ -131,9 +131,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
     const Vector bias_vector = bias_of(bias, w.n), x_vector = vector_of(x);
     const int64_t starts = round_up(padded_k, 32) / 32;  // of a row, at most
     Memory q = allocate(rows * padded_k), scale = allocate(rows * w.groups * 4), start = allocate(rows * starts * 4);
-    // Rows in tiles of nearly equal size.
     const int64_t tiles = (rows + kernels.tile_rows - 1) / kernels.tile_rows;
-    const auto tile = [&](int64_t i) { return Range{rows * i / tiles, rows * (i + 1) / tiles}; };
     const auto activations = [&](Range rows_of_tile) {
         const int64_t first = rows_of_tile.begin;
         return Activations{(int8_t*)q.get() + first * padded_k, (float*)scale.get() + first * w.groups,
@@ -142,7 +140,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
     char* out = (char*)y.mutable_data_ptr();
     const auto quantize = [&](Range units) {  // groups of all rows, one row after the other
         for (int64_t i = 0; i < tiles; i++) {
-            const Range r = tile(i);
+            const Range r = share(rows, i, tiles);
             for (int64_t row = r.begin; row < r.end; row++) {
                 const int64_t begin = std::max<int64_t>(units.begin - row * w.groups, 0);
                 const int64_t end = std::min<int64_t>(units.end - row * w.groups, w.groups);
@@ -159,7 +157,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
             for (int64_t panel = mine.begin; panel < mine.end; panel++)
                 for (int64_t i = 0; i < tiles; i++) {
-                    const Range r = tile(i);
+                    const Range r = share(rows, i, tiles);
                     kernels.linear_quantized(w, activations(r), r.end - r.begin, panel, panel + 1, bias_vector,
                                              x_vector.type, out + r.begin * w.n * size_of(x_vector.type));
                 }
@@ -228,14 +226,13 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
     const Memory floats = kernels.bf16_products ? nullptr : allocate(rows * stride * size);
     const char* data = floats ? floats.get() : (const char*)x_data;
     const int64_t tiles = (rows + kernels.bf16_tile_rows - 1) / kernels.bf16_tile_rows;
-    const auto tile = [&](int64_t i) { return Range{rows * i / tiles, rows * (i + 1) / tiles}; };
     constexpr int64_t BLOCK = 16;  // rows of w for all rows of x before the next: the second time they are in the cache
     Queue queue((n + BLOCK - 1) / BLOCK);
     parallel([&](int thread, int threads) {
         if (floats) {
             const Range mine = share(rows, thread, threads);
             for (int64_t i = 0; i < tiles; i++) {
-                const Range r = tile(i);
+                const Range r = share(rows, i, tiles);
                 for (int64_t row = std::max(r.begin, mine.begin); row < std::min(r.end, mine.end); row++)
                     kernels.to_floats(x_data + row * k, k, r.end - r.begin, row - r.begin,
                                       (float*)floats.get() + r.begin * stride);
@@ -245,7 +242,7 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
             for (int64_t block = mine.begin; block < mine.end; block++)
                 for (int64_t i = 0; i < tiles; i++) {
-                    const Range r = tile(i);
+                    const Range r = share(rows, i, tiles);
                     kernels.linear_bf16((const uint16_t*)w.const_data_ptr(), n, k, data + r.begin * stride * size,
                                         r.end - r.begin, block * BLOCK, smaller(n, block * BLOCK + BLOCK),
                                         bias_vector, (char*)y.mutable_data_ptr() + r.begin * n * 2);

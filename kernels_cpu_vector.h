@@ -47,7 +47,8 @@ INLINE void store(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-// Otherwise GCC would load from memory again for every use, which takes AVX2 longer than what is done with it.
+// GCC then neither loads it from memory again for every use, which takes AVX2 longer than what is done with it, nor
+// puts off what makes it.
 template <class V>
 INLINE void keep_in_register(V& v) {
 #if AVX2
