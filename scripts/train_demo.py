@@ -2,16 +2,15 @@
 
     python scripts/train_demo.py --out build/demo_hf --minutes 45 --draft_minutes 12
 
-Needs nothing but the running interpreter's own library: its source is the corpus, a byte-fallback sentencepiece
-tokenizer is trained on the same text, and the files named in HELD_OUT are seen by neither. Writes two ordinary Hugging
-Face folders, OUT/target and OUT/draft (config.json, model.safetensors, tokenizer.model, ...), and beside them
-OUT/heldout.txt, OUT/calibration.txt and OUT/report.json (what was reached). The learning rate follows the wall clock,
-so any number of minutes ends annealed. Killed and started again with the same --out, it goes on from its last save.
+Needs nothing but the running interpreter's own library: its source is the corpus (demo_corpus.py), a byte-fallback
+sentencepiece tokenizer is trained on the same text, and the files named in HELD_OUT are seen by neither. Writes two
+ordinary Hugging Face folders, OUT/target and OUT/draft (config.json, model.safetensors, tokenizer.model; the models are
+in demo_model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and OUT/report.json (what was reached). The
+learning rate follows the wall clock, so any number of minutes ends annealed. Killed and started again with the same
+--out, it goes on from its last save.
 """
 
 import argparse
-import hashlib
-import io
 import json
 import math
 import os
@@ -19,9 +18,7 @@ import random
 import socket
 import statistics
 import sys
-import sysconfig
 import time
-import tokenize
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,204 +28,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own errors.py, from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
 
 from errors import UserError, run
+from scripts.demo_corpus import BATCH, BOS, CONTEXT, EOS, corpus_batches, read_corpus, train_tokenizer
+from scripts.demo_model import DRAFT, SHARED, TARGET, Llama, save_hf
 
-HELD_OUT = [
-    "bisect.py", "calendar.py", "cmd.py", "csv.py", "fractions.py", "getopt.py",
-    "graphlib.py", "heapq.py", "queue.py", "sched.py", "shlex.py", "textwrap.py",
-]  # fmt: skip
-# Tests are another language of their own, and the rest is tables rather than code.
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
-SKIPPED_FILES = ("html/entities.py", "_sysconfigdata")
-
-VOCAB_SIZE, CONTEXT, UNK, BOS, EOS = 4096, 1024, 0, 1, 2
-TARGET = {"hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 8, "num_key_value_heads": 4,
-          "intermediate_size": 768}  # fmt: skip
-# As wide as the target, whose embedding and layers it starts from; and few layers, because a step of a draft is mostly
-# overhead, which grows with their number.
-DRAFT = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "intermediate_size": 640}  # fmt: skip
-# What both models share, in the words of HF's config.json. Heads, kv heads and ffn divide by 4 (tensor parallelism),
-# and every matrix's input by 32 even then (int4 groups).
-SHARED = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "head_dim": 32,
-    "max_position_embeddings": CONTEXT, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-    "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
-    "bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": "bfloat16",
-}  # fmt: skip
-
-BATCH = 8  # windows a step: small, because on a CPU steps are scarcer than data
 LEARNING_RATE = 4e-3
 WARMUP = 0.02  # of the time
 
 WRITTEN = 512  # tokens of a text that the target writes for the draft, prompt included
 WRITTEN_ROWS = 64  # such texts at a time
 LIKELIEST = 16  # of the target's tokens at a position: what the draft learns from
-
-
-# ---- the corpus ----
-
-
-def read_corpus() -> tuple[dict[str, str], dict[str, str]]:
-    """The standard library's source as {path: text}: what is trained on, and what is held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    training, held_out, seen = {}, {}, set()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if SKIPPED_FOLDERS & set(path.relative_to(root).parts) or name.startswith(SKIPPED_FILES):
-            continue
-        try:
-            with tokenize.open(path) as file:  # obeys the file's own coding line
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            (held_out if name in HELD_OUT else training)[name] = text
-    if len(held_out) < len(HELD_OUT) or len(training) < 100:
-        raise UserError(f"{root} does not hold the standard library's source; use a Python that has its .py files")
-    return training, held_out
-
-
-def train_tokenizer(texts: dict[str, str], path: Path) -> None:
-    """Sentencepiece BPE that changes no character of the text (but U+2581, its own mark for a space)."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts.values() for line in text.split("\n") if line.strip()),
-        model_writer=(model := io.BytesIO()),
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        required_chars="".join(map(chr, range(33, 127))),
-        # Nothing is normalised, and runs of spaces may become tokens: indentation is part of the language.
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        split_by_unicode_script=False,  # else `__init__` and `self.` could never be pieces
-        split_digits=True,
-        # A newline is always a token of its own, so the tokens of a prompt do not depend on what follows its line.
-        user_defined_symbols=["\n"],
-        unk_id=UNK, bos_id=BOS, eos_id=EOS, pad_id=-1,
-        num_threads=os.cpu_count(),
-        minloglevel=2,
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
-
-
-def windows(documents: list[list[int]], generator: random.Random) -> torch.Tensor:
-    """One epoch: the documents in a new order, end to end, cut into shuffled windows [N, CONTEXT + 1]."""
-    order = generator.sample(documents, len(documents))
-    stream = torch.tensor([token for document in order for token in document], dtype=torch.int64)
-    stream = stream[generator.randrange(CONTEXT) :]
-    # Windows overlap by one token: the last target of one is the first input of the next.
-    count = (len(stream) - 1) // CONTEXT
-    cut = stream[: count * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT)
-    return cut[torch.tensor(generator.sample(range(count), count))]
-
-
-def corpus_batches(documents: list[list[int]], rank: int, world: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Endless batches, epoch after epoch: one process's share of BATCH windows, and the token after each of theirs."""
-    generator = random.Random(seed)
-    while True:
-        epoch = windows(documents, generator)
-        for batch in epoch[: len(epoch) // BATCH * BATCH].split(BATCH):
-            yield batch[rank::world, :-1], batch[rank::world, 1:]
-
-
-# ---- the model: Llama under HF's names, so that its state_dict is the checkpoint ----
-
-
-class Attention(nn.Module):
-    def __init__(self, config: dict):
-        super().__init__()
-        dim, hd = config["hidden_size"], config["head_dim"]
-        self.heads, self.kv_heads, self.hd = config["num_attention_heads"], config["num_key_value_heads"], hd
-        self.q_proj = nn.Linear(dim, self.heads * hd, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * hd, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * hd, bias=False)
-        self.o_proj = nn.Linear(self.heads * hd, dim, bias=False)
-
-    def forward(self, x: torch.Tensor, start: int, rope: tuple, cache: torch.Tensor | None) -> torch.Tensor:
-        B, S, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, S, self.heads, self.hd).transpose(1, 2), *rope)
-        k = rotate(self.k_proj(x).view(B, S, self.kv_heads, self.hd).transpose(1, 2), *rope)
-        v = self.v_proj(x).view(B, S, self.kv_heads, self.hd).transpose(1, 2)
-        if cache is not None:
-            cache[:, :, :, start] = torch.stack((k, v))[:, :, :, 0]
-            k, v = cache[:, :, :, : start + 1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: dict):
-        super().__init__()
-        dim, hidden = config["hidden_size"], config["intermediate_size"]
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    def __init__(self, config: dict):
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-
-    def forward(self, x: torch.Tensor, *where) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *where)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Llama(nn.Module):
-    """Tokens [B, S <= CONTEXT] -> logits [B, S, V]. The embedding is the output matrix too."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(VOCAB_SIZE, config["hidden_size"]),
-                "layers": nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"])),
-                "norm": nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"]),
-            }
-        )
-        hd = config["head_dim"]
-        frequencies = config["rope_theta"] ** (-torch.arange(0, hd, 2) / hd)
-        angles = torch.outer(torch.arange(CONTEXT), frequencies).repeat(1, 2)  # [CONTEXT, hd], both halves alike
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                # Each layer adds twice to the residual stream: starting small keeps the sum from growing.
-                outward = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config["num_hidden_layers"]) if outward else 0.02)
-
-    def forward(self, tokens: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
-        """With a cache [layers, 2, B, kv_heads, T, head_dim] it is one token of each row, at position `start`."""
-        rope = tuple(table[start : start + tokens.shape[1]] for table in (self.cos, self.sin))
-        x = self.model["embed_tokens"](tokens)
-        for i, block in enumerate(self.model["layers"]):
-            x = block(x, start, rope, None if cache is None else cache[i])
-        return F.linear(self.model["norm"](x), self.model["embed_tokens"].weight)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE, HF's rotate-half form: x [B, H, S, hd], cos and sin [S, hd]."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
 # ---- training ----
@@ -487,30 +300,6 @@ def train(
             state_path.with_suffix(".tmp").replace(state_path)
             last_save = elapsed
     return {"steps": step, "tokens_seen": seen, "minutes": round(elapsed / 60, 1)}
-
-
-# ---- what is written ----
-
-
-def save_hf(model: Llama, folder: Path, tokenizer: Path) -> None:
-    """An ordinary Hugging Face Llama folder with bfloat16 weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "config.json": model.config,
-        "generation_config.json": {
-            "bos_token_id": BOS, "eos_token_id": EOS, "do_sample": True, "temperature": 0.8, "top_p": 0.95,
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-            "add_bos_token": True, "add_eos_token": False, "legacy": False, "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False, "model_max_length": CONTEXT,
-        },
-    }  # fmt: skip
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-    tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:

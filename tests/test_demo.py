@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from scripts import train_demo
+from scripts import demo_corpus, demo_model, train_demo
 
 DEMO = Path(__file__).parent.parent / "demo"
 README = (DEMO / "README.md").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def test_held_out_text_is_in_no_other_file():
     heldout, calibration = triples("heldout.txt"), triples("calibration.txt")
     assert len(heldout) > 2000 and len(calibration) > 1500
     assert not heldout & calibration
-    assert all(f"`{file}`" in README for file in train_demo.HELD_OUT)
+    assert all(f"`{file}`" in README for file in demo_corpus.HELD_OUT)
 
 
 @pytest.mark.parametrize("name", ["target", "draft"])
@@ -166,7 +166,7 @@ def test_the_draft_guesses_what_the_readme_says(sp):
 def test_what_the_target_writes_for_the_draft_is_greedy_text(sp):
     """Prompts of different lengths, in one batch; and the likeliest tokens with their log-probabilities."""
     reference = load_in_transformers(DEMO / "target")
-    model = train_demo.Llama(train_demo.SHARED | train_demo.TARGET)
+    model = demo_model.Llama(demo_model.SHARED | demo_model.TARGET)
     model.load_state_dict({name: p for name, p in reference.state_dict().items() if name != "lm_head.weight"})
     prompts = [[1, *sp.encode(text)] for text in ("def read(", "class Queue:\n    def put(self, item):\n", "")]
     tokens, likeliest, logprobs = train_demo.write(model, prompts, 48, torch.zeros(3, 1), "cpu")
@@ -224,29 +224,29 @@ def test_the_clock_counts_no_interruptions(monkeypatch):
 
 def test_the_training_model_is_transformers_llama(tmp_path: Path):
     torch.manual_seed(0)
-    model = train_demo.Llama(train_demo.SHARED | train_demo.TARGET).eval()
+    model = demo_model.Llama(demo_model.SHARED | demo_model.TARGET).eval()
     for p in model.parameters():
         p.data = p.data.to(torch.bfloat16).float()
-    train_demo.save_hf(model, tmp_path, DEMO / "target" / "tokenizer.model")
+    demo_model.save_hf(model, tmp_path, DEMO / "target" / "tokenizer.model")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    tokens = torch.randint(train_demo.VOCAB_SIZE, (2, 100))
+    tokens = torch.randint(demo_corpus.VOCAB_SIZE, (2, 100))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_corpus_keeps_held_out_files_apart():
-    training, held_out = train_demo.read_corpus()
-    assert sorted(held_out) == train_demo.HELD_OUT
+    training, held_out = demo_corpus.read_corpus()
+    assert sorted(held_out) == demo_corpus.HELD_OUT
     assert len(training) > 300 and not set(held_out) & set(training)
-    assert not any(part in train_demo.SKIPPED_FOLDERS for name in training for part in name.split("/"))
+    assert not any(part in demo_corpus.SKIPPED_FOLDERS for name in training for part in name.split("/"))
 
 
 @given(st.lists(st.integers(1025, 2000), min_size=2, max_size=6), st.integers(0, 2**32))
 def test_an_epoch_is_whole_windows_of_the_documents(lengths: list[int], seed: int):
     total, first = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
     documents = [list(range(f, f + n)) for f, n in zip(first, lengths, strict=True)]  # every token is unlike
-    epoch = train_demo.windows(documents, train_demo.random.Random(seed))
-    assert epoch.shape[1:] == (train_demo.CONTEXT + 1,)
-    assert total - 2 * train_demo.CONTEXT <= len(epoch) * train_demo.CONTEXT <= total
+    epoch = demo_corpus.windows(documents, demo_corpus.random.Random(seed))
+    assert epoch.shape[1:] == (demo_corpus.CONTEXT + 1,)
+    assert total - 2 * demo_corpus.CONTEXT <= len(epoch) * demo_corpus.CONTEXT <= total
     inputs = epoch[:, :-1].flatten().tolist()
     assert len(set(inputs)) == len(inputs)
