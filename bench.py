@@ -59,8 +59,9 @@ from bench_report import markdown, plot, summarize
 from bench_startup import measure_startup, write_checkpoint
 from capacity import check_memory
 from checkpoint import DEMO, load_config, load_model, read_json, weights_path, write_atomically
+from compiled import check_compiler
 from config import ModelConfig
-from engine import Engine, Request, cache_bytes, check_compiler, peak_memory, weight_bytes
+from engine import Engine, Request, cache_bytes, peak_memory, weight_bytes
 from errors import ArgumentParser, UserError, log, world_size
 from generate import pick_device
 from kernels import GROUPSIZES, allocate

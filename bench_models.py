@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from capacity import check_memory
 from config import ModelConfig
 from errors import UserError
-from kernels import Int4Linear, Int8Linear
+from kernels import Int4Linear, Int8Linear, allocate
 from model import Linear, Transformer, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, pack_int4, quantize_int8, to_levels
 from tp import ALONE, Group
@@ -56,7 +56,11 @@ def random_model(
     check_memory(needed, "a model of this shape", device)
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+    weights = {
+        name: allocate(weight.numel() * dtype.itemsize, torch.device(device)).view(dtype).view(weight.shape)
+        for name, weight in model.named_parameters()
+    }
+    model.load_state_dict(weights, assign=True)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
         if name.endswith("bias"):

@@ -90,9 +90,9 @@ def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str
 
     The clock runs from the start of `generate.py --compile --max_new_tokens 2 --json` until its line is on stdout: one
     token of the prefill and one of the compiled loop. Each round starts it with nothing built, then with the kernels
-    of the CPU there but an empty Inductor cache (cold), and then with what this left (warm). The weights are in the
-    page cache. Memory is the peak of a process that loads them (on the CPU) before, after that, and after a forward
-    pass that has touched all of them.
+    of the CPU and Inductor's header there but nothing compiled (cold), and then with what this left (warm). The weights
+    are in the page cache. Memory is the peak of a process that loads them (on the CPU) before, after that, and after a
+    forward pass that has touched all of them.
     """
     command = [sys.executable, str(GENERATE), "--compile", "--checkpoint_path", str(folder), "--json"]
     command += ["--prompt", "16", "--max_new_tokens", "2", "--device", device.type]
@@ -100,7 +100,7 @@ def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str
     times: dict[str, list[float]] = {"first_s": [], "cold_s": [], "warm_s": []}
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
-            environment["TORCH_EXTENSIONS_DIR"] = f"{cache}/kernels"
+            environment |= {"TORCH_EXTENSIONS_DIR": f"{cache}/kernels", "TMPDIR": cache}  # the header is in the latter
             for kind, values in times.items():
                 if kind != "warm_s":
                     environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{kind}"
@@ -116,7 +116,7 @@ def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str
             f"startup {number + 1} of {rounds}: {first:.1f} s with nothing built, {cold:.1f} s compiled from scratch, "
             f"{warm:.1f} s with a warm cache"
         )
-    del environment["TORCH_EXTENSIONS_DIR"]
+    del environment["TORCH_EXTENSIONS_DIR"], environment["TMPDIR"]
     probe = [sys.executable, "-c", MEMORY_PROBE, str(folder)]
     output = subprocess.check_output(probe, cwd=HERE, env=environment)
     weights, imported, loaded, used = (int(word) for word in output.split())

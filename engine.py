@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from compiled import OPTIONS, CompiledFunction, prepare_compiler
 from errors import UserError
-from kernels import Int4Linear, Int8Linear, cpu_library
+from kernels import Int4Linear, Int8Linear
 from model import Transformer
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CAUGHT_UP, Pace, catch_up, decode_step, scored
@@ -120,7 +121,6 @@ class Engine:
         # Of a model in parts all ranks have an engine, and do the same with it.
         self.group = ALONE if model.vocabulary is None else model.vocabulary.group
         self.device = model.tok_embeddings.weight.device
-        self.compiled = compile or compile_prefill
         self.compiles_steps, self.fixed_lengths = compile, compile_prefill
         choices: tuple[int, ...] = (0,)
         if draft is not None or prompt_lookup:
@@ -131,12 +131,8 @@ class Engine:
                 "proposed tokens would change the rotation of dynamic RoPE scaling, and with it the text; "
                 "leave out --draft_checkpoint_path and --prompt_lookup"
             )
-        if self.compiled and self.device.type == "cpu" and cpu_library() is not None:
-            # A compiler that has built our kernels knows the instruction sets. Inductor would try out each at every
-            # start, which takes a second; at the first one five.
-            torch._inductor.config.cpp.vec_isa_ok = True
-        self._step = self.compile(decode_step)
-        self._catch_up = self.compile(catch_up)
+        if compile_prefill and self.device.type == "cpu":
+            prepare_compiler()
         self._hidden = {
             model: torch.compile(model.hidden, fullgraph=True, dynamic=False) if compile_prefill else model.hidden
             for model in self.models
@@ -151,11 +147,11 @@ class Engine:
         """The function, compiled if that is what was asked for."""
         if not self.compiles_steps:
             return function
-        # CUDA graphs: the launches of a decode step cost more than its work on small models. Sizes are not checked
-        # at every call of every kernel: that took 10 us a layer.
+        if self.device.type == "cpu":
+            return CompiledFunction(function)
+        # CUDA graphs: the launches of a decode step cost more than its work on small models.
         graphs = self.device.type == "cuda" and self.group.backend != "gloo"
-        options = {"triton.cudagraphs": graphs, "size_asserts": False}
-        return torch.compile(function, options=options, fullgraph=True, dynamic=False)
+        return torch.compile(function, options=OPTIONS | {"triton.cudagraphs": graphs}, fullgraph=True, dynamic=False)
 
     def setup(
         self,
@@ -171,6 +167,7 @@ class Engine:
         min_new_tokens keeps back, `bad_words` the room for them (how many, of how many ids)."""
         for model in self.models:
             model.setup_caches(batch_size, max_seq_length)
+        self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
         self.logprobs = logprobs
@@ -186,7 +183,7 @@ class Engine:
         """The part of the cache that steps up to position `length` read: in coarse steps, so that shapes are few."""
         rounded = -(-length // 128) * 128
         key_pos = model.key_pos[: min(rounded, model.max_seq_length)]
-        if self.compiled:  # the length varies without a new compilation
+        if self.fixed_lengths:  # the length varies without a new compilation
             torch._dynamo.maybe_mark_dynamic(key_pos, 0)
         return key_pos
 
@@ -477,21 +474,6 @@ def logprobs_of(top: list[list], row: int, i: int) -> tuple[float | None, tuple[
         return None, ()
     chosen, values, ids = (part[row][i] for part in top)
     return chosen, tuple(zip(ids, values, strict=True))
-
-
-def check_compiler() -> None:
-    """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler."""
-    import torch._inductor.compile_fx  # noqa: F401
-    from torch._inductor import codecache, cpp_builder, exc
-
-    for name in ("torch_key", "triton_key"):  # of its cache: hashes of all of PyTorch, of all of Triton, made meanwhile
-        key = getattr(codecache, name, None)
-        if hasattr(key, "prefetch"):
-            key.prefetch()
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        raise UserError("--compile needs a C++ compiler; install g++ (apt install g++) or leave it out") from error
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -30,7 +30,8 @@ from beam import BeamParams, beam_search
 from capacity import check_memory
 from chat import converse, write
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
-from engine import Engine, Token, cache_bytes, check_compiler, generate, weight_bytes
+from compiled import check_compiler, programs_folder
+from engine import Engine, Token, cache_bytes, generate, weight_bytes
 from errors import ArgumentParser, UserError, log
 from kernels import cpu_library
 from prompts import (
@@ -222,7 +223,9 @@ def run(args: argparse.Namespace, group: Group) -> None:
 
     begun = time.perf_counter()
     with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
-        compiler = pool.submit(check_compiler) if args.compile or args.compile_prefill else None
+        # Compiled steps may be on the disk already: then nobody has to wait for the compiler.
+        compiles = args.compile_prefill or (args.compile and (device.type != "cpu" or not programs_folder().exists()))
+        compiler = pool.submit(check_compiler) if compiles else None
         kernels = pool.submit(cpu_library) if device.type == "cpu" else None
         dtype = getattr(torch, args.dtype) if args.dtype else None
         groups = [group, ALONE if args.draft_tp else group]

@@ -382,12 +382,17 @@ AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16
 ISA_FEATURES = {"avx512": AVX512, "avx2": AVX2, "portable": []}
 
 
-def available_isas() -> list[str]:
-    """The instruction sets that this processor has, the best first."""
+def processor_flags() -> list[str]:
+    """What Linux says that this processor can do."""
     info = Path("/proc/cpuinfo")
     flags = re.search(r"^flags\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
-    have = flags[1].split() if flags else []
-    return [isa for isa in ISAS if set(ISA_FEATURES[isa]) <= set(have)]
+    return flags[1].split() if flags else []
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this processor has, the best first."""
+    have = set(processor_flags())
+    return [isa for isa in ISAS if set(ISA_FEATURES[isa]) <= have]
 
 
 @functools.cache
@@ -425,6 +430,11 @@ def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
     ops.brisk_use(*map(ctypes.byref, tables))  # they stay: ctypes never unloads a library
 
 
+def cache_folder(variable: str) -> Path:
+    """Where what was compiled is kept: in the folder that an environment variable names, or in the user's cache."""
+    return Path(os.environ.get(variable) or Path.home() / ".cache" / "gpt-brisk")
+
+
 def build(name: str) -> Path:
     """Compiles "ops", or the kernels for an instruction set, unless that was done before -> the library.
 
@@ -444,7 +454,7 @@ def build(name: str) -> Path:
         compile += ["-mprefer-vector-width=512"] * (name == "avx512")
     texts = [path.read_bytes() for path in (*(FOLDER / header for header in HEADERS), *sources)]
     version = hashlib.sha256(repr((texts, compile, link, torch.__version__, platform.machine())).encode()).hexdigest()
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "gpt-brisk")
+    folder = cache_folder("TORCH_EXTENSIONS_DIR")
     library = folder / f"brisk_{name}_{version[:16]}.so"
     if library.exists():
         return library

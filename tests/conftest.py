@@ -1,5 +1,6 @@
 """What several test files share: a tiny checkpoint, made by transformers and converted by us, and ways to run it."""
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 
+import compiled
 import errors
 import generate as cli
 from checkpoint import load_model
@@ -181,6 +183,18 @@ def prefills(monkeypatch):
         Engine, "prefill", lambda self, row, request: calls.append(request) or prefill(self, row, request)
     )
     return calls
+
+
+@contextlib.contextmanager
+def nothing_compiles():
+    """What would compile something raises."""
+
+    def record(function, args, folder):
+        raise AssertionError(f"{function.__name__} is compiled for {args}")
+
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(error_on_recompile=True):
+        patch.setattr(compiled, "record", record)
+        yield
 
 
 def parse(result):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import GREEDY, greedy, ids_of, run_rows, set_up
+from conftest import GREEDY, greedy, ids_of, nothing_compiles, run_rows, set_up
 
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
@@ -411,12 +411,11 @@ def test_when_everything_is_banned(engine, tokenizer):
 @pytest.mark.slow
 def test_compiled_tokens_are_the_eager_ones(base_folder, engine, tokenizer, mixed):
     """One compilation serves all positions, parameters and prompts: after warm_up nothing is compiled again."""
-    torch._dynamo.reset()
     plain = [Request(prompt(length), GREEDY, 40) for length in (100, 600, 1)]
     for batch_size, requests, others in ((1, plain, {}), (3, mixed[0], dict(logprobs=2))):
         compiled = set_up(Engine(load_model(base_folder), compile=True), requests, batch_size, **others)
         compiled.warm_up()
-        with torch._dynamo.config.patch(error_on_recompile=True):
+        with nothing_compiles():
             ours = run_rows(compiled, tokenizer, requests)
         rows = run(engine, tokenizer, requests, batch_size, **others)
         assert ids_of(ours) == ids_of(rows)
@@ -434,7 +433,7 @@ def test_a_compiled_prefill_gives_the_eager_tokens(base_folder, engine, tokenize
     compiled.warm_up(20)
     for start, end in ((0, 600), (0, 1024), (0, 590), (560, 600), (0, 20), (600, 620), (100, 101)):
         ids = prompt(end)
-        with torch._dynamo.config.patch(error_on_recompile=True):
+        with nothing_compiles():
             if start:
                 list(generate(compiled, tokenizer, [Request(ids[:start], GREEDY, 1)]))
             ours = run_rows(compiled, tokenizer, [Request(ids[start:], GREEDY, 8, context=tuple(ids[:start]))])

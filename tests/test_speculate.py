@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import GREEDY, greedy, ids_of, run_rows, set_up
+from conftest import GREEDY, greedy, ids_of, nothing_compiles, run_rows, set_up
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -439,13 +439,12 @@ def test_catch_up_reaches_far_enough():
 @pytest.mark.slow
 def test_compiled(engine, drafts, tokenizer, wanted, monkeypatch):
     """Nothing is compiled after warm_up, and the tokens are those of eager plain decoding."""
-    torch._dynamo.reset()
     requests, plain = wanted
     monkeypatch.setitem(AUTO, "draft", (0, 3))
     compiled = Engine(twin(engine.model), compile=True, draft=twin(drafts["noisy"]), prompt_lookup=True)
     set_up(compiled, requests, 2).warm_up()
     assert set(compiled.pace.seconds) == {0, 3}
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with nothing_compiles():
         assert told(run_rows(compiled, tokenizer, requests)) == plain
         compiled.pace.choose = itertools.cycle(compiled.pace.choices).__next__
         assert told(run_rows(compiled, tokenizer, requests)) == plain

@@ -1,0 +1,341 @@
+"""torch.compile for CPUs, whose result outlives the process: the next one loads it, and neither traces nor compiles.
+
+    step = CompiledFunction(decode_step)
+    step(model, None, sampler, model.key_pos, 0, False, None)
+
+Inductor keeps the kernels that it has built. To find out which of them it wants, though, each process imports the
+compiler and traces the function anew, which takes twice as long as importing PyTorch. What comes of it is simple:
+where in the arguments the tensors are, a Python function by Inductor that calls the kernels, and which of its outputs
+are the result. The first call notes these as they go by. They are saved only if they explain all of the call: every
+tensor that went in was found in the arguments, and all that came out is the result.
+
+A program is kept under a hash of everything that tracing may depend on: this folder's code, PyTorch, the processor, the
+threads, and the arguments but for the numbers in tensors. So a function may read whatever it likes of its arguments,
+of the world outside only constants, and must change nothing but tensors. It also runs faster than what torch.compile
+returns, which looks at every call whether all of this is still so.
+"""
+
+import ast
+import builtins
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from kernels import cache_folder, cpu_library, processor_flags
+
+OPTIONS = {"size_asserts": False}  # sizes were checked at every call of every kernel: that took 10 us a layer
+SETTINGS = "TORCHINDUCTOR_CPP", "TORCHDYNAMO_", "TORCH_COMPILE"  # environment variables that change what is compiled
+PROGRAM = "program.json"
+
+
+class CompiledFunction:
+    """A function of modules, tensors and plain values -> a tuple of tensors or None; compiled for each kind of them.
+
+    A module's tensors have to stay the same objects; where they are replaced, make a new CompiledFunction.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.programs: dict[tuple, Callable] = {}
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...] | None:
+        kind = tuple(map(kind_of, args))
+        if kind not in self.programs:
+            folder = programs_folder() / version_of(self.function, args)
+            program = load(self.function, args, folder)
+            if program is None:
+                self.programs[kind], result = record(self.function, args, folder)
+                return result
+            self.programs[kind] = program
+        return self.programs[kind](*args)
+
+
+def kind_of(value: Any) -> Any:
+    """What must be equal for a program to be the right one, in this process."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return id(value) if isinstance(value, nn.Module) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a program depends on
+
+
+@functools.cache
+def programs_folder() -> Path:
+    """The programs of this code on this machine. Where it exists, the compiler will probably not be needed."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(SETTINGS))
+    machine = platform.machine(), processor_flags(), sys.version, torch.__version__, settings
+    return cache_folder("TORCHINDUCTOR_CACHE_DIR") / "programs" / hash_of((sources, machine))
+
+
+def version_of(function: Callable, args: tuple) -> str:
+    return hash_of((describe(function, {}), torch.get_num_threads(), describe(args, {})))
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+
+
+def describe(value: Any, seen: dict[int, int]) -> Any:
+    """All of a value that is the same in another process, but not the numbers in tensors."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return repr(value)
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return value.__module__, value.__qualname__, hash_of_module(value.__module__)
+    if id(value) in seen:
+        return "the same as", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), value.stride(), str(value.device)
+    if isinstance(value, Mapping):
+        return [(describe(key, seen), describe(item, seen)) for key, item in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, (tuple, list)):
+        return [describe(item, seen) for item in value]
+    if dataclasses.is_dataclass(value):
+        content = [describe(getattr(value, field.name), seen) for field in dataclasses.fields(value)]
+    else:
+        content = describe(getattr(value, "__dict__", None), seen)
+    return describe(type(value), seen), content
+
+
+@functools.cache
+def hash_of_module(name: str) -> str:
+    """Of its code, which need not be in this folder."""
+    file = getattr(sys.modules[name], "__file__", None)
+    return hash_of(Path(file).read_bytes() if file else name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first time
+
+
+def record(function: Callable, args: tuple, folder: Path) -> tuple[Callable, Any]:
+    """Compiles and calls the function -> what to call from now on, and what it returned."""
+    check_compiler()
+    prepare_compiler()
+    notes = Notes()
+    # Dynamo keeps what it compiles, a few for each code object, and would try them first.
+    parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    copy = FunctionType(function.__code__.replace(), *parts)
+    compiled = torch.compile(copy, backend=notes.backend, fullgraph=True, dynamic=False)
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # it would pass over `inner`
+        result = compiled(*args)
+    program = notes.explain(function, args, result)
+    if program is None:
+        return compiled, result
+    save(folder, program)
+    return load(function, args, folder) or compiled, result
+
+
+class Notes:
+    """What goes by while a function is compiled and called for the first time."""
+
+    names: list[str]  # where Dynamo found the tensors: "L['model']._modules['norm']._parameters['weight']"
+    tensors: tuple[Any, ...]  # these
+    source: str  # Inductor's module, and
+    call: Callable  # the function in it
+    inputs: list[Any]
+    outputs: tuple[Any, ...]
+
+    def backend(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable:
+        from torch._inductor.compile_fx import compile_fx
+
+        sources = [node.meta["grapharg"].source.name for node in graph.graph.find_nodes(op="placeholder")]
+        self.names = [name() if callable(name) else name for name in sources]  # a method until PyTorch 2.11
+        compiled = compile_fx(graph, examples, inner_compile=self.inner, config_patches=OPTIONS)
+
+        def call(*tensors: Any) -> Any:
+            self.tensors = tensors
+            return compiled(*tensors)
+
+        return call
+
+    def inner(self, graph: torch.fx.GraphModule, examples: list[Any], **options: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        compiled = compile_fx_inner(graph, examples, **options)
+        self.source, self.call = compiled.source_code, compiled.current_callable
+
+        def call(inputs: list[Any]) -> Any:
+            self.inputs = inputs.copy()  # Inductor's function empties the list
+            self.outputs = self.call(inputs)
+            return self.outputs
+
+        compiled.current_callable = call
+        return compiled
+
+    def explain(self, function: Callable, args: tuple, result: Any) -> dict[str, Any] | None:
+        """The program; None where something else than what was noted had a part in the call."""
+        places = {id(tensor): name for tensor, name in zip(self.tensors, self.names, strict=True)}
+        inputs = [places.get(id(tensor), "") for tensor in self.inputs]
+        if not all(name.startswith("L[") for name in inputs):  # L: the arguments
+            return None
+        found = find(inputs, function, args)
+        order = {id(tensor): i for i, tensor in enumerate(self.outputs)}
+        outputs = None if result is None else [order.get(id(tensor)) for tensor in result]
+        if any(a is not b for a, b in zip(found, self.inputs, strict=True)) or None in (outputs or ()):
+            return None
+        source, scope = without_compiler(self.source), self.call.__globals__
+        kernels = {name: file for name in names_in(source) if (file := file_of(scope.get(name)))}
+        if not all(name in kernels or is_given(name, scope.get(name), source) for name in names_in(source)):
+            return None
+        return {"source": source, "kernels": kernels, "inputs": inputs, "outputs": outputs}
+
+
+def find(names: list[str], function: Callable, args: tuple) -> list[Any]:
+    """The tensors that Dynamo calls by these names."""
+    scope = {"L": dict(zip(inspect.signature(function).parameters, args, strict=True))}
+    return eval(f"[{', '.join(names)}]", scope)
+
+
+# Inductor's function stands in a module that imports the compiler and has the kernels built. It needs little of that:
+GIVEN = {"torch": torch, "extern_kernels": torch, "math": math, "inf": math.inf, "nan": math.nan}
+
+
+def without_compiler(source: str) -> str:
+    """A module by Inductor: its functions and short names, without its kernels, and what imports anything."""
+    module = ast.parse(source)
+    kinds = ast.Assign, ast.FunctionDef, ast.ClassDef
+    parts = [part for part in module.body if isinstance(part, kinds) and "async_compile" not in ast.unparse(part)]
+    imports = ast.Import, ast.ImportFrom
+    module.body = [part for part in parts if not any(isinstance(node, imports) for node in ast.walk(part))]
+    return ast.unparse(module)
+
+
+def names_in(source: str) -> set[str]:
+    """What it takes from elsewhere."""
+    nodes = list(ast.walk(ast.parse(source)))
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)} | vars(builtins).keys()
+    defined |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {node.id for node in nodes if isinstance(node, ast.Name)} - defined
+
+
+def is_given(name: str, value: Any, source: str) -> bool:
+    """Whether GIVEN has for this name what Inductor has, as far as the source uses it."""
+    if name != "extern_kernels":
+        return name in GIVEN and GIVEN[name] is value
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    used = {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == name}
+    return all(getattr(value, attribute) is getattr(torch, attribute, None) for attribute in used)
+
+
+def file_of(kernel: Any) -> str | None:
+    """The library of a kernel that Inductor has built."""
+    module = getattr(kernel, "__self__", None)
+    return getattr(module, "__file__", None) if isinstance(module, ModuleType) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the disk
+
+
+def save(folder: Path, program: dict[str, Any]) -> None:
+    """Writes the program and copies of its kernels, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made, kernels = Path(temporary) / folder.name, {}
+        made.mkdir()
+        for name, file in sorted(program["kernels"].items()):
+            kernels[name] = f"{len(kernels)}.so"
+            shutil.copyfile(file, made / kernels[name])
+        (made / PROGRAM).write_text(json.dumps(program | {"kernels": kernels}))
+        with contextlib.suppress(OSError):  # another process was faster
+            made.rename(folder)
+
+
+def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
+    """The program as a function of args like these; None if it has not been saved."""
+    scope = dict(GIVEN)
+    # Where a kernel finds what tells it the address of a tensor.
+    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
+    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
+    try:
+        program = json.loads((folder / PROGRAM).read_text())
+        for name, file in program["kernels"].items():
+            spec = importlib.util.spec_from_file_location(f"{folder.name}.{file}.kernel", folder / file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            scope[name] = module.kernel
+    except (OSError, ValueError, ImportError):
+        return None
+    exec(compile(program["source"], str(folder / PROGRAM), "exec"), scope)
+    call, outputs = scope["call"], program["outputs"]
+    found = find(program["inputs"], function, args)
+    places = {id(value): at for at, value in enumerate(args) if isinstance(value, Tensor)}
+    changing = [(i, places[id(tensor)]) for i, tensor in enumerate(found) if id(tensor) in places]
+
+    def run(*args: Any) -> tuple[Tensor, ...] | None:
+        inputs = found.copy()
+        for i, at in changing:  # the others are modules'
+            inputs[i] = args[at]
+        results = call(inputs)
+        return None if outputs is None else tuple(results[i] for i in outputs)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compiler
+
+
+def check_compiler() -> None:
+    """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler."""
+    import torch._inductor.compile_fx  # noqa: F401
+    from torch._inductor import codecache, cpp_builder, exc
+
+    for name in ("torch_key", "triton_key"):  # of its cache: hashes of all of PyTorch, of all of Triton, made meanwhile
+        key = getattr(codecache, name, None)
+        if hasattr(key, "prefetch"):
+            key.prefetch()
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise UserError("--compile needs a C++ compiler; install g++ (apt install g++) or leave it out") from error
+
+
+@functools.cache
+def prepare_compiler() -> None:
+    """What makes the first compilation for a CPU shorter."""
+    from torch._inductor import config
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    if cpu_library() is not None:
+        # A compiler that has built our kernels knows the instruction sets. Inductor would try out each, for 5 s.
+        config.cpp.vec_isa_ok = True
+
+    def build_header() -> None:
+        with contextlib.suppress(Exception):  # it will happen again to a kernel that is needed
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], EMPTY_KERNEL)
+
+    # Kernels share a header, which takes g++ 8 s the first time. They wait for it only after all has been traced.
+    threading.Thread(target=build_header, daemon=True).start()
+
+
+EMPTY_KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* x) { at::vec::Vectorized<float>(0).store(x); }
+"""

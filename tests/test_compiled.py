@@ -1,0 +1,216 @@
+"""Compiled functions that outlive the process: the same results as eager, in a process that never sees the compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GREEDY
+from torch import nn
+
+import compiled
+from compiled import CompiledFunction, describe, version_of
+from engine import Engine, Request
+from sampling import SamplingParams
+
+HERE = Path(__file__).parent
+LATER = """
+import sys
+
+import torch
+
+import test_compiled as here
+
+torch.manual_seed(0)
+results = here.uses()
+assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), results
+print("compiler" if "torch._dynamo" in sys.modules else "none")
+"""
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of programs of this test's own. Kernels that Inductor has built before are found all the same."""
+    monkeypatch.setattr(compiled, "programs_folder", lambda: tmp_path / "programs")
+    return tmp_path / "programs"
+
+
+class Counter(nn.Module):
+    """Buffers that a step changes, and weights that it reads."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.arange(width * width).view(width, width) / 50, requires_grad=False)
+        self.register_buffer("total", torch.zeros(width))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight).tanh()
+
+
+def step(module: Counter, other: Counter | None, x: torch.Tensor, times: int, name: str) -> tuple[torch.Tensor, ...]:
+    for _ in range(times):
+        x = module(x)
+    module.total.add_(x.sum(0))
+    module.steps.add_(1)
+    if other is not None:
+        other.total.copy_(module.total)
+    return x, module.total * 2
+
+
+def only_changes(module: Counter) -> None:
+    module.total.mul_(0.5)
+
+
+def uses() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Some calls, compiled and not -> what came of them."""
+    both = []
+    for compile in (CompiledFunction, lambda function: function):
+        module, other, results = Counter(), Counter(), []
+        function, change = compile(step), compile(only_changes)
+        for rows, times, second in ((1, 1, None), (1, 1, None), (3, 2, other), (1, 2, other), (3, 2, other)):
+            results += function(module, second, torch.linspace(-1, 1, rows * 8).view(rows, 8), times, "a")
+            assert change(module) is None
+        both.append([*results, *module.buffers(), *other.buffers()])
+    return tuple(both)
+
+
+@torch.no_grad()
+def test_results_are_those_of_eager_when_recorded_and_when_loaded(empty_cache):
+    for _ in range(2):
+        for got, expected in zip(*uses(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert len(list(empty_cache.iterdir())) == 4  # kinds of calls: of step three, of only_changes one
+
+
+def test_another_process_needs_no_compiler(tmp_path):
+    code = "import torch\ntorch.set_grad_enabled(False)\n" + LATER.replace("torch.equal(a, b)", "torch.allclose(a, b)")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    said = [
+        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, cwd=tmp_path).split()[-1]
+        for _ in range(2)
+    ]
+    assert said == ["compiler", "none"]
+
+
+@torch.no_grad()
+def test_a_loaded_program_looks_up_tensors_that_are_arguments(empty_cache):
+    module = Counter()
+    expected = [step(Counter(), None, torch.full((2, 8), value), 1, "")[0] for value in (0.1, 0.2, 0.3)]
+    for _ in range(2):
+        function = CompiledFunction(step)
+        got = [function(module, None, torch.full((2, 8), value), 1, "")[0] for value in (0.1, 0.2, 0.3)]
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+OUTSIDE = torch.ones(8)
+
+
+def reads_a_global(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x + OUTSIDE,)
+
+
+def returns_a_view(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x + 1, x[:1]
+
+
+def returns_its_argument(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x + 1, x
+
+
+def returns_a_number(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return x + 1, x.shape[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("function", [reads_a_global, returns_a_view, returns_its_argument, returns_a_number])
+def test_a_call_that_cannot_be_explained_is_right_all_the_same(function, empty_cache):
+    for _ in range(2):
+        compiled_function = CompiledFunction(function)
+        for value in (1.0, 2.0):
+            x = torch.full((2, 8), value)
+            for got, expected in zip(compiled_function(x), function(x), strict=True):
+                assert got == expected if isinstance(expected, int) else torch.equal(got, expected)
+    assert not empty_cache.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("damage", ["truncated", "no kernel", "empty"])
+def test_a_damaged_program_is_not_used(damage, empty_cache):
+    x = torch.linspace(0, 1, 8)[None]
+    expected = CompiledFunction(step)(Counter(), None, x, 1, "")
+    (folder,) = empty_cache.iterdir()
+    program = folder / "program.json"
+    if damage == "truncated":
+        program.write_text(program.read_text()[:100])
+    else:
+        kernel = next(folder.glob("*.so"))
+        kernel.unlink()  # this process has it mapped
+        if damage == "empty":
+            kernel.touch()
+    for _ in range(2):
+        got = CompiledFunction(step)(Counter(), None, x, 1, "")
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_version_depends_on_all_but_the_numbers_of_tensors():
+    def version(module: Counter, x: torch.Tensor, times: int = 1) -> str:
+        return version_of(step, (module, None, x, times, ""))
+
+    first = version(Counter(), torch.zeros(1, 8))
+    assert first == version(Counter(), torch.ones(1, 8))
+    other = Counter()
+    other.total.fill_(3)
+    assert first == version(other, torch.ones(1, 8))
+    other.width = 9
+    assert first != version(other, torch.zeros(1, 8))
+    assert first != version(Counter(), torch.zeros(2, 8))
+    assert first != version(Counter(), torch.zeros(1, 8, dtype=torch.float64))
+    assert first != version(Counter(), torch.zeros(8, 1).T)
+    assert first != version(Counter(), torch.zeros(1, 8), 2)
+    assert first != version(Counter(16), torch.zeros(1, 8))
+    assert first != version_of(only_changes, (Counter(), None, torch.zeros(1, 8), 1, ""))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert first != version(Counter(), torch.zeros(1, 8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_descriptions_are_the_same_in_every_process(engine):
+    """What a hash is made of has no addresses in it, and sets have an order."""
+    text = repr(describe(engine.model, {}))
+    assert "0x" not in text and "object at" not in text
+    assert describe({"b", "a", "c"}, {}) == ["'a'", "'b'", "'c'"]
+    shared = torch.zeros(2)
+    assert describe([shared, shared], {}) != describe([shared, torch.zeros(2)], {})
+
+
+def test_tokens_of_a_loaded_step_are_those_of_eager(engine, empty_cache):
+    texts = []
+    for compile in (False, True, True):
+        for params in (GREEDY, SamplingParams(temperature=0.9, top_p=0.8, seed=3, repetition_penalty=1.1)):
+            mine = Engine(engine.model, compile=compile)
+            mine.setup(batch_size=1, max_seq_length=64, plain=params.plain)
+            tokens = mine.start(0, Request([5, 6, 7], params, 20))[0][0, 2:].tolist()
+            tokens += [mine.step(0, 30)[0][0, 2].item() for _ in range(20)]
+            texts.append(tokens)
+    assert texts[:2] == texts[2:4] == texts[4:]
+    assert len(list(empty_cache.iterdir())) == 2
+
+
+def test_generate_starts_without_the_compiler_the_second_time(base_folder, tmp_path):
+    code = "import sys, generate; generate.main(); print('torch._dynamo' in sys.modules, file=sys.stderr)"
+    flags = f"--checkpoint_path {base_folder} --compile --max_new_tokens 8 --prompt read --json --seed 1"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-c", code, *flags.split()]
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
+    assert [run.stderr.split()[-1] for run in runs] == ["True", "False"], runs[1].stderr
+    first, second = (json.loads(run.stdout) for run in runs)
+    assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 8
