@@ -51,6 +51,11 @@ struct Activations {
     int32_t* start;
 };
 
+constexpr int64_t GEMM_ROWS = 6, GEMM_COLUMNS = 16, GEMM_DEPTH = 256;  // of x, of y, of k that are worked on together
+inline int64_t gemm_scratch(int64_t rows) {
+    return (GEMM_DEPTH + round_up(rows, GEMM_ROWS)) * GEMM_COLUMNS;
+}
+
 struct LinearKernels {
     int tile_rows;       // linear_quantized takes 1..tile_rows rows
     int bf16_tile_rows;  // linear_bf16
@@ -67,6 +72,13 @@ struct LinearKernels {
     // R rows of bf16 [R, K], or a tile from to_floats, times the rows [begin, end) of w [N, K] -> bf16 [R, N].
     void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end,
                         Vector bias, void* y);
+
+    // Many rows, without products of bf16: x [rows, K] as floats. For each GEMM_DEPTH k one after the other, tiles of
+    // GEMM_ROWS rows, [k][GEMM_ROWS], with zeros after the last row. This makes those of the rows from `row` on.
+    void (*gemm_tile)(const uint16_t* x, int64_t k, int64_t rows, int64_t row, float* tiles);
+    // All tiles times GEMM_COLUMNS rows of w [N, K] from `begin` on -> bf16 [rows, N].
+    void (*gemm)(const uint16_t* w, int64_t n, int64_t k, const float* tiles, int64_t rows, int64_t begin, Vector bias,
+                 void* y, float* scratch);
 };
 
 struct AttentionKernels {

@@ -201,13 +201,32 @@ Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t n, int64_t gro
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16 linear
 
-constexpr int64_t GEMM_ROWS = 17;  // from so many rows on, oneDNN's GEMM is faster, if it has products of bf16
+// Rows from which on a GEMM is faster: oneDNN's, where that has products of bf16, and our own elsewhere.
+constexpr int64_t MANY_PRODUCTS = 17, MANY_FLOATS = 32;
 
-Tensor gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+Tensor onednn_gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
     StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(w),
                              torch::stable::detail::from(bias)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// All threads make the tiles of x together, then each takes its columns of y.
+void gemm(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, int64_t rows, Vector bias, void* y) {
+    const int64_t tiles = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
+    const Memory tiles_memory = allocate(tiles * GEMM_ROWS * k * 4);
+    float* floats = (float*)tiles_memory.get();
+    Queue queue((n + GEMM_COLUMNS - 1) / GEMM_COLUMNS);
+    parallel([&](int thread, int threads) {
+        const Memory scratch = allocate(gemm_scratch(rows) * 4);
+        const Range mine = share(tiles, thread, threads);
+        for (int64_t row = mine.begin * GEMM_ROWS; row < smaller(rows, mine.end * GEMM_ROWS); row += GEMM_ROWS)
+            linear->gemm_tile(x, k, rows, row, floats);
+#pragma omp barrier
+        for (Range part = queue.take(); part.begin < part.end; part = queue.take())
+            for (int64_t block = part.begin; block < part.end; block++)
+                linear->gemm(w, n, k, floats, rows, block * GEMM_COLUMNS, bias, y, (float*)scratch.get());
+    });
 }
 
 Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& bias) {
@@ -217,11 +236,15 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
                     "expected bfloat16 x and a contiguous bfloat16 weight [N, ", k, "], got ", shape_of(w));
     const LinearKernels& kernels = *linear;
     const int64_t n = w.size(0), rows = k ? input.numel() / k : 0;
-    if (!rows || !n || (rows >= GEMM_ROWS && kernels.bf16_products)) return gemm(input, w, bias);
+    if (!rows || !n || (kernels.bf16_products && rows >= MANY_PRODUCTS)) return onednn_gemm(input, w, bias);
     const Tensor x = in_order(input);
     Tensor y = empty_output(x, n);
     const Vector bias_vector = bias_of(bias, n);
     const auto* x_data = (const uint16_t*)x.const_data_ptr();
+    if (!kernels.bf16_products && rows >= MANY_FLOATS) {
+        gemm(x_data, (const uint16_t*)w.const_data_ptr(), n, k, rows, bias_vector, y.mutable_data_ptr());
+        return y;
+    }
     const int64_t stride = kernels.bf16_products ? k : round_up(k, 32), size = kernels.bf16_products ? 2 : 4;
     const Memory floats = kernels.bf16_products ? nullptr : allocate(rows * stride * size);
     const char* data = floats ? floats.get() : (const char*)x_data;

@@ -244,6 +244,29 @@ INLINE f32s sum_each(const f32s (&v)[LANES]) {
 #endif
 }
 
+// Lane j of vector i <-> lane i of vector j: of blocks of 1, 2, 4 lanes, those off the diagonal change places.
+#if !AVX512
+INLINE void transpose(f32s (&v)[LANES]) {
+#define EXCHANGE(size, LOW, HIGH)                                     \
+    UNROLL for (int i = 0; i < LANES; i++) if (!(i & size)) {         \
+        const f32s a = v[i], b = v[i + size];                         \
+        v[i] = __builtin_shufflevector(a, b, LOW);                    \
+        v[i + size] = __builtin_shufflevector(a, b, HIGH);            \
+    }
+#define LIST(...) __VA_ARGS__
+#if AVX2
+    EXCHANGE(1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
+    EXCHANGE(2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
+    EXCHANGE(4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+#else
+    EXCHANGE(1, LIST(0, 4, 2, 6), LIST(1, 5, 3, 7))
+    EXCHANGE(2, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7))
+#endif
+#undef EXCHANGE
+#undef LIST
+}
+#endif
+
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23, 0x4b400000: adding it rounds to an integer, left in the low bits
 
 // e^x for x <= 0 to 2 units in the last place (range reduction and polynomial as in Cephes' expf); 0 below -87.

@@ -257,6 +257,21 @@ def test_leading_dimensions_and_views(op):
     assert op.linear_int8(x[:0], kernels.pack_int8(w), scales, None).shape == (0, 3, 40)
 
 
+@few
+@given(
+    rows=st.integers(17, 140), N=st.integers(1, 70), K=st.integers(1, 600), bias=st.booleans(), seed=st.integers(0, 9)
+)
+def test_bf16_of_many_rows(op, rows, N, K, bias, seed):
+    """A GEMM of tiles: of rows, of columns, of the depth, with something left over of each."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, K, generator=generator).bfloat16() for n in (rows, N))
+    added = torch.randn(N, generator=generator).bfloat16() if bias else None
+    check(op.linear_bf16(x, weight, added), x, weight, added)
+    x[rows // 2, K // 2] = float("nan")
+    y = op.linear_bf16(x, weight, added)
+    assert y[rows // 2].isnan().all() and y.isnan().sum() == N
+
+
 def test_many_rows():
     torch.manual_seed(0)
     x = torch.randn(70, 256).bfloat16()
