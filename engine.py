@@ -183,7 +183,8 @@ class Engine:
         """The part of the cache that steps up to position `length` read: in coarse steps, so that shapes are few."""
         rounded = -(-length // 128) * 128
         key_pos = model.key_pos[: min(rounded, model.max_seq_length)]
-        if self.fixed_lengths:  # the length varies without a new compilation
+        if self.fixed_lengths or (self.compiles_steps and self.device.type == "mps"):
+            # The length varies without a new compilation.
             torch._dynamo.maybe_mark_dynamic(key_pos, 0)
         return key_pos
 
