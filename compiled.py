@@ -37,7 +37,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UserError
 from kernels import cache_folder, cpu_library, processor_flags
@@ -45,14 +45,23 @@ from kernels import cache_folder, cpu_library, processor_flags
 # Sizes were checked at every call of every kernel: that took 10 us a layer. A norm of one row took 30 us on two threads
 # that had to meet twice; on one it takes two.
 OPTIONS = {"size_asserts": False, "cpp.min_chunk_size": 8192}
-SETTINGS = "TORCHINDUCTOR_CPP", "TORCHDYNAMO_", "TORCH_COMPILE"  # environment variables that change what is compiled
 PROGRAM = "program.json"
+# As this process found them: later the files may be others than what it runs, and Inductor sets the variable itself.
+CACHE = cache_folder("TORCHINDUCTOR_CACHE_DIR")
+SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+SETTINGS = [  # that change what is compiled
+    f"{name}={value}"
+    for name, value in sorted(os.environ.items())
+    if name.startswith(("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "ATEN_CPU_CAPABILITY"))
+    and name != "TORCHINDUCTOR_CACHE_DIR"
+]
 
 
 class CompiledFunction:
-    """A function of modules, tensors and plain values -> a tuple of tensors or None; compiled for each kind of them.
+    """A function of modules, tensors and plain values -> a tuple of tensors or None, compiled for each kind of them.
 
-    A module's tensors have to stay the same objects; where they are replaced, make a new CompiledFunction.
+    A module's tensors have to stay the same objects; where they are replaced, make a new CompiledFunction. No tensor
+    may be given twice.
     """
 
     def __init__(self, function: Callable):
@@ -75,7 +84,7 @@ def kind_of(value: Any) -> Any:
     """What must be equal for a program to be the right one, in this process."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    return id(value) if isinstance(value, nn.Module) else value
+    return value  # of modules, that it is the same one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,14 +94,13 @@ def kind_of(value: Any) -> Any:
 @functools.cache
 def programs_folder() -> Path:
     """The programs of this code on this machine. Where it exists, the compiler will probably not be needed."""
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(SETTINGS))
-    machine = platform.machine(), processor_flags(), sys.version, torch.__version__, settings
-    return cache_folder("TORCHINDUCTOR_CACHE_DIR") / "programs" / hash_of((sources, machine))
+    machine = platform.machine(), processor_flags(), sys.version, torch.__version__
+    return CACHE / "programs" / hash_of((SOURCES, SETTINGS, machine))
 
 
 def version_of(function: Callable, args: tuple) -> str:
-    return hash_of((describe(function, {}), torch.get_num_threads(), describe(args, {})))
+    state = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
+    return hash_of((describe(function, {}), describe(state, {}), describe(args, {})))
 
 
 def hash_of(value: Any) -> str:
@@ -146,21 +154,29 @@ def record(function: Callable, args: tuple, folder: Path) -> tuple[Callable, Any
     with torch._functorch.config.patch(enable_autograd_cache=False):  # it would pass over `inner`
         result = compiled(*args)
     program = notes.explain(function, args, result)
+    notes.end()
     if program is None:
         return compiled, result
-    save(folder, program)
+    with contextlib.suppress(OSError):  # nowhere to write: the next process compiles again
+        save(folder, program)
     return load(function, args, folder) or compiled, result
 
 
 class Notes:
     """What goes by while a function is compiled and called for the first time."""
 
-    names: list[str]  # where Dynamo found the tensors: "L['model']._modules['norm']._parameters['weight']"
-    tensors: tuple[Any, ...]  # these
-    source: str  # Inductor's module, and
-    call: Callable  # the function in it
-    inputs: list[Any]
-    outputs: tuple[Any, ...]
+    def __init__(self) -> None:
+        self.open = True
+        self.names: list[str] = []  # where Dynamo found them: "L['model']._modules['norm']._parameters['weight']"
+        self.tensors: tuple[Any, ...] = ()  # these
+        self.source = ""  # Inductor's module, and
+        self.call: Callable | None = None  # the function in it
+        self.inputs: list[Any] = []
+        self.outputs: tuple[Any, ...] = ()
+
+    def end(self) -> None:
+        """Dynamo keeps its backends, which shall not keep a model's tensors."""
+        self.open, self.tensors, self.inputs, self.outputs = False, (), [], ()
 
     def backend(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable:
         from torch._inductor.compile_fx import compile_fx
@@ -170,7 +186,8 @@ class Notes:
         compiled = compile_fx(graph, examples, inner_compile=self.inner, config_patches=OPTIONS)
 
         def call(*tensors: Any) -> Any:
-            self.tensors = tensors
+            if self.open:
+                self.tensors = tensors
             return compiled(*tensors)
 
         return call
@@ -182,6 +199,8 @@ class Notes:
         self.source, self.call = compiled.source_code, compiled.current_callable
 
         def call(inputs: list[Any]) -> Any:
+            if not self.open:
+                return self.call(inputs)
             self.inputs = inputs.copy()  # Inductor's function empties the list
             self.outputs = self.call(inputs)
             return self.outputs
@@ -191,6 +210,8 @@ class Notes:
 
     def explain(self, function: Callable, args: tuple, result: Any) -> dict[str, Any] | None:
         """The program; None where something else than what was noted had a part in the call."""
+        if self.call is None:  # nothing was compiled: torch.compile is switched off
+            return None
         places = {id(tensor): name for tensor, name in zip(self.tensors, self.names, strict=True)}
         inputs = [places.get(id(tensor), "") for tensor in self.inputs]
         if not all(name.startswith("L[") for name in inputs):  # L: the arguments
@@ -218,10 +239,12 @@ GIVEN = {"torch": torch, "extern_kernels": torch, "math": math, "inf": math.inf,
 
 
 def without_compiler(source: str) -> str:
-    """A module by Inductor: its functions and short names, without its kernels, and what imports anything."""
+    """A module by Inductor: its functions and short names, without its kernels, without what imports anything, and
+    without places for constants, which Inductor fills in later."""
     module = ast.parse(source)
     kinds = ast.Assign, ast.FunctionDef, ast.ClassDef
     parts = [part for part in module.body if isinstance(part, kinds) and "async_compile" not in ast.unparse(part)]
+    parts = [part for part in parts if not isinstance(getattr(part, "value", None), ast.Constant)]
     imports = ast.Import, ast.ImportFrom
     module.body = [part for part in parts if not any(isinstance(node, imports) for node in ast.walk(part))]
     return ast.unparse(module)
@@ -262,10 +285,13 @@ def save(folder: Path, program: dict[str, Any]) -> None:
         made, kernels = Path(temporary) / folder.name, {}
         made.mkdir()
         for name, file in sorted(program["kernels"].items()):
-            kernels[name] = f"{len(kernels)}.so"
+            kernels[name] = f"{hash_of(Path(file).read_bytes())}.so"
             shutil.copyfile(file, made / kernels[name])
         (made / PROGRAM).write_text(json.dumps(program | {"kernels": kernels}))
-        with contextlib.suppress(OSError):  # another process was faster
+        try:
+            made.rename(folder)
+        except OSError:  # there is one, which could not be loaded
+            shutil.rmtree(folder)
             made.rename(folder)
 
 
@@ -282,11 +308,11 @@ def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             scope[name] = module.kernel
-    except (OSError, ValueError, ImportError):
+        exec(compile(program["source"], str(folder / PROGRAM), "exec"), scope)
+        call, outputs = scope["call"], program["outputs"]
+        found = find(program["inputs"], function, args)
+    except (OSError, ValueError, ImportError, LookupError, NameError, AttributeError):
         return None
-    exec(compile(program["source"], str(folder / PROGRAM), "exec"), scope)
-    call, outputs = scope["call"], program["outputs"]
-    found = find(program["inputs"], function, args)
     places = {id(value): at for at, value in enumerate(args) if isinstance(value, Tensor)}
     changing = [(i, places[id(tensor)]) for i, tensor in enumerate(found) if id(tensor) in places]
 

@@ -148,7 +148,7 @@ class Engine:
         if not self.compiles_steps:
             return function
         if self.device.type == "cpu":
-            return CompiledFunction(function)
+            return self._compiled.setdefault(function, CompiledFunction(function))
         # CUDA graphs: the launches of a decode step cost more than its work on small models.
         graphs = self.device.type == "cuda" and self.group.backend != "gloo"
         return torch.compile(function, options=OPTIONS | {"triton.cudagraphs": graphs}, fullgraph=True, dynamic=False)
@@ -165,9 +165,10 @@ class Engine:
         """Caches and the sampler for so many rows. With `plain` every request must be (see SamplingParams.plain);
         with `logprobs` tokens come with their log-probability and those of so many most likely ones; `eos_ids` is what
         min_new_tokens keeps back, `bad_words` the room for them (how many, of how many ids)."""
+        self._compiled: dict[Callable, CompiledFunction] = {}  # those before hold the caches before
+        self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
         for model in self.models:
             model.setup_caches(batch_size, max_seq_length)
-        self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
         self.logprobs = logprobs

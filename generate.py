@@ -224,7 +224,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
     begun = time.perf_counter()
     with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
         # Compiled steps may be on the disk already: then nobody has to wait for the compiler.
-        compiles = args.compile_prefill or (args.compile and (device.type != "cpu" or not programs_folder().exists()))
+        there = device.type == "cpu" and os.path.exists(programs_folder())
+        compiles = args.compile_prefill or (args.compile and not there)
         compiler = pool.submit(check_compiler) if compiles else None
         kernels = pool.submit(cpu_library) if device.type == "cpu" else None
         dtype = getattr(torch, args.dtype) if args.dtype else None

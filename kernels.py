@@ -385,7 +385,7 @@ ISA_FEATURES = {"avx512": AVX512, "avx2": AVX2, "portable": []}
 def processor_flags() -> list[str]:
     """What Linux says that this processor can do."""
     info = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
     return flags[1].split() if flags else []
 
 

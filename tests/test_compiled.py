@@ -1,14 +1,18 @@
 """Compiled functions that outlive the process: the same results as eager, in a process that never sees the compiler."""
 
+import contextlib
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GREEDY
+from conftest import GREEDY, nothing_compiles
 from torch import nn
 
 import compiled
@@ -127,8 +131,14 @@ def returns_a_number(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x + 1, x.shape[0]
 
 
+def has_a_constant(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x @ torch.tensor([[float(i * j) for i in range(8)] for j in range(8)]),)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("function", [reads_a_global, returns_a_view, returns_its_argument, returns_a_number])
+@pytest.mark.parametrize(
+    "function", [has_a_constant, reads_a_global, returns_a_view, returns_its_argument, returns_a_number]
+)
 def test_a_call_that_cannot_be_explained_is_right_all_the_same(function, empty_cache):
     for _ in range(2):
         compiled_function = CompiledFunction(function)
@@ -140,22 +150,58 @@ def test_a_call_that_cannot_be_explained_is_right_all_the_same(function, empty_c
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("damage", ["truncated", "no kernel", "empty"])
-def test_a_damaged_program_is_not_used(damage, empty_cache):
+@pytest.mark.parametrize("damage", ["truncated", "no call", "no kernel", "empty"])
+def test_a_damaged_program_is_made_anew(damage, empty_cache, monkeypatch):
     x = torch.linspace(0, 1, 8)[None]
     expected = CompiledFunction(step)(Counter(), None, x, 1, "")
-    (folder,) = empty_cache.iterdir()
-    program = folder / "program.json"
+    other = empty_cache.with_name("other")  # Python does not load a library again that it has loaded from its place
+    shutil.copytree(empty_cache, other)
+    monkeypatch.setattr(compiled, "programs_folder", lambda: other)
+    (folder,) = other.iterdir()
+    program, kernel = folder / "program.json", next(folder.glob("*.so"))
     if damage == "truncated":
         program.write_text(program.read_text()[:100])
+    elif damage == "no call":
+        program.write_text(program.read_text().replace("call", "cull"))
     else:
-        kernel = next(folder.glob("*.so"))
-        kernel.unlink()  # this process has it mapped
+        kernel.unlink()
         if damage == "empty":
             kernel.touch()
-    for _ in range(2):
-        got = CompiledFunction(step)(Counter(), None, x, 1, "")
+    with pytest.raises(AssertionError, match="step is compiled"), nothing_compiles():
+        CompiledFunction(step)(Counter(), None, x, 1, "")
+    for mended in (False, True):
+        with nothing_compiles() if mended else contextlib.nullcontext():
+            got = CompiledFunction(step)(Counter(), None, x, 1, "")
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@torch.no_grad()
+def test_nowhere_to_save(empty_cache):
+    empty_cache.write_text("a file, where a folder would be needed")
+    x = torch.linspace(0, 1, 8)[None]
+    function, expected = CompiledFunction(step), step(Counter(), None, x, 1, "")
+    for _ in range(2):
+        for got, wanted in zip(function(Counter(), None, x, 1, ""), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_compiler_that_is_switched_off(empty_cache, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # as by TORCHDYNAMO_DISABLE=1
+    x = torch.linspace(0, 1, 8)[None]
+    expected = step(Counter(), None, x, 1, "")
+    for got, wanted in zip(CompiledFunction(step)(Counter(), None, x, 1, ""), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
+def test_a_model_that_is_gone_leaves_no_memory(empty_cache):
+    module, function = Counter(), CompiledFunction(step)
+    gone = weakref.ref(module.total)
+    function(module, None, torch.ones(1, 8), 1, "")
+    del module, function
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_version_depends_on_all_but_the_numbers_of_tensors():
