@@ -222,8 +222,9 @@ class Notes:
         if any(a is not b for a, b in zip(found, self.inputs, strict=True)) or None in (outputs or ()):
             return None
         source, scope = without_compiler(self.source), self.call.__globals__
-        kernels = {name: file for name in names_in(source) if (file := file_of(scope.get(name)))}
-        if not all(name in kernels or is_given(name, scope.get(name), source) for name in names_in(source)):
+        needed = names_in(source)
+        kernels = {name: file for name in needed if (file := file_of(scope.get(name)))}
+        if not all(is_given(name, scope.get(name), source) for name in needed - kernels.keys()):
             return None
         return {"source": source, "kernels": kernels, "inputs": inputs, "outputs": outputs}
 

@@ -403,7 +403,7 @@ INLINE void gemm_panel(const uint16_t* w, int64_t k, int64_t count, int64_t dept
         }
 }
 
-// sums [GEMM_ROWS, GEMM_COLUMNS] += a tile times a panel, of which VECTORS make a row
+// sums [GEMM_ROWS, GEMM_COLUMNS] += a tile times a panel, VECTORS of its columns at once.
 INLINE void gemm_product(const float* tile, const float* panel, int64_t depth, float* sums) {
     constexpr int VECTORS = 2;  // as many as there are registers for
     for (int64_t column = 0; column < GEMM_COLUMNS; column += VECTORS * LANES) {

@@ -236,12 +236,13 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
                     "expected bfloat16 x and a contiguous bfloat16 weight [N, ", k, "], got ", shape_of(w));
     const LinearKernels& kernels = *linear;
     const int64_t n = w.size(0), rows = k ? input.numel() / k : 0;
-    if (!rows || !n || (kernels.bf16_products && rows >= MANY_PRODUCTS)) return onednn_gemm(input, w, bias);
+    const bool many = rows >= (kernels.bf16_products ? MANY_PRODUCTS : MANY_FLOATS);
+    if (!rows || !n || (many && kernels.bf16_products)) return onednn_gemm(input, w, bias);
     const Tensor x = in_order(input);
     Tensor y = empty_output(x, n);
     const Vector bias_vector = bias_of(bias, n);
     const auto* x_data = (const uint16_t*)x.const_data_ptr();
-    if (!kernels.bf16_products && rows >= MANY_FLOATS) {
+    if (many) {
         gemm(x_data, (const uint16_t*)w.const_data_ptr(), n, k, rows, bias_vector, y.mutable_data_ptr());
         return y;
     }
