@@ -148,7 +148,7 @@ def take_turns(
     one there is no prefill. `tokens` are those of the warm-up.
     """
     times: dict[str, dict[str, list]] = {name: {} for name in turns}
-    buffer = allocate(BUFFER_BYTES[device.type], device).view(torch.float32).fill_(1)
+    buffer = allocate((BUFFER_BYTES[device.type] // 4,), torch.float32, device).fill_(1)
     warm_up = 3 if device.type == "cuda" else 1  # CUDA graphs: warm up, record, replay
     for number in range(-warm_up, rounds):
         for name, (contender, position) in turns.items():

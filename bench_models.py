@@ -56,10 +56,7 @@ def random_model(
     check_memory(needed, "a model of this shape", device)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {
-        name: allocate(weight.numel() * dtype.itemsize, torch.device(device)).view(dtype).view(weight.shape)
-        for name, weight in model.named_parameters()
-    }
+    weights = {name: allocate(weight.shape, dtype, torch.device(device)) for name, weight in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():

@@ -315,8 +315,7 @@ def load_model(
         elif name == "tok_embeddings.weight" and source.dtype == dtype and ("output" in quantized or not config.tied):
             state[name] = source
         else:
-            memory = kernels.allocate(source.numel() * dtype.itemsize, device)
-            state[name] = memory.view(dtype).view(source.shape).copy_(source)
+            state[name] = kernels.allocate(source.shape, dtype, device).copy_(source)
     with torch.device("meta"):
         model = Transformer(group.local(config))
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next

@@ -256,9 +256,9 @@ def run(args: argparse.Namespace, group: Group) -> None:
     where = f"{group.size} x {device.type} by {group.backend}, here {size:.2f} GB" if group.size > 1 else ""
     log(f"loaded {path.parent} ({where or f'{size:.2f} GB, {device}'}) in {time.perf_counter() - begun:.1f} s")
     if (args.compile or args.compile_prefill) and not beams:  # beam search has a step of its own
-        log("compiling ... (later runs find it in the cache)")
+        log("warming up ... (the first time, this compiles)")
         seconds = engine.warm_up(None if args.interactive else longest)
-        log(f"compiled in {seconds:.1f} s")
+        log(f"warmed up in {seconds:.1f} s")
     with profiler(args.profile if group.rank == 0 else None):
         if args.interactive:
             converse(engine, target, settings)

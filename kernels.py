@@ -21,6 +21,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import math
 import mmap
 import os
 import platform
@@ -28,6 +29,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -176,8 +178,8 @@ def pack_int8(weight: Tensor) -> Tensor:
     N, K = weight.shape
     padded = weight if N % PANEL == K % 16 == 0 else F.pad(weight, (0, -K % 16, 0, -N % PANEL))
     words = padded.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))  # [panels, 32, K / 4]
-    packed = allocate(words.numel() * 4, weight.device).view(torch.int32)
-    packed = packed.view(words.shape[0], words.shape[2], PANEL).copy_(words.transpose(1, 2))
+    words = words.transpose(1, 2)
+    packed = allocate(words.shape, torch.int32, weight.device).copy_(words)
     return packed.bitwise_xor_(-0x7F7F7F80).view(torch.uint8).unflatten(-1, (PANEL, 4))
 
 
@@ -208,7 +210,7 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
         parts.append(_by_panel(zeros.to(torch.uint8 if zero == ZERO_BYTES else torch.float32)))
     widths = [part[0, 0].numel() * part.element_size() for part in parts]
     group_bytes = sum(widths) + -sum(widths) % CACHE_LINE
-    packed = allocate(words.shape[0] * groups * group_bytes, q.device).view(-1, groups, group_bytes)
+    packed = allocate((words.shape[0], groups, group_bytes), torch.uint8, q.device)
     for part, slot in zip(parts, packed[..., : sum(widths)].split(widths, -1), strict=True):
         slot.view(part.dtype).view(part.shape).copy_(part)
     return packed, zero
@@ -252,14 +254,15 @@ def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize:
     return ((nibbles - zeros) * scales).to(dtype)
 
 
-def allocate(nbytes: int, device: torch.device) -> Tensor:
-    """Zeros, uint8 [nbytes]; many are in huge pages on Linux, and read 15 to 35 % faster than in pages of 4 KiB."""
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; many are in huge pages on Linux, and read 15 to 35 % faster than in pages of 4 KiB."""
+    nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < 2**20 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -121,8 +121,7 @@ class KVCache(nn.Module):
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
         for name in ("k", "v"):
-            memory = kernels.allocate(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
-            self.register_buffer(name, memory, persistent=False)
+            self.register_buffer(name, kernels.allocate(shape, dtype, device), persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
         """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""

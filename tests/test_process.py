@@ -173,7 +173,7 @@ def test_compiled_process(base_folder, script):
     result = finish(start(*quick(base_folder, "--temperature", 0.8, "--seed", 3, "--compile")))
     assert result.code == 0, result.err
     assert result.out == script(*quick(base_folder, "--temperature", 0.8, "--seed", 3)).out
-    assert re.search(r"^compiled in [\d.]+ s$", result.err, re.MULTILINE)
+    assert re.search(r"^warmed up in [\d.]+ s$", result.err, re.MULTILINE)
 
 
 def test_compile_without_a_compiler(base_folder, tmp_path):
