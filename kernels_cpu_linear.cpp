@@ -133,122 +133,143 @@ INLINE int32_t load4(const int8_t* from) {
 
 constexpr int64_t AHEAD = AVX512 ? 6144 : 2048;  // bytes
 
-// A panel [32, K] times R rows of activations -> y, without the scales of int8's rows.
-template <int R>
-void panel_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[R][VECTORS]) {
-    // At one or two rows the hardware's own prefetching is as fast as memory, and more than that disturbs it.
+// P panels [32, K] times R rows of activations -> y, without the scales of int8's rows.
+template <int R, int P>
+void panels_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[P][R][VECTORS]) {
     constexpr bool FETCH = R > 2;
     constexpr int NV = AVX2 && R <= 2 ? 4 : 2;  // vectors of the panel at once
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = f32s{};
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++)
+        y[p][r][v] = f32s{};
     const int64_t padded_k = round_up(w.k, 16);
     for (int64_t g = 0; g < w.groups; g++) {
         const int64_t steps = smaller(w.group, padded_k - g * w.group) / 4;
         UNROLL for (int h = 0; h < VECTORS; h += NV) {
-            i32s sums[R][NV];
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) sums[r][v] = i32s{} + x.start[r];
-            for (int64_t i = 0; i < steps; i++) {
-                const uint8_t* from = at + i * 4 * PANEL + h * 4 * LANES;
-                bytes ws[NV];
-                UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(from + v * 4 * LANES);
-                if (FETCH)
-                    UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(from + AHEAD + b);
-                UNROLL for (int r = 0; r < R; r++) {
-                    const int32_t a = load4(x.q + (i * R + r) * 4);
-                    UNROLL for (int v = 0; v < NV; v++) sums[r][v] = dot_int8(sums[r][v], ws[v], a);
+            i32s sums[P][R][NV];
+            UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+                sums[p][r][v] = i32s{} + x.start[r];
+            for (int64_t i = 0; i < steps; i++)
+                UNROLL for (int p = 0; p < P; p++) {
+                    const uint8_t* from = at + p * w.panel_bytes + i * 4 * PANEL + h * 4 * LANES;
+                    bytes ws[NV];
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(from + v * 4 * LANES);
+                    if (FETCH)
+                        UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(from + AHEAD + b);
+                    UNROLL for (int r = 0; r < R; r++) {
+                        const int32_t a = load4(x.q + (i * R + r) * 4);
+                        UNROLL for (int v = 0; v < NV; v++) sums[p][r][v] = dot_int8(sums[p][r][v], ws[v], a);
+                    }
                 }
-            }
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-                y[r][h + v] += to_f32(sums[r][v]) * x.scale[r];
+            UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+                y[p][r][h + v] += to_f32(sums[p][r][v]) * x.scale[r];
         }
         at += steps * 4 * PANEL, x.q += steps * 4 * R, x.scale += R, x.start += R;
     }
 }
 
-// Adds to y what the groups [begin, end) of a panel give, for NV of its vectors. COMMON: what quantize.py writes by
+// Adds to y what the groups [begin, end) of P panels give, for NV of their vectors. COMMON: what quantize.py writes by
 // default; known at compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
-template <int R, int NV, bool COMMON>
+template <int R, int P, int NV, bool COMMON>
 __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel, Activations x, int64_t begin,
-                                           int64_t end, int first, f32s (&y)[R][VECTORS]) {
+                                           int64_t end, int first, f32s (&y)[P][R][VECTORS]) {
     const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = AVX2 ? 32 : group;
     const Type scale_type = COMMON ? BF16 : w.scale_type;
+    constexpr bool FETCH = P == 1;
     constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;  // arithmetic takes longer than memory: further
-    const int8_t* q = x.q + begin * group * R;
-    const int32_t* start = x.start + begin * (group / block) * R;
-    f32s total[R][NV];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) total[r][v] = y[r][first + v];
-    for (int64_t g = begin; g < end; g++) {
-        const uint8_t* at = panel + g * w.group_bytes + first * 4 * LANES;
-        const uint8_t* scales_at = panel + g * w.group_bytes + PANEL * group / 2;
-        const uint8_t* zeros_at = scales_at + PANEL * size_of(scale_type);
-        prefetch(scales_at + ahead);
-        f32s scale[NV];
-        UNROLL for (int v = 0; v < NV; v++) scale[v] = load_lanes({scales_at, scale_type}, LANES * (first + v));
-        i32s sums[R][NV] = {};
-        for (int64_t k = 0; k < group; k += block) {
-            Sums4 some[R][NV];
-            UNROLL for (int v = 0; v < NV; v++) {
-                const i32s zeros = zero == ZERO_BYTES ? widen(load<u8s>(zeros_at + LANES * (first + v))) : i32s{};
-                UNROLL for (int r = 0; r < R; r++)
-                    some[r][v] = zero >= 0 ? start_from(start[r]) : start_from(start[r], zeros);
-            }
-            _Pragma("GCC unroll 4") for (int64_t i = 0; i < block; i += 8) {
-                bytes ws[NV];
-                UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(at + v * 4 * LANES) & 15;
-                UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(at + ahead + b);
-                UNROLL for (int r = 0; r < R; r++) {
-                    const int32_t even = load4(q + 4 * r);
-                    UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], even);
+    f32s total[P][R][NV];
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+        total[p][r][v] = y[p][r][first + v];
+    for (int64_t g = begin; g < end; g++)
+        UNROLL for (int p = 0; p < P; p++) {
+            const uint8_t* from = panel + p * w.panel_bytes + g * w.group_bytes;
+            const uint8_t* at = from + first * 4 * LANES;
+            const uint8_t* scales_at = from + PANEL * group / 2;
+            const uint8_t* zeros_at = scales_at + PANEL * size_of(scale_type);
+            const int8_t* q = x.q + g * group * R;
+            const int32_t* start = x.start + g * (group / block) * R;
+            if (FETCH) prefetch(scales_at + ahead);
+            i32s sums[R][NV] = {};
+            for (int64_t k = 0; k < group; k += block) {
+                Sums4 some[R][NV];
+                UNROLL for (int v = 0; v < NV; v++) {
+                    const i32s zeros = zero == ZERO_BYTES ? widen(load<u8s>(zeros_at + LANES * (first + v))) : i32s{};
+                    UNROLL for (int r = 0; r < R; r++)
+                        some[r][v] = zero >= 0 ? start_from(start[r]) : start_from(start[r], zeros);
                 }
-                UNROLL for (int v = 0; v < NV; v++) ws[v] = (bytes)(load<u32s>(at + v * 4 * LANES) >> 4) & 15;
-                UNROLL for (int r = 0; r < R; r++) {
-                    const int32_t odd = load4(q + 4 * (R + r));
-                    UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], odd);
+                _Pragma("GCC unroll 4") for (int64_t i = 0; i < block; i += 8) {
+                    bytes ws[NV];
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(at + v * 4 * LANES) & 15;
+                    if (FETCH)
+                        UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(at + ahead + b);
+                    UNROLL for (int r = 0; r < R; r++) {
+                        const int32_t even = load4(q + 4 * r);
+                        UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], even);
+                    }
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = (bytes)(load<u32s>(at + v * 4 * LANES) >> 4) & 15;
+                    UNROLL for (int r = 0; r < R; r++) {
+                        const int32_t odd = load4(q + 4 * (R + r));
+                        UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], odd);
+                    }
+                    at += 4 * PANEL, q += 8 * R;
                 }
-                at += 4 * PANEL, q += 8 * R;
+                UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+                    sums[r][v] += total_of(some[r][v]);
+                if (zero == ZERO_FLOATS)
+                    for (int v = 0; v < NV; v++) {
+                        const f32s zeros = load<f32s>(zeros_at + 4 * LANES * (first + v)) *
+                                           load_lanes({scales_at, scale_type}, LANES * (first + v));
+                        for (int r = 0; r < R; r++)
+                            total[p][r][v] += zeros * (x.scale[g * R + r] * (float)total_of(start[r]));
+                    }
+                start += R;
             }
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) sums[r][v] += total_of(some[r][v]);
-            if (zero == ZERO_FLOATS)
-                for (int r = 0; r < R; r++)
-                    for (int v = 0; v < NV; v++)
-                        total[r][v] += load<f32s>(zeros_at + 4 * LANES * (first + v)) * scale[v] *
-                                       (x.scale[g * R + r] * (float)total_of(start[r]));
-            start += R;
+            f32s scale[NV];  // read where it lies, after the weights: hardware prefetches what is read in order
+            UNROLL for (int v = 0; v < NV; v++) scale[v] = load_lanes({scales_at, scale_type}, LANES * (first + v));
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+                total[p][r][v] += to_f32(sums[r][v]) * (scale[v] * x.scale[g * R + r]);
         }
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-            total[r][v] += to_f32(sums[r][v]) * (scale[v] * x.scale[g * R + r]);
-    }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) y[r][first + v] = total[r][v];
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+        y[p][r][first + v] = total[p][r][v];
 }
 
-template <int R>
-void panel_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)[R][VECTORS]) {
-    constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of the panel at once: their sums stay in registers
+template <int R, int P>
+void panels_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)[P][R][VECTORS]) {
+    constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of a panel at once: their sums stay in registers
     constexpr int64_t SOME = NV == VECTORS ? 1 << 30 : 256;  // k, then the other vectors: memory is read in order
     const bool common = w.zero == 8 && w.group == 32 && w.scale_type == BF16;
-    const auto add = common ? groups_int4<R, NV, true> : groups_int4<R, NV, false>;
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++) y[r][v] = f32s{};
+    const auto add = common ? groups_int4<R, P, NV, true> : groups_int4<R, P, NV, false>;
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++)
+        y[p][r][v] = f32s{};
     const int64_t step = SOME / w.group;
     for (int64_t g = 0; g < w.groups; g += step)
         for (int v = 0; v < VECTORS; v += NV) add(w, panel, x, g, smaller(w.groups, g + step), v, y);
 }
 
+template <int BITS, int R, int P>
+void linear_panels(const Weight& w, Activations x, int64_t panel, Vector bias, Type type, void* out) {
+    f32s y[P][R][VECTORS];
+    const uint8_t* packed = w.packed + panel * w.panel_bytes;
+    if constexpr (BITS == 8)
+        panels_int8<R, P>(w, packed, x, y);
+    else
+        panels_int4<R, P>(w, packed, x, y);
+    for (int i = 0; i < P * VECTORS; i++) {
+        const int64_t first = panel * PANEL + LANES * i, count = w.n - first;
+        if (count <= 0) break;
+        f32s scale = BITS == 8 ? load_lanes({w.scales, F32}, first, count) : all(1.0f);
+        f32s add = bias.data ? load_lanes(bias, first, count) : f32s{};
+        for (int r = 0; r < R; r++)
+            store_lanes(out, type, r * w.n + first, y[i / VECTORS][r][i % VECTORS] * scale + add, count);
+    }
+}
+
 template <int BITS, int R>
 void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vector bias, Type type, void* out) {
-    for (int64_t panel = begin; panel < end; panel++) {
-        f32s y[R][VECTORS];
-        const uint8_t* packed = w.packed + panel * w.panel_bytes;
-        if constexpr (BITS == 8)
-            panel_int8<R>(w, packed, x, y);
-        else
-            panel_int4<R>(w, packed, x, y);
-        for (int v = 0; v < VECTORS; v++) {
-            const int64_t first = panel * PANEL + LANES * v, count = w.n - first;
-            if (count <= 0) break;
-            f32s scale = BITS == 8 ? load_lanes({w.scales, F32}, first, count) : all(1.0f);
-            f32s add = bias.data ? load_lanes(bias, first, count) : f32s{};
-            for (int r = 0; r < R; r++) store_lanes(out, type, r * w.n + first, y[r][v] * scale + add, count);
-        }
-    }
+    // The hardware's own prefetching is fastest, with two panels at once by a sixth; ours besides would disturb it. Of
+    // more rows the sums fill the registers.
+    constexpr int AT_ONCE = AVX2 && R <= (BITS == 8 ? 2 : 1) ? 2 : 1;
+    int64_t panel = begin;
+    for (; panel + AT_ONCE <= end; panel += AT_ONCE) linear_panels<BITS, R, AT_ONCE>(w, x, panel, bias, type, out);
+    for (; panel < end; panel++) linear_panels<BITS, R, 1>(w, x, panel, bias, type, out);
 }
 
 template <int BITS, int R>

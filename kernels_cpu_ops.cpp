@@ -154,12 +154,14 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
         quantize(share(rows * w.groups, thread, threads));
 #pragma omp barrier
         // One panel for all rows before the next: it comes from memory once.
+        const int64_t step = tiles == 1 ? panels : 1;
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
-            for (int64_t panel = mine.begin; panel < mine.end; panel++)
+            for (int64_t panel = mine.begin; panel < mine.end; panel += step)
                 for (int64_t i = 0; i < tiles; i++) {
                     const Range r = share(rows, i, tiles);
-                    kernels.linear_quantized(w, activations(r), r.end - r.begin, panel, panel + 1, bias_vector,
-                                             x_vector.type, out + r.begin * w.n * size_of(x_vector.type));
+                    kernels.linear_quantized(w, activations(r), r.end - r.begin, panel, smaller(panel + step, mine.end),
+                                             bias_vector, x_vector.type,
+                                             out + r.begin * w.n * size_of(x_vector.type));
                 }
     });
     return y;
