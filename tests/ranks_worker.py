@@ -7,7 +7,9 @@ Each rank writes FOLDER/RANK.json, what its tasks returned, when they are done; 
 """
 
 import contextlib
+import ctypes
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -234,6 +236,8 @@ def memory(group, path):
     peaks, sizes = [], []
     load_model(path, group=group)  # whatever is loaded at the first use
     for each in (group, tp.ALONE):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the model before this one leaves would be used again, and not be seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
         before = resident("VmHWM")
         model = load_model(path, group=each)
