@@ -234,10 +234,11 @@ def told(group):
 def memory(group, path):
     """The most bytes that loading takes, in parts and whole, and the bytes of the weights in parts and whole."""
     peaks, sizes = [], []
+    M_MMAP_THRESHOLD = -3
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)  # what is freed is gone, and not used again without being seen
     load_model(path, group=group)  # whatever is loaded at the first use
     for each in (group, tp.ALONE):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the model before this one leaves would be used again, and not be seen
+        gc.collect()  # of the model before this one
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
         before = resident("VmHWM")
         model = load_model(path, group=each)
