@@ -2,6 +2,7 @@
 # several processes would wait for each other).  Both make .venv first.
 PYTHON ?= python3
 RUN = .venv/bin/python
+INSTALL = $(RUN) -m pip install -q --no-compile  # which takes as long as the rest; Python compiles what it imports
 LONGEST = tests/test_tp.py tests/test_lifeline.py tests/test_bench.py  # first, so that all processes end together
 
 .PHONY: demo test clean
@@ -16,11 +17,11 @@ test: .venv/dev
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(RUN) -m pip install -q -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:
