@@ -387,8 +387,9 @@ def test_layers_trace_without_data():
     assert (y.shape, y.dtype) == ((2, 1, 48), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["linear_bf16", "linear_int8", "linear_int4", "decode_attention"])
+@pytest.mark.parametrize("name", ["linear_bf16", "linear_int8", "linear_int4", "decode_attention", "reach"])
 def test_cuda_tensors_come_here(name):
+    """Otherwise they would go in a circle: see kernels._op."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{name}", "CUDA")
 
 
