@@ -319,9 +319,11 @@ def parse_args() -> argparse.Namespace:
     ):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
-            least = 0 if name == "positions" else 1
+            least = {"positions": 0, "ragged": 2}.get(name, 1)
             if value is not None and not least <= value < 2**31:
                 raise UserError(f"--{name} {value} is out of range; it must be {least} or more")
+    if args.speculate and args.new_tokens < 2:
+        raise UserError("--speculate needs --new_tokens 2 or more; the first token is the prefill's")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; name a folder")
     return args

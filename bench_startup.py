@@ -82,7 +82,7 @@ def canonical(layer: Int8Linear | Int4Linear) -> tuple[str, dict[str, Tensor | N
         return "int8", {"weight": unpack_int8(layer.packed, *sizes), "scales": layer.scales, "bias": layer.bias}
     grid = layer.groupsize, layer.scale_dtype, layer.zero
     parts = zip(("weight", "scales", "zeros"), unpack_int4(layer.packed, *sizes, *grid), strict=True)
-    return f"int4-g{layer.groupsize}", {**dict(parts), "bias": layer.bias}
+    return f"int4-g{layer.groupsize}", {**dict(parts), "bias": layer.bias, "order": layer.order}
 
 
 def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str
             f"{warm:.1f} s with a warm cache"
         )
     del environment["TORCH_EXTENSIONS_DIR"], environment["TMPDIR"]
-    probe = [sys.executable, "-c", MEMORY_PROBE, str(folder)]
+    probe = [sys.executable, "-c", MEMORY_PROBE, str(folder.absolute())]
     output = subprocess.check_output(probe, cwd=HERE, env=environment)
     weights, imported, loaded, used = (int(word) for word in output.split())
     return {

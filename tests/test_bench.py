@@ -23,6 +23,7 @@ import bench_startup
 import capacity
 import checkpoint
 import engine
+import kernels
 import rounding
 from config import ModelConfig
 from errors import UserError
@@ -286,6 +287,13 @@ def test_a_written_checkpoint_is_the_model(name, mode, tmp_path):
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_written_layer_keeps_the_order_of_its_inputs():
+    q, scales, zeros = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32, 2), torch.full((32, 2), 8.0)
+    order = torch.arange(64, dtype=torch.int32).flip(0)
+    layer = kernels.Int4Linear.from_canonical(q, scales, zeros, 64, 32, None, order)
+    assert torch.equal(bench_startup.canonical(layer)[1]["order"], order)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -547,6 +555,8 @@ def test_shapes_have_their_size(shape, parameters):
         (["--new_tokens", "-1"], "--new_tokens -1 is out of range"),
         (["--prompt_length", "0"], "--prompt_length 0 is out of range"),
         (["--threads", "0"], "--threads 0 is out of range"),
+        (["--ragged", "1"], "--ragged 1 is out of range; it must be 2 or more"),
+        (["--speculate", "draft", "--new_tokens", "1"], "--speculate needs --new_tokens 2 or more"),
         (["--prompt_length", "8190"], "exceed the limit of 8192"),
         (["--max_seq_length", "520"], "exceed the limit of 520"),
         (["--max_seq_length", "9000"], "more than the model's context of 8192"),
