@@ -114,13 +114,14 @@ def perplexity(model: Transformer, tokenizer: Tokenizer, text: str, length: int,
 class HarnessMethods:
     """What lm-eval's TemplateLM asks of a model, see `harness_model`: requests in, log-likelihoods or text out."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int, eos_ids: frozenset[int]):
-        """The model's caches must be set up for `batch_size` rows."""
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, batch_size: int, max_seq_length: int, eos_ids: frozenset[int]
+    ):
         super().__init__()
-        self.engine, self.tokens, self.batch_size, self.eos_ids = Engine(model), tokenizer, batch_size, eos_ids
-        self.engine.setup(batch_size, model.max_seq_length)
         if tokenizer.bos_id is None and not eos_ids:
             raise UserError("this model names neither a bos nor an eos token, and lm-eval needs one to begin with")
+        self.engine, self.tokens, self.batch_size, self.eos_ids = Engine(model), tokenizer, batch_size, eos_ids
+        self.engine.setup(batch_size, max_seq_length)
 
     @property
     def eot_token_id(self) -> int:
@@ -208,10 +209,12 @@ class HarnessMethods:
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval knows them all
 
 
-def harness_model(model: Transformer, tokenizer: Tokenizer, batch_size: int, eos_ids: frozenset[int]):
+def harness_model(
+    model: Transformer, tokenizer: Tokenizer, batch_size: int, max_seq_length: int, eos_ids: frozenset[int]
+):
     """The model as an `lm_eval.api.model.TemplateLM`. UserError when lm-eval is not installed."""
     return type("GptBrisk", (HarnessMethods, import_harness().api.model.TemplateLM), {})(
-        model, tokenizer, batch_size, eos_ids
+        model, tokenizer, batch_size, max_seq_length, eos_ids
     )
 
 
@@ -308,6 +311,8 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
         raise UserError(f"--stride {stride} is more than the window of {length} tokens; some would not be scored")
     if args.tasks:
         names = [name for names in args.tasks for name in names.split(",") if name]
+        if not names:
+            raise UserError("--tasks names no task; `lm-eval ls tasks` lists them")
         tasks = load_tasks(names, args.task_path)
     else:
         text = group.from_rank_0(lambda: read_text(args.perplexity))
@@ -315,10 +320,9 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None, group)
     needed = group.sharing * cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
-    model.setup_caches(args.batch_size, length)
     if args.tasks:
         eos_ids = frozenset(load_generation_config(path.parent)["eos_token_ids"] or tokenizer.eos_ids)
-        lm = harness_model(model, tokenizer, args.batch_size, eos_ids)
+        lm = harness_model(model, tokenizer, args.batch_size, length, eos_ids)
         lm_eval = import_harness()
         results = lm_eval.simple_evaluate(
             lm,
@@ -334,6 +338,7 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
             kept = {key: results[key] for key in keys if key in results}
             print(json.dumps(kept, default=str) if args.json else lm_eval.utils.make_table(results))
     else:
+        model.setup_caches(args.batch_size, length)
         result = perplexity(model, tokenizer, text, length, stride)
         if args.json:
             print(json.dumps(result))

@@ -187,8 +187,7 @@ def greedy_text(reference, tokenizer, prompt: str, new: int, until: list[str]) -
 
 def harness(base_folder, batch_size: int = 3, length: int = 256):
     model = load_model(base_folder)
-    model.setup_caches(batch_size, length)
-    return evaluation.harness_model(model, load_tokenizer(base_folder), batch_size, frozenset([1]))
+    return evaluation.harness_model(model, load_tokenizer(base_folder), batch_size, length, frozenset([1]))
 
 
 def requests(kind: str, arguments: list[tuple]) -> list:
@@ -320,6 +319,7 @@ def test_the_table_limit_and_examples(base_folder, tasks, monkeypatch, capsys):
         (["--perplexity", "{text}", "--limit", "3"], "--limit goes with --tasks"),
         (["--tasks", "tiny_choice", "--stride", "3"], "--stride goes with --perplexity"),
         (["--tasks", "no_such_task"], "no task 'no_such_task'"),
+        (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "tiny_choice", "--task_path", "nowhere"], "nowhere is no folder"),
         (["--tasks", "tiny_choice", "--perplexity", "{text}"], "not allowed with"),
     ],
