@@ -29,6 +29,7 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ OPTIONS = {"size_asserts": False, "cpp.min_chunk_size": 8192}
 PROGRAM = "program.json"
 # As this process found them: later the files may be others than what it runs, and Inductor sets the variable itself.
 CACHE = cache_folder("TORCHINDUCTOR_CACHE_DIR")
-SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")) if path.is_file()]
 SETTINGS = [  # that change what is compiled
     f"{name}={value}"
     for name, value in sorted(os.environ.items())
@@ -111,11 +112,14 @@ def describe(value: Any, seen: dict[int, int]) -> Any:
     """All of a value that is the same in another process, but not the numbers in tensors."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return repr(value)
-    if inspect.isfunction(value) or inspect.isclass(value):
+    if inspect.isclass(value):
         return value.__module__, value.__qualname__, hash_of_module(value.__module__)
     if id(value) in seen:
         return "the same as", seen[id(value)]
     seen[id(value)] = len(seen)
+    if inspect.isfunction(value):
+        bound = value.__defaults__, [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__module__, value.__qualname__, hash_of_module(value.__module__), describe(bound, seen)
     if isinstance(value, Tensor):
         return str(value.dtype), tuple(value.shape), value.stride(), str(value.device)
     if isinstance(value, Mapping):
@@ -131,11 +135,15 @@ def describe(value: Any, seen: dict[int, int]) -> Any:
     return describe(type(value), seen), content
 
 
-@functools.cache
 def hash_of_module(name: str) -> str:
-    """Of its code, which need not be in this folder."""
+    """Of its code, which need not be in this folder. That of a notebook is never the same."""
     file = getattr(sys.modules[name], "__file__", None)
-    return hash_of(Path(file).read_bytes() if file else name)
+    return hash_of_file(file) if file else os.urandom(16).hex()
+
+
+@functools.cache
+def hash_of_file(path: str) -> str:
+    return hash_of(Path(path).read_bytes())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +340,8 @@ def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
 
 
 def check_compiler() -> None:
-    """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler."""
+    """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler or Python.h,
+    which distributions have in a package of its own."""
     import torch._inductor.compile_fx  # noqa: F401
     from torch._inductor import codecache, cpp_builder, exc
 
@@ -344,6 +353,9 @@ def check_compiler() -> None:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:
         raise UserError("--compile needs a C++ compiler; install g++ (apt install g++) or leave it out") from error
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        raise UserError(f"--compile needs {header}; install Python's headers (apt install python3-dev) or leave it out")
 
 
 @functools.cache

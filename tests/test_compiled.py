@@ -18,6 +18,7 @@ from torch import nn
 import compiled
 from compiled import CompiledFunction, describe, version_of
 from engine import Engine, Request
+from errors import UserError
 from sampling import SamplingParams
 
 HERE = Path(__file__).parent
@@ -173,6 +174,12 @@ def test_a_compiler_that_is_switched_off(empty_cache, monkeypatch):
 
 
 @torch.no_grad()
+def test_no_headers_of_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(UserError, match=r"include/Python\.h; .*python3-dev"):
+        compiled.check_compiler()
+
+
 def test_a_model_that_is_gone_leaves_no_memory(empty_cache):
     module, function = Counter(), CompiledFunction(step)
     gone = weakref.ref(module.total)
@@ -205,6 +212,18 @@ def test_the_version_depends_on_all_but_the_numbers_of_tensors():
         assert first != version(Counter(), torch.zeros(1, 8))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_version_depends_on_what_a_function_holds():
+    def scaled(by):
+        return lambda x, more=by: (x * by * more,)
+
+    assert version_of(scaled(2), ()) == version_of(scaled(2), ()) != version_of(scaled(3), ())
+
+
+def test_code_of_no_file_is_never_the_same(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "__file__", None)
+    assert version_of(step, ()) != version_of(step, ())
 
 
 def test_descriptions_are_the_same_in_every_process(engine):
