@@ -26,6 +26,7 @@ import mmap
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -435,7 +436,9 @@ def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
 
 def cache_folder(variable: str) -> Path:
     """Where what was compiled is kept: in the folder that an environment variable names, or in the user's cache."""
-    return Path(os.environ.get(variable) or Path.home() / ".cache" / "gpt-brisk")
+    home = os.path.expanduser("~")  # as it is where there is none
+    cache = Path(home, ".cache") if os.path.isabs(home) else Path(tempfile.gettempdir())
+    return Path(os.environ.get(variable) or cache / "gpt-brisk")
 
 
 def build(name: str) -> Path:
@@ -470,7 +473,9 @@ def build(name: str) -> Path:
         if library.exists():
             return library
         for arguments in (compile, [*link, "-o", library.name]):
-            result = subprocess.run([compiler, *arguments], cwd=temporary, stderr=subprocess.PIPE, text=True)
+            result = subprocess.run(
+                [*shlex.split(compiler), *arguments], cwd=temporary, stderr=subprocess.PIPE, text=True
+            )
             if result.returncode:
                 lines = [line for line in result.stderr.splitlines() if "error" in line] or [f"{compiler} failed"]
                 raise OSError(lines[0])

@@ -66,8 +66,8 @@ struct LinearKernels {
     // R rows times the panels [begin, end) -> y, rows [N] of type `type`, R of them `w.n` apart.
     void (*linear_quantized)(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
                              void* y);
-    // Row r of a tile of R rows, bf16 [K] -> its floats as linear_bf16 wants them. A tile has room for R times K, K
-    // rounded up to 32.
+    // Without products of bf16: row r of a tile of R rows, bf16 [K] -> its floats as linear_bf16 wants them. A tile has
+    // room for R times K, K rounded up to 32.
     void (*to_floats)(const uint16_t* x, int64_t k, int R, int r, float* to);
     // R rows of bf16 [R, K], or a tile from to_floats, times the rows [begin, end) of w [N, K] -> bf16 [R, N].
     void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end,

@@ -9,7 +9,8 @@ namespace {
 // Quantized activations
 
 #if AVX2
-// dot_int4 adds up pairs in 16 bits: they start from -zero times the sums of those k, mod 8 less than 4 and the others.
+// Of each 32 k dot_int4 keeps two sums in 16 bits: of the k with k % 8 < 4, and of the others. Each starts from -zero
+// times the sum of its activations; both are in one number of 32 bits.
 int32_t start_of_pairs(i32s sum, int32_t zero) {
     sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
     sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6);
@@ -136,7 +137,7 @@ constexpr int64_t AHEAD = AVX512 ? 6144 : 2048;  // bytes
 // P panels [32, K] times R rows of activations -> y, without the scales of int8's rows.
 template <int R, int P>
 void panels_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[P][R][VECTORS]) {
-    constexpr bool FETCH = R > 2;
+    constexpr bool FETCH = R > 2;  // with fewer, the hardware's own prefetching is as fast as memory
     constexpr int NV = AVX2 && R <= 2 ? 4 : 2;  // vectors of the panel at once
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++)
         y[p][r][v] = f32s{};
@@ -173,7 +174,7 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
                                            int64_t end, int first, f32s (&y)[P][R][VECTORS]) {
     const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = AVX2 ? 32 : group;
     const Type scale_type = COMMON ? BF16 : w.scale_type;
-    constexpr bool FETCH = P == 1;
+    constexpr bool FETCH = P == 1;  // two panels at once are fastest without
     constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;  // arithmetic takes longer than memory: further
     f32s total[P][R][NV];
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
@@ -264,8 +265,7 @@ void linear_panels(const Weight& w, Activations x, int64_t panel, Vector bias, T
 
 template <int BITS, int R>
 void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vector bias, Type type, void* out) {
-    // The hardware's own prefetching is fastest, with two panels at once by a sixth; ours besides would disturb it. Of
-    // more rows the sums fill the registers.
+    // Two panels at once are two streams from memory, and a sixth faster. Of more rows the sums fill the registers.
     constexpr int AT_ONCE = AVX2 && R <= (BITS == 8 ? 2 : 1) ? 2 : 1;
     int64_t panel = begin;
     for (; panel + AT_ONCE <= end; panel += AT_ONCE) linear_panels<BITS, R, AT_ONCE>(w, x, panel, bias, type, out);
@@ -303,6 +303,7 @@ INLINE Part weights(const uint16_t* w, int) { return (__m512bh)_mm512_loadu_si51
 INLINE Part activations(const uint16_t* x, int) { return weights(x, 0); }
 INLINE f32s multiply_add(f32s sum, Part w, Part x) { return (f32s)_mm512_dpbf16_ps((__m512)sum, w, x); }
 INLINE int64_t place(int64_t k, int r, int, int64_t row) { return r * row + k; }
+constexpr auto to_floats = nullptr;
 #else
 constexpr bool BF16_PRODUCTS = false;
 constexpr int PARTS = 2;
@@ -315,7 +316,6 @@ INLINE Part weights(const uint16_t* w, int part) {
 INLINE Part activations(const float* x, int part) { return load<f32s>(x + part * LANES); }
 INLINE f32s multiply_add(f32s sum, Part w, Part x) { return sum + w * x; }
 INLINE int64_t place(int64_t k, int r, int R, int64_t) { return k * R + r * STEP; }  // in the order of reading
-#endif
 
 void to_floats(const uint16_t* x, int64_t k, int R, int r, float* to) {
     for (int64_t i = 0; i < k; i += STEP) {
@@ -323,6 +323,7 @@ void to_floats(const uint16_t* x, int64_t k, int R, int r, float* to) {
         store(to + place(i, r, R, 0), p.even), store(to + place(i, r, R, 0) + LANES, p.odd);
     }
 }
+#endif
 
 // NW rows of w times R rows of x: w is read once from memory and each value used R times. y is [R, 16].
 template <int NW, int R>

@@ -61,7 +61,11 @@ struct Free {
 };
 typedef std::unique_ptr<char, Free> Memory;
 
-Memory allocate(int64_t bytes) { return Memory((char*)std::aligned_alloc(64, round_up(bytes + 1, 64))); }
+Memory allocate(int64_t bytes) {
+    Memory memory((char*)std::aligned_alloc(64, round_up(bytes + 1, 64)));
+    STD_TORCH_CHECK(memory != nullptr, "not enough memory: ", bytes, " bytes");
+    return memory;
+}
 
 // Runs work(thread, threads) on PyTorch's own threads.
 template <class Work>
@@ -122,9 +126,10 @@ Tensor empty_output(const Tensor& x, int64_t n) {
 
 // x [..., K] times a packed weight. All threads quantize the activations together, then each takes its panels.
 Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bias) {
+    STD_TORCH_CHECK(w.k > 0, "x: expected at least one column");
     const Tensor x = in_order(input);
     Tensor y = empty_output(x, w.n);
-    const int64_t rows = w.k ? x.numel() / w.k : 0, panels = (w.n + PANEL - 1) / PANEL;
+    const int64_t rows = x.numel() / w.k, panels = (w.n + PANEL - 1) / PANEL;
     if (!rows || !w.n) return y;
     const int64_t padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
     const LinearKernels& kernels = *linear;
@@ -153,7 +158,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
     parallel([&](int thread, int threads) {
         quantize(share(rows * w.groups, thread, threads));
 #pragma omp barrier
-        // One panel for all rows before the next: it comes from memory once.
+        // Of several tiles all take a panel before the next: it comes from memory once.
         const int64_t step = tiles == 1 ? panels : 1;
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
             for (int64_t panel = mine.begin; panel < mine.end; panel += step)

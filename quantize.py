@@ -140,15 +140,17 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
     tokens = torch.tensor(load_tokenizer(folder).encode(checkpoint.read_text(path)), dtype=torch.long)
     # Fewer tokens than inputs leave directions that no text was seen to use, and the Hessian without an inverse.
     widest = max(config.dim, config.n_heads * config.head_dim, config.ffn_dim)
-    if len(tokens) < widest:
+    window = min(WINDOW, config.context_length)
+    length = max(1, min(window, len(tokens)))
+    count = min(len(tokens) // length, max(WINDOWS, -(-widest // length)))
+    if count * length < widest:
+        least = widest if widest < window else -(-widest // window) * window
         raise UserError(
-            f"the calibration text {path} has {len(tokens)} tokens, this model needs {widest} or more;"
+            f"the calibration text {path} has {len(tokens)} tokens, this model needs {least} or more;"
             " give a longer text as --calibration"
         )
     if int(tokens.max()) >= config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has more tokens than the model; get the one that belongs to it")
-    length = min(WINDOW, config.context_length, len(tokens))
-    count = min(len(tokens) // length, WINDOWS)
     # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
     check_memory(4 * (count * length * config.dim + 4 * widest**2), f"calibrating on {path}", device)
     return tokens[: count * length].view(count, length)

@@ -386,6 +386,12 @@ def test_the_result_does_not_depend_on_the_threads(name):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def test_inputs_without_columns_are_refused():
+    packed, scales = torch.empty(1, 0, kernels.PANEL, 4, dtype=torch.uint8), torch.ones(4)
+    with pytest.raises(RuntimeError, match="at least one column"):
+        torch.ops.brisk.linear_int8(torch.ones(3, 0), packed, scales)
+
+
 @pytest.mark.parametrize("name", examples())
 def test_wrong_shapes_are_refused(name):
     x, *rest = examples()[name]
@@ -468,10 +474,15 @@ def test_without_a_compiler_there_is_one_warning(tmp_path):
     assert result.stdout == "[4.0, 4.0]\n" and "no C++ compiler" in result.stderr
 
 
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert kernels.cache_folder("NO_SUCH_VARIABLE").is_absolute()
+
+
 @pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path):
     code = "import kernels; print(kernels.build('ops'))"
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "g++ -pipe"}  # arguments are allowed
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
