@@ -2,12 +2,12 @@
 
     python scripts/train_demo.py --out build/demo_hf --minutes 45 --draft_minutes 12
 
-Needs nothing but the running interpreter's own library: its source is the corpus (demo_corpus.py), a byte-fallback
-sentencepiece tokenizer is trained on the same text, and the files named in HELD_OUT are seen by neither. Writes two
-ordinary Hugging Face folders, OUT/target and OUT/draft (config.json, model.safetensors, tokenizer.model; the models are
-in demo_model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and OUT/report.json (what was reached). The
-learning rate follows the wall clock, so any number of minutes ends annealed. Killed and started again with the same
---out, it goes on from its last save.
+Needs requirements-dev.txt, and no data but the running interpreter's own library: its source is the corpus
+(demo_corpus.py), a byte-fallback sentencepiece tokenizer is trained on the same text, and the files named in HELD_OUT
+are seen by neither. Writes two ordinary Hugging Face folders, OUT/target and OUT/draft (config.json, model.safetensors,
+tokenizer.model; the models are in demo_model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and
+OUT/report.json (what was reached). The learning rate follows the minutes of work, so any number of them ends annealed.
+Killed and started again with the same --out, it goes on from its last save.
 """
 
 import argparse
@@ -305,8 +305,8 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo_hf"), help="where target/ and draft/ are written")
-    parser.add_argument("--minutes", type=float, default=45, help="wall-clock minutes for the target")
-    parser.add_argument("--draft_minutes", type=float, default=12, help="wall-clock minutes for the draft")
+    parser.add_argument("--minutes", type=float, default=45, help="of work on the target")
+    parser.add_argument("--draft_minutes", type=float, default=12, help="of work on the draft, a third for its texts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
