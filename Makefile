@@ -13,7 +13,7 @@ demo: .venv/run
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(LONGEST) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations 20 $(LONGEST) tests
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -99,12 +99,15 @@ def test_transformers_runs_our_model(name):
 
 
 @pytest.mark.slow
-def test_compiled_contenders_compute_the_same():
+def test_contenders_compute_the_same(monkeypatch):
     model = tiny_model()
     expected, _ = our_tokens(model, PROMPT, 8)
+    assert their_tokens(bench.Ours(model, 128), PROMPT, 8) == expected
+    # The others eager: to compile them takes a minute.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(engine, "CompiledFunction", lambda function: function)
     peer = bench_peers.transformers_peers(TINY, model, max_length=64)["transformers, static cache, compiled"]
     assert their_tokens(peer, PROMPT, 8) == expected
-    assert their_tokens(bench.Ours(model, 128), PROMPT, 8) == expected
     assert bench.Ours(model, 128, rows=3).decode(PROMPT[0], 0, 4) == our_tokens(model, PROMPT[:1], 4)[0]
 
 

@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 H200_SHARED_MEMORY = 227 * 1024
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=10 if INTERPRETED else 40, deadline=None)  # the interpreter takes a second for each
 runs = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="no GPU; test_in_the_interpreter runs it"
 )
