@@ -3,7 +3,9 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 INSTALL = $(RUN) -m pip install -q --no-compile  # which takes as long as the rest; Python compiles what it imports
-LONGEST = tests/test_tp.py tests/test_lifeline.py tests/test_bench.py  # first, so that all processes end together
+# First, so that all processes end together.
+LONGEST = $(patsubst %,tests/test_%.py,tp speculate kernels_triton bench lifeline compiled engine)
+TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 .PHONY: demo test clean
 
@@ -13,7 +15,7 @@ demo: .venv/run
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations 20 $(LONGEST) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
