@@ -353,9 +353,9 @@ def check_compiler() -> None:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:
         raise UserError("--compile needs a C++ compiler; install g++ (apt install g++) or leave it out") from error
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.exists():
-        raise UserError(f"--compile needs {header}; install Python's headers (apt install python3-dev) or leave it out")
+    schemes = sysconfig.get_default_scheme(), "posix_prefix"  # Debian's own Python has its headers in the second
+    if not any(Path(sysconfig.get_path("include", scheme), "Python.h").exists() for scheme in schemes):
+        raise UserError("--compile needs Python.h; install Python's headers (apt install python3-dev) or leave it out")
 
 
 @functools.cache

@@ -245,7 +245,7 @@ class Engine:
 
     def begin_step(self, length: int) -> Tensor:
         """To be called before each compiled step -> the key_pos of one in which no row goes further than `length`."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.compiles_steps:
             torch.compiler.cudagraph_mark_step_begin()
         # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
         return self.key_positions(self.model, length) if self.device.type == "mps" else self.model.key_pos
@@ -289,11 +289,11 @@ class Engine:
         """Compiles what prompts of this length (by default: any) will call -> seconds. What it leaves is never seen."""
         begun = time.perf_counter()
         gc.disable()  # a compilation makes millions of objects, and hardly any garbage
-        widths = [1]
-        if self.fixed_lengths:
-            chunk, widths = PREFILL_LENGTHS[-1], set(PREFILL_LENGTHS)
-            if prompt_length is not None:
-                widths = {fixed_length(min(chunk, prompt_length - at)) for at in range(0, prompt_length, chunk)}
+        widths = set(PREFILL_LENGTHS) if self.fixed_lengths else {1}
+        if prompt_length is not None and (self.fixed_lengths or self.device.type == "cuda"):  # Triton compiles as well
+            chunk = PREFILL_LENGTHS[-1]
+            widths = {min(chunk, prompt_length - at) for at in range(0, prompt_length, chunk)}
+            widths = set(map(fixed_length, widths)) if self.fixed_lengths else widths
         params = SamplingParams(temperature=0 if self.sampler.plain else 1)
         for width in sorted(widths):
             self.start(0, Request([0] * min(width, self.model.max_seq_length), params, 1))

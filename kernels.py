@@ -75,7 +75,8 @@ def _op(fake):
         def first_use(*args):
             # The versions of a device come before this one, once they are loaded.
             device = args[0].device.type
-            if (device == "cpu" and cpu_library() is not None) or (device == "cuda" and cuda_kernels() is not None):
+            loaded = {"cpu": cpu_library, "cuda": cuda_kernels}.get(device, lambda: None)() is not None
+            if loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{name}", device.upper()):
                 return getattr(torch.ops.brisk, name).default(*args)
             return reference(*args)
 

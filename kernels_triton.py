@@ -425,5 +425,5 @@ def decode_attention(
 # ---------------------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("brisk", "IMPL", "CUDA")
-for _function in (linear_int8, linear_int4, decode_attention, kernels.linear_bf16, kernels.reach):
+for _function in (linear_int8, linear_int4, decode_attention, kernels.linear_bf16):
     _library.impl(_function.__name__, _function)

@@ -207,7 +207,8 @@ class AllReduce(nn.Module):
         x = x.contiguous()
         if self.name == "":
             return torch.ops.brisk.all_reduce(x)
-        if self.symmetric is not None and x.nbytes <= self.symmetric.nbytes:
+        fits = self.symmetric is not None and x.nbytes <= self.symmetric.nbytes
+        if fits and x.dtype != torch.float16:  # of which PyTorch has no one-shot sum
             return one_shot_all_reduce(self.symmetric, x, self.name)
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", self.name))
 

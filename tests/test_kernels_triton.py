@@ -387,10 +387,14 @@ def test_layers_trace_without_data():
     assert (y.shape, y.dtype) == ((2, 1, 48), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["linear_bf16", "linear_int8", "linear_int4", "decode_attention", "reach"])
+@pytest.mark.parametrize("name", ["linear_bf16", "linear_int8", "linear_int4", "decode_attention"])
 def test_cuda_tensors_come_here(name):
-    """Otherwise they would go in a circle: see kernels._op."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{name}", "CUDA")
+
+
+def test_an_op_without_a_kernel_of_its_own_is_seen():
+    """Otherwise its first use, which sends tensors on to it, would call itself."""
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("brisk::reach", "CUDA")
 
 
 @no_gpu
