@@ -18,6 +18,7 @@ returns, which looks at every call whether all of this is still so.
 import ast
 import builtins
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -32,7 +33,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -159,7 +160,11 @@ def record(function: Callable, args: tuple, folder: Path) -> tuple[Callable, Any
     parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
     copy = FunctionType(function.__code__.replace(), *parts)
     compiled = torch.compile(copy, backend=notes.backend, fullgraph=True, dynamic=False)
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # it would pass over `inner`
+    with (
+        kernels_together(),
+        torch._functorch.config.patch(enable_autograd_cache=False),  # it would pass over `inner`
+        torch._dynamo.config.patch(run_gc_after_compile=False),  # takes half a second and finds nothing
+    ):
         result = compiled(*args)
     program = notes.explain(function, args, result)
     notes.end()
@@ -231,7 +236,7 @@ class Notes:
             return None
         source, scope = without_compiler(self.source), self.call.__globals__
         needed = names_in(source)
-        kernels = {name: file for name in needed if (file := file_of(scope.get(name)))}
+        kernels = {name: place for name in needed if (place := place_of(scope.get(name)))}
         if not all(is_given(name, scope.get(name), source) for name in needed - kernels.keys()):
             return None
         return {"source": source, "kernels": kernels, "inputs": inputs, "outputs": outputs}
@@ -277,10 +282,12 @@ def is_given(name: str, value: Any, source: str) -> bool:
     return all(getattr(value, attribute) is getattr(torch, attribute, None) for attribute in used)
 
 
-def file_of(kernel: Any) -> str | None:
-    """The library of a kernel that Inductor has built."""
+def place_of(kernel: Any) -> tuple[str, str] | None:
+    """Of a kernel that Inductor has built: the library, and the module's name in there."""
     module = getattr(kernel, "__self__", None)
-    return getattr(module, "__file__", None) if isinstance(module, ModuleType) else None
+    if not isinstance(module, ModuleType) or not getattr(module, "__file__", None):
+        return None
+    return module.__file__, module.__spec__.name.rpartition(".")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,9 +300,9 @@ def save(folder: Path, program: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made, kernels = Path(temporary) / folder.name, {}
         made.mkdir()
-        for name, file in sorted(program["kernels"].items()):
-            kernels[name] = f"{hash_of(Path(file).read_bytes())}.so"
-            shutil.copyfile(file, made / kernels[name])
+        for name, (file, module) in sorted(program["kernels"].items()):
+            kernels[name] = f"{hash_of(Path(file).read_bytes())}.so", module
+            shutil.copyfile(file, made / kernels[name][0])
         (made / PROGRAM).write_text(json.dumps(program | {"kernels": kernels}))
         try:
             made.rename(folder)
@@ -312,11 +319,8 @@ def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
     try:
         program = json.loads((folder / PROGRAM).read_text())
-        for name, file in program["kernels"].items():
-            spec = importlib.util.spec_from_file_location(f"{folder.name}.{file}.kernel", folder / file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            scope[name] = module.kernel
+        for name, (file, module) in program["kernels"].items():
+            scope[name] = import_library(folder / file, module).kernel
         exec(compile(program["source"], str(folder / PROGRAM), "exec"), scope)
         call, outputs = scope["call"], program["outputs"]
         found = find(program["inputs"], function, args)
@@ -333,6 +337,14 @@ def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
         return None if outputs is None else tuple(results[i] for i in outputs)
 
     return run
+
+
+def import_library(path: Path, name: str) -> ModuleType:
+    """One of the Python modules in a library."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +385,53 @@ def prepare_compiler() -> None:
             CppPythonBindingsCodeCache.load_pybinding(["float*"], EMPTY_KERNEL)
 
     # Kernels share a header, which takes g++ 8 s the first time. They wait for it only after all has been traced.
-    threading.Thread(target=build_header, daemon=True).start()
+    # Settings are each thread's own, so this one gets ours.
+    threading.Thread(target=contextvars.copy_context().run, args=(build_header,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def kernels_together() -> Iterator[None]:
+    """Has Inductor build the kernels of a graph as one library. Of the second that g++ takes for one, most is for the
+    header that they share: a decode step has a dozen, which took two cores 8 s and take one 3 s."""
+    from torch._inductor import async_compile
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    sources: list[str] = []  # of all kernels, and the modules of those that are built
+    modules: list[ModuleType] = []
+
+    class Together(CppPythonBindingsCodeCache):
+        @classmethod
+        def load_async(cls, source: str, *args: Any, **options: Any) -> Callable[[], ModuleType]:
+            number = len(sources)
+            sources.append(source)
+
+            def load() -> ModuleType:
+                if number >= len(modules):
+                    new = sources[len(modules) :]
+                    library = CppPythonBindingsCodeCache.load(join(new), *args, **options)
+                    others = [import_library(Path(library.__file__), f"kernel_{i}") for i in range(1, len(new))]
+                    modules.extend([library, *others])
+                return modules[number]
+
+            return load
+
+    async_compile.CppPythonBindingsCodeCache = Together
+    try:
+        yield
+    finally:
+        async_compile.CppPythonBindingsCodeCache = CppPythonBindingsCodeCache
+
+
+def join(sources: list[str]) -> str:
+    """C++ of Python modules that are all called `kernel` -> one file with the modules kernel, kernel_1, kernel_2 ..."""
+    includes = (line for source in sources for line in source.splitlines() if line.startswith("#include"))
+    parts = list(dict.fromkeys(includes))  # which do nothing when they come again, in a namespace
+    for i, source in enumerate(sources):
+        names = ("kernel", "PyInit_kernel") if i else ()
+        parts += [f"#define {name} {name}_{i}" for name in names]
+        parts += [f"namespace module_{i} {{", source, "}"]
+        parts += [f"#undef {name}" for name in names]
+    return "\n".join(parts)
 
 
 EMPTY_KERNEL = """
