@@ -304,11 +304,8 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_byt
 def check_tokenizer(source: Path, config: ModelConfig) -> None:
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         print(f"warning: {source} has no tokenizer; put its files into the converted folder", file=sys.stderr)
-    elif (size := load_tokenizer(source).vocab_size) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {source} has {size} tokens, the model only {config.vocab_size};"
-            " get the tokenizer that belongs to it"
-        )
+    else:
+        load_tokenizer(source, config.vocab_size)
 
 
 def stored_tensors(

@@ -289,14 +289,15 @@ class Engine:
         """Compiles what prompts of this length (by default: any) will call -> seconds. What it leaves is never seen."""
         begun = time.perf_counter()
         gc.disable()  # a compilation makes millions of objects, and hardly any garbage
-        widths = set(PREFILL_LENGTHS) if self.fixed_lengths else {1}
-        if prompt_length is not None and (self.fixed_lengths or self.device.type == "cuda"):  # Triton compiles as well
+        lengths: tuple[int, ...] = (1,)
+        if self.fixed_lengths or self.device.type == "cuda":  # where Triton compiles as well
             chunk = PREFILL_LENGTHS[-1]
-            widths = {min(chunk, prompt_length - at) for at in range(0, prompt_length, chunk)}
-            widths = set(map(fixed_length, widths)) if self.fixed_lengths else widths
+            lengths = PREFILL_LENGTHS
+            if prompt_length is not None:  # one whole chunk is like another
+                lengths = (min(prompt_length, chunk + prompt_length % chunk),)
         params = SamplingParams(temperature=0 if self.sampler.plain else 1)
-        for width in sorted(widths):
-            self.start(0, Request([0] * min(width, self.model.max_seq_length), params, 1))
+        for length in lengths:
+            self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
         for k in self.pace.choices:
             for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
                 self.step(k, self.model.max_seq_length)[0].tolist()

@@ -297,12 +297,8 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     """What every rank of a torchrun does, or this process alone."""
     device, path = group.device, weights_path(args.checkpoint_path)
     group.check_flags(args, ELSEWHERE, lambda: [checksum(path)])
-    config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {path.parent} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
-            "get the tokenizer that belongs to it"
-        )
+    config = load_config(path.parent)
+    tokenizer = load_tokenizer(path.parent, config.vocab_size)
     length = args.max_seq_length or min(config.context_length, MAX_WINDOW)
     if length > config.context_length:
         raise UserError(f"--max_seq_length {length} is more than the model's context of {config.context_length} tokens")

@@ -185,12 +185,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
     """What every rank does, or this process alone."""
     device = group.device
     path = weights_path(args.checkpoint_path or DEMO)
-    config, tokenizer = load_config(path.parent), load_tokenizer(path.parent)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {path.parent} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
-            "get the tokenizer that belongs to it"
-        )
+    config = load_config(path.parent)
+    tokenizer = load_tokenizer(path.parent, config.vocab_size)
     context, paths = config.context_length, [path]
     if args.draft_checkpoint_path:
         paths.append(weights_path(args.draft_checkpoint_path))

@@ -189,7 +189,8 @@ def attention(
         # The queries of a group share their keys: as rows of one small matrix they read them once.
         q = q.view(B, n_kv_heads, n_heads // n_kv_heads, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).view(B, 1, n_heads, D)
-    if q.device.type == "cuda":  # there no fused kernel takes a mask and groups, and others make scores of float32
+    if q.device.type == "cuda" and n_heads != n_kv_heads:
+        # There no fused kernel takes both a mask and groups, and the others make scores of float32.
         k, v = (cache.repeat_interleave(n_heads // n_kv_heads, 1) for cache in (k, v))
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask[:, None], enable_gqa=n_heads != k.shape[1]

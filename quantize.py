@@ -137,7 +137,8 @@ def gptq_layers(
 
 def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torch.device) -> Tensor:
     """Windows of tokens, int64 [N, T], of a text. UserError when it is too short to tell inputs apart."""
-    tokens = torch.tensor(load_tokenizer(folder).encode(checkpoint.read_text(path)), dtype=torch.long)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    tokens = torch.tensor(tokenizer.encode(checkpoint.read_text(path)), dtype=torch.long)
     # Fewer tokens than inputs leave directions that no text was seen to use, and the Hessian without an inverse.
     widest = max(config.dim, config.n_heads * config.head_dim, config.ffn_dim)
     window = min(WINDOW, config.context_length)
@@ -149,8 +150,6 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
             f"the calibration text {path} has {len(tokens)} tokens, this model needs {least} or more;"
             " give a longer text as --calibration"
         )
-    if int(tokens.max()) >= config.vocab_size:
-        raise UserError(f"the tokenizer in {folder} has more tokens than the model; get the one that belongs to it")
     # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
     check_memory(4 * (count * length * config.dim + 4 * widest**2), f"calibrating on {path}", device)
     return tokens[: count * length].view(count, length)

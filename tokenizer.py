@@ -189,8 +189,9 @@ class StreamingDetokenizer:
         return _clean_up(text[:end])
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder. Raises UserError, naming the file, where there is none or it is broken."""
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. Raises UserError, naming the file, where there is none or it is broken, and
+    where it has more tokens than `vocab_size`, the model's."""
     folder = Path(folder)
     path = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
     if path is None:
@@ -225,7 +226,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     with _blaming(path):
-        return Tokenizer(backend, named, chat_template, clean_up)
+        tokenizer = Tokenizer(backend, named, chat_template, clean_up)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model only {vocab_size}; "
+            "get the tokenizer that belongs to it"
+        )
+    return tokenizer
 
 
 @contextmanager

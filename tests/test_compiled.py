@@ -245,7 +245,11 @@ def test_tokens_of_a_loaded_step_are_those_of_eager(engine, empty_cache):
             tokens += [mine.step(0, 30)[0][0, 2].item() for _ in range(20)]
             texts.append(tokens)
     assert texts[:2] == texts[2:4] == texts[4:]
-    assert len(list(empty_cache.iterdir())) == 2
+    folders = list(empty_cache.iterdir())
+    assert len(folders) == 2
+    for folder in folders:  # all kernels in one library
+        assert len(json.loads((folder / "program.json").read_text())["kernels"]) > 5
+        assert len(list(folder.glob("*.so"))) == 1
 
 
 def test_generate_starts_without_the_compiler_the_second_time(base_folder, tmp_path):
