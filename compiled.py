@@ -45,8 +45,9 @@ from errors import UserError
 from kernels import cache_folder, cpu_library, processor_flags
 
 # Sizes were checked at every call of every kernel: that took 10 us a layer. A norm of one row took 30 us on two threads
-# that had to meet twice; on one it takes two.
-OPTIONS = {"size_asserts": False, "cpp.min_chunk_size": 8192}
+# that had to meet twice; on one it takes two. Inductor writes out an expression at each of its uses, and what that
+# consists of at each of its own: hashing a position took it 4 s, until expressions of 8 operations got a name.
+OPTIONS = {"size_asserts": False, "cpp.min_chunk_size": 8192, "realize_opcount_threshold": 8}
 PROGRAM = "program.json"
 # As this process found them: later the files may be others than what it runs, and Inductor sets the variable itself.
 CACHE = cache_folder("TORCHINDUCTOR_CACHE_DIR")

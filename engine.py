@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compiled import OPTIONS, CompiledFunction, prepare_compiler
+from compiled import CompiledFunction, prepare_compiler
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from model import Transformer
@@ -151,7 +151,8 @@ class Engine:
             return self._compiled.setdefault(function, CompiledFunction(function))
         # CUDA graphs: the launches of a decode step cost more than its work on small models.
         graphs = self.device.type == "cuda" and self.group.backend != "gloo"
-        return torch.compile(function, options=OPTIONS | {"triton.cudagraphs": graphs}, fullgraph=True, dynamic=False)
+        options = {"size_asserts": False, "triton.cudagraphs": graphs}
+        return torch.compile(function, options=options, fullgraph=True, dynamic=False)
 
     def setup(
         self,
