@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,12 +253,15 @@ def test_tokens_of_a_loaded_step_are_those_of_eager(engine, empty_cache):
         assert len(list(folder.glob("*.so"))) == 1
 
 
-def test_generate_starts_without_the_compiler_the_second_time(base_folder, tmp_path):
+@pytest.mark.slow
+def test_generate_starts_without_the_compiler_the_second_time(base_folder, script, tmp_path):
     code = "import sys, generate; generate.main(); print('torch._dynamo' in sys.modules, file=sys.stderr)"
-    flags = f"--checkpoint_path {base_folder} --compile --max_new_tokens 8 --prompt read --json --seed 1"
+    flags = f"--checkpoint_path {base_folder} --max_new_tokens 8 --prompt read --temperature 0.8 --seed 1 --json"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, "-c", code, *flags.split()]
+    command = [sys.executable, "-c", code, "--compile", *flags.split()]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
     assert [run.stderr.split()[-1] for run in runs] == ["True", "False"], runs[1].stderr
-    first, second = (json.loads(run.stdout) for run in runs)
-    assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 8
+    assert all(re.search(r"^warmed up in [\d.]+ s$", run.stderr, re.MULTILINE) for run in runs)
+    outs = [run.stdout for run in runs] + [script(*flags.split()).out]
+    first, second, eager = (json.loads(out)["tokens"] for out in outs)
+    assert first == second == eager and len(eager) == 8

@@ -168,14 +168,6 @@ def test_ctrl_c_at_a_terminal(terminal):
     assert "Traceback" not in rest and terminal.exit_code() == 130
 
 
-@pytest.mark.slow
-def test_compiled_process(base_folder, script):
-    result = finish(start(*quick(base_folder, "--temperature", 0.8, "--seed", 3, "--compile")))
-    assert result.code == 0, result.err
-    assert result.out == script(*quick(base_folder, "--temperature", 0.8, "--seed", 3)).out
-    assert re.search(r"^warmed up in [\d.]+ s$", result.err, re.MULTILINE)
-
-
 def test_compile_without_a_compiler(base_folder, tmp_path):
     """One line that says what is missing, or text all the same."""
     env = dict(os.environ) | {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
