@@ -12,6 +12,7 @@ Where a text has ended the row takes the next request. On CUDA the host reads a 
 the next step.
 """
 
+import contextlib
 import gc
 import itertools
 import sys
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compiled import CompiledFunction, prepare_compiler
+from compiled import CompiledFunction, kernels_together, prepare_compiler
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from model import Transformer
@@ -297,8 +298,9 @@ class Engine:
             if prompt_length is not None:  # one whole chunk is like another
                 lengths = (min(prompt_length, chunk + prompt_length % chunk),)
         params = SamplingParams(temperature=0 if self.sampler.plain else 1)
-        for length in lengths:
-            self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
+        with kernels_together() if self.fixed_lengths and self.device.type == "cpu" else contextlib.nullcontext():
+            for length in lengths:
+                self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
         for k in self.pace.choices:
             for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
                 self.step(k, self.model.max_seq_length)[0].tolist()

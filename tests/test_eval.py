@@ -283,19 +283,18 @@ def test_tasks_through_lm_eval(base_folder, reference, tokenizer, tasks, monkeyp
 
 
 @pytest.mark.slow
-def test_tasks_by_two_ranks(base_folder, tasks, tmp_path):
+def test_tasks_by_two_ranks(base_folder, tasks, tmp_path, monkeypatch, capsys):
     """One object, with the numbers of one process."""
     names, where = ["tiny_choice", "tiny_generation"], ["--task_path", tasks, "--checkpoint_path", base_folder]
-    command = [ROOT / "eval.py", "--tasks", *names, *where, "--batch_size", "2", "--json"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = ["--tasks", *names, *where, "--batch_size", "2", "--json"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env = os.environ | offline | {"HF_DATASETS_CACHE": str(tmp_path)}
-    outs = []
-    for launcher in ([], torchrun):
-        result = subprocess.run([sys.executable, *launcher, *command], env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        outs.append([json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")])
-    assert len(outs[0]) == 1 and outs[0] == outs[1]
+    ranks = subprocess.run([*torchrun, ROOT / "eval.py", *arguments], env=env, capture_output=True, text=True)
+    assert ranks.returncode == 0, ranks.stderr
+    run(*arguments, monkeypatch=monkeypatch)
+    objects = [line for line in ranks.stdout.splitlines() if line.startswith("{")]
+    assert len(objects) == 1 and json.loads(objects[0]) == json.loads(capsys.readouterr().out)
 
 
 def test_the_table_limit_and_examples(base_folder, tasks, monkeypatch, capsys):

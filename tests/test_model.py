@@ -1,12 +1,14 @@
 """The model against transformers: logits over a prompt, from the cache, in a ragged batch, and greedy tokens."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
 from checkpoint import load_model
+from compiled import OPTIONS, kernels_together
 from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
@@ -240,27 +242,31 @@ def test_refused_configs_name_the_field(fields, named):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen2-window", "qwen3"])
-def test_compiled_equals_eager(name):
-    """The compiled step, one row and two, at several cache lengths without a compilation for each."""
+def test_compiled_equals_eager():
+    """The compiled step of Qwen's windows, biases and norms of q and k, one row and two, at several cache lengths
+    without a compilation for each."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = Transformer(
-        ModelConfig.from_hf(json.loads(FAMILIES[name].to_json_string(use_diff=False)) | {"architectures": None})
-    )
+    hf_config = json.loads(FAMILIES["qwen2-window"].to_json_string(use_diff=False)) | {"architectures": None}
+    config = replace(ModelConfig.from_hf(hf_config), qk_norm=True)
+    assert config.sliding_window and config.qkv_bias
+    model = Transformer(config)
     randomize(model)
     model.requires_grad_(False)
     model.setup_caches(2, 128)
-    compiled = torch.compile(lambda tokens, at, key_pos: model(tokens, at, key_pos), fullgraph=True, dynamic=False)
+    step = torch.compile(
+        lambda tokens, at, key_pos: model(tokens, at, key_pos), fullgraph=True, dynamic=False, options=OPTIONS
+    )
     for rows in (1, 2):
         tokens = torch.cat([prompt(60, seed=row) for row in range(rows)])
         model(tokens, positions(rows, 60))
         for i, length in ((60, 64), (61, 80), (62, 96), (63, 128)):
             key_pos = model.key_pos[:length]
             torch._dynamo.maybe_mark_dynamic(key_pos, 0)
-            step = tokens[:, i - 60 : i - 59]
-            ours = compiled(step, positions(rows, 1, i), key_pos)
-            assert_close(ours, model(step, positions(rows, 1, i), key_pos))
+            inputs = tokens[:, i - 60 : i - 59], positions(rows, 1, i), key_pos
+            with kernels_together():
+                ours = step(*inputs)
+            assert_close(ours, model(*inputs))
             if length == 80:
                 before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
