@@ -90,7 +90,7 @@ struct AttentionKernels {
                    int64_t begin, int64_t end, int64_t last, float* largest, float* sum, float* out, float* scratch);
 };
 
-constexpr int64_t KEYS = 64;  // keys that attention takes at once
-inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * KEYS; }
+constexpr int64_t KEYS = 128;  // keys that attention takes at once
+inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * (KEYS + 32); }
 
 }  // namespace brisk

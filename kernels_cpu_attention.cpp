@@ -35,129 +35,147 @@ INLINE void keep_in_register(Pairs& p) { keep_in_register(p.even), keep_in_regis
 INLINE f32s query_part(const float* q, const float*) { return part(q); }
 INLINE f32s multiply_add(f32s sum, f32s k, f32s q) { return sum + k * q; }
 
-// Scores [NQ, KEYS] of `count` keys, NK at once. Meanwhile the values, which come next, are fetched.
-template <int NQ, int NK, class Q, class T>
+// Scores, then weights, of KEYS keys for NQ queries lie as [KEYS / NK][NQ][NK]: a vector is of NK keys and all queries.
+template <int NQ>
+constexpr int NK = LANES / NQ;
+
+// Scores of `count` keys. Meanwhile the values, which come next, are fetched.
+template <int NQ, class Q, class T>
 INLINE void scores_of(const Q* q, const T* k, const T* v, int64_t D, int64_t count, float* scores) {
-    constexpr int step = sizeof(T) == 2 ? STEP : LANES;
+    constexpr int N = NK<NQ>, step = sizeof(T) == 2 ? STEP : LANES;
     int64_t key = 0;
-    for (; key + NK <= count; key += NK) {
-        f32s sums[NQ * NK] = {};
-        if constexpr (!AVX512 && NK < NQ) {  // the keys stay in registers
-            for (int64_t i = 0; i < NK * D; i += 64 / sizeof(T)) prefetch(v + key * D + i);
+    for (; key + N <= count; key += N) {
+        f32s sums[LANES] = {};
+        if constexpr (!AVX512 && N < NQ) {  // the keys stay in registers
+            for (int64_t i = 0; i < N * D; i += 64 / sizeof(T)) prefetch(v + key * D + i);
             for (int64_t d = 0; d < D; d += step) {
-                decltype(part(k)) keys[NK];
-                UNROLL for (int j = 0; j < NK; j++) keys[j] = part(k + (key + j) * D + d);
+                decltype(part(k)) keys[N];
+                UNROLL for (int j = 0; j < N; j++) keys[j] = part(k + (key + j) * D + d);
                 UNROLL for (int i = 0; i < NQ; i++) {
                     auto of_query = query_part(q + i * D + d, k);
                     keep_in_register(of_query);
-                    UNROLL for (int j = 0; j < NK; j++)
-                        sums[i * NK + j] = multiply_add(sums[i * NK + j], keys[j], of_query);
+                    UNROLL for (int j = 0; j < N; j++)
+                        sums[i * N + j] = multiply_add(sums[i * N + j], keys[j], of_query);
                 }
             }
         } else {
             for (int64_t d = 0; d < D; d += step)
-                UNROLL for (int j = 0; j < NK; j++) {
+                UNROLL for (int j = 0; j < N; j++) {
                     const auto of_key = part(k + (key + j) * D + d);
                     prefetch(v + (key + j) * D + d);
                     UNROLL for (int i = 0; i < NQ; i++)
-                        sums[i * NK + j] = multiply_add(sums[i * NK + j], of_key, query_part(q + i * D + d, k));
+                        sums[i * N + j] = multiply_add(sums[i * N + j], of_key, query_part(q + i * D + d, k));
                 }
         }
-        float* to = scores + key;
-        if constexpr (NQ * NK == LANES) {
-            const f32s each = sum_each(sums);
-            UNROLL for (int i = 0; i < NQ; i++) memcpy(to + i * KEYS, (const float*)&each + i * NK, 4 * NK);
-        } else {
-            for (int i = 0; i < NQ; i++)
-                for (int j = 0; j < NK; j++) to[i * KEYS + j] = sum_lanes(sums[i * NK + j]);
-        }
+        store(scores + key * NQ, sum_each(sums));
     }
-    if constexpr (NK > 1)
-        if (key < count) scores_of<NQ, 1>(q, k + key * D, v + key * D, D, count - key, scores + key);
-}
-
-template <class Q, class T>
-INLINE void scores_of_block(const Q* q, int64_t G, const T* k, const T* v, int64_t D, int64_t count, float* scores) {
-    int64_t g = 0;
-    for (; g + 4 <= G; g += 4) scores_of<4, LANES / 4>(q + g * D, k, v, D, count, scores + g * KEYS);
-    for (; g < G; g++) scores_of<1, LANES>(q + g * D, k, v, D, count, scores + g * KEYS);
-}
-
-// out[NQ, D] += weights [NQ, KEYS] times values [count, D], for the NV vectors of columns from d.
-template <int NQ, int NV>
-INLINE void add_values(const float* v, const float* next, int64_t D, int64_t d, int64_t count, const float* p,
-                       float* out) {
-    f32s sums[NQ][NV];
-    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < NV; j++)
-        sums[i][j] = load<f32s>(out + i * D + d + LANES * j);
-    for (int64_t key = 0; key < count; key++) {
-        UNROLL for (int j = 0; j < NV; j++) {
-            f32s value = load<f32s>(v + key * D + d + LANES * j);
-            prefetch(next + d * count + (key * NV + j) * LANES);
-            UNROLL for (int i = 0; i < NQ; i++) sums[i][j] += value * p[i * KEYS + key];
-        }
-    }
-    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < NV; j++)
-        store(out + i * D + d + LANES * j, sums[i][j]);
-}
-
-// The same for bf16, in pairs: the sums of the even columns are apart from those of the odd.
-template <int NQ, int NV>
-INLINE void add_values(const uint16_t* v, const uint16_t* next, int64_t D, int64_t d, int64_t count, const float* p,
-                       float* out) {
-    constexpr int PAIRS = NV / 2;
-    Pairs sums[NQ][PAIRS];
-    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < PAIRS; j++) {
-        const float* at = out + i * D + d + 2 * LANES * j;
-        sums[i][j] = split(load<f32s>(at), load<f32s>(at + LANES));
-    }
-    for (int64_t key = 0; key < count; key++) {
-        UNROLL for (int j = 0; j < PAIRS; j++) {
-            const Pairs value = pairs_of(v + key * D + d + 2 * LANES * j);
-            prefetch(next + d * count + (key * PAIRS + j) * 2 * LANES);
-            UNROLL for (int i = 0; i < NQ; i++) {
-                sums[i][j].even += value.even * p[i * KEYS + key];
-                sums[i][j].odd += value.odd * p[i * KEYS + key];
+    if (key < count) {
+        float* to = scores + key * NQ;
+        store(to, all(-__builtin_inff()));
+        for (int j = 0; key + j < count; j++)
+            for (int i = 0; i < NQ; i++) {
+                f32s sum = {};
+                for (int64_t d = 0; d < D; d += step)
+                    sum = multiply_add(sum, part(k + (key + j) * D + d), query_part(q + i * D + d, k));
+                to[i * N + j] = sum_lanes(sum);
             }
-        }
     }
-    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < PAIRS; j++)
-        join(sums[i][j], out + i * D + d + 2 * LANES * j);
 }
 
-// All columns of NQ queries: NV vectors at once, and of what remains as few as may be.
-template <int NQ, int NV, class T>
-INLINE void add_columns(const T* v, const T* next, int64_t D, int64_t count, const float* p, float* out) {
-    constexpr int FEW = sizeof(T) == 2 ? 2 : 1;
-    int64_t d = 0;
-    for (; d + NV * LANES <= D; d += NV * LANES) add_values<NQ, NV>(v, next, D, d, count, p, out);
-    for (; d < D; d += FEW * LANES) add_values<NQ, FEW>(v, next, D, d, count, p, out);
-}
-
-template <class T>
-INLINE void add_block(const T* v, const T* next, int64_t G, int64_t D, int64_t count, const float* p, float* out) {
-    int64_t g = 0;  // as many sums at once as there are registers for
-    for (; g + 4 <= G; g += 4) add_columns<4, AVX512 ? 4 : 2>(v, next, D, count, p + g * KEYS, out + g * D);
-    for (; g < G; g++) add_columns<1, AVX512 ? 4 : 8>(v, next, D, count, p + g * KEYS, out + g * D);
-}
-
-// Scores -> exp(score - largest so far); what was summed up before is scaled to the new largest.
-INLINE void softmax_block(float* scores, int64_t count, float scale, float* largest, float* sum, float* out,
-                          int64_t D) {
+// Scores -> exp(score - largest so far); what was summed up before is scaled to the new largest. `largest` and `sum`
+// are such vectors too: the same for all keys, and not yet added up over them.
+template <int NQ>
+INLINE void softmax(float* scores, int64_t count, float scale, float* largest, float* sum, float* out, int64_t D) {
     f32s most = all(-__builtin_inff()), total = {};
-    for (int64_t i = count; i < round_up(count, LANES); i++) scores[i] = -__builtin_inff();
-    for (int64_t i = 0; i < count; i += LANES) most = larger(most, load<f32s>(scores + i));
-    const float before = *largest, now = max_lanes(larger(most * scale, all(before)));
-    for (int64_t i = 0; i < count; i += LANES) {
+    for (int64_t i = 0; i < count * NQ; i += LANES) most = larger(most, load<f32s>(scores + i));
+    const f32s before = load<f32s>(largest), now = fold<NK<NQ>>(larger(most * scale, before), larger<f32s>);
+    for (int64_t i = 0; i < count * NQ; i += LANES) {
         const f32s weight = exp_negative(load<f32s>(scores + i) * scale - now);
         store(scores + i, weight);
         total += weight;
     }
-    const float keep = before == now ? 1.0f : exp_negative(all(before - now))[0];
-    *sum = *sum * keep + sum_lanes(total);
-    *largest = now;
-    if (keep != 1.0f)
-        for (int64_t d = 0; d < D; d += LANES) store(out + d, load<f32s>(out + d) * keep);
+    float keep[LANES];
+    store(keep, exp_negative(before - now));
+    store(sum, load<f32s>(sum) * load<f32s>(keep) + total);
+    store(largest, now);
+    for (int i = 0; i < NQ; i++)
+        if (keep[i * NK<NQ>] != 1.0f)
+            for (float* at = out + i * D; at < out + (i + 1) * D; at += LANES)
+                store(at, load<f32s>(at) * keep[i * NK<NQ>]);
+}
+
+// What values are added up in: of bf16 the even columns of a step apart from the odd, which attend puts in order.
+INLINE Pairs values_of(const uint16_t* v) { return pairs_of(v); }
+INLINE f32s values_of(const float* v) { return load<f32s>(v); }
+INLINE Pairs add(Pairs sums, Pairs v, float weight) { return {sums.even + v.even * weight, sums.odd + v.odd * weight}; }
+INLINE f32s add(f32s sums, f32s v, float weight) { return sums + v * weight; }
+
+// out[NQ, D] += weights times values [count, D], for N steps of columns from d. Meanwhile `next` is fetched.
+template <int NQ, int N, class T>
+INLINE void add_values(const T* v, const T* next, int64_t D, int64_t d, int64_t count, const float* weights,
+                       float* out) {
+    constexpr int step = sizeof(T) == 2 ? 2 * LANES : LANES;
+    typedef decltype(values_of(v)) Sums;
+    Sums sums[NQ][N];
+    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < N; j++)
+        sums[i][j] = load<Sums>(out + i * D + d + step * j);
+    const auto add_key = [&](const T* v, const float* weight) INLINE_LAMBDA {
+        UNROLL for (int j = 0; j < N; j++) {
+            const auto values = values_of(v + d + step * j);
+            UNROLL for (int i = 0; i < NQ; i++) sums[i][j] = add(sums[i][j], values, weight[i * NK<NQ>]);
+        }
+    };
+    int64_t key = 0;
+    for (; key + NK<NQ> <= count; key += NK<NQ>) {
+        const T* fetch = next + d * count + key * N * step;
+        UNROLL for (int b = 0; b < NK<NQ> * N * step; b += 64 / sizeof(T)) prefetch(fetch + b);
+        UNROLL for (int j = 0; j < NK<NQ>; j++) add_key(v + (key + j) * D, weights + key * NQ + j);
+    }
+    for (int j = 0; key + j < count; j++) add_key(v + (key + j) * D, weights + key * NQ + j);
+    UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < N; j++)
+        store(out + i * D + d + step * j, sums[i][j]);
+}
+
+// All columns: as many at once as there are registers for sums, and one step of what remains.
+template <int NQ, class T>
+INLINE void add_block(const T* v, const T* next, int64_t D, int64_t count, const float* weights, float* out) {
+    constexpr int step = sizeof(T) == 2 ? 2 * LANES : LANES, VECTORS = AVX512 ? 4 : NQ == 4 ? 2 : 8;
+    constexpr int N = VECTORS * LANES / step;
+    int64_t d = 0;
+    for (; d + N * step <= D; d += N * step) add_values<NQ, N>(v, next, D, d, count, weights, out);
+    for (; d < D; d += step) add_values<NQ, 1>(v, next, D, d, count, weights, out);
+}
+
+// Four queries at once, and one by one what remains.
+template <class F>
+INLINE void for_queries(int64_t G, F f) {
+    int64_t g = 0;
+    for (; g + 4 <= G; g += 4) f.template operator()<4>(g);
+    for (; g < G; g++) f.template operator()<1>(g);
+}
+
+struct State {  // of G queries, while their keys go by
+    int64_t G;
+    float scale;
+    float* scores;           // [G][KEYS]
+    float *largest, *total;  // [G][LANES], as softmax has them
+    float* out;              // [G][D], as add_values has it
+};
+
+// With KEYS keys of KNOWN_D elements each, known at compile time, it is a fifth faster. Not inlined: the compiler then
+// finds registers for each case.
+template <int KNOWN_D, class Q, class T>
+__attribute__((noinline)) void add_keys(State to, const Q* q, const T* k, const T* v, const T* next, int64_t D,
+                                        int64_t count) {
+    if (KNOWN_D) D = KNOWN_D, count = KEYS;
+    for_queries(to.G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
+        float* scores = to.scores + g * KEYS;
+        scores_of<NQ>(q + g * D, k, v, D, count, scores);
+        softmax<NQ>(scores, count, to.scale, to.largest + g * LANES, to.total + g * LANES, to.out + g * D, D);
+    });
+    for_queries(to.G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
+        add_block<NQ>(v, next, D, count, to.scores + g * KEYS, to.out + g * D);
+    });
 }
 
 void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset, int64_t begin,
@@ -167,45 +185,48 @@ void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v
     float* values = keys + KEYS * padded;
     float* queries = values + KEYS * padded;
     float* scores = queries + G * padded;
-    const float scale = 1.0f / __builtin_sqrtf((float)D);
+    float* lanes = scores + G * KEYS;
+    const State to = {G, 1.0f / __builtin_sqrtf((float)D), scores, lanes, lanes + G * LANES, out};
     const bool as_bf16 = k.type == BF16 && D % 32 == 0 && (!AVX512 || q.type == BF16);
     const bool as_float = k.type == F32 && D % 16 == 0;
     for (int64_t g = 0; g < G; g++) {
         to_float(q, q_offset + g * D, D, padded, queries + g * padded);
         if (as_bf16 && !AVX512)
-            for (float* at = queries + g * padded; at < queries + (g + 1) * padded; at += 2 * LANES) {
-                const Pairs p = split(load<f32s>(at), load<f32s>(at + LANES));
-                store(at, p.even), store(at + LANES, p.odd);
-            }
-        largest[g] = -__builtin_inff(), sum[g] = 0;
+            for (float* at = queries + g * padded; at < queries + (g + 1) * padded; at += 2 * LANES)
+                store(at, split(load<f32s>(at), load<f32s>(at + LANES)));
+        store(to.largest + g * LANES, all(-__builtin_inff())), store(to.total + g * LANES, f32s{});
     }
     const Query* pairs = AVX512 ? (const Query*)q.data + q_offset : (const Query*)queries;
     memset(out, 0, G * padded * sizeof(float));
     for (int64_t first = begin; first < end; first += KEYS) {
         const int64_t count = smaller(KEYS, end - first), offset = kv_offset + first * D;
         // While one of K and V is worked on, memory delivers the other.
-        const int64_t next_offset = first + KEYS < last ? offset + KEYS * D : offset;
-        const uint16_t *k16 = (const uint16_t*)k.data, *v16 = (const uint16_t*)v.data;
-        const float *k32 = (const float*)k.data, *v32 = (const float*)v.data;
+        const int64_t next = first + KEYS < last ? offset + KEYS * D : offset;
         if (as_bf16) {
-            scores_of_block(pairs, G, k16 + offset, v16 + offset, D, count, scores);
+            const uint16_t *k16 = (const uint16_t*)k.data, *v16 = (const uint16_t*)v.data;
+            const int64_t known = count == KEYS ? D : 0;
+            const auto add = known == 64    ? add_keys<64, Query, uint16_t>
+                             : known == 128 ? add_keys<128, Query, uint16_t>
+                                            : add_keys<0, Query, uint16_t>;
+            add(to, pairs, k16 + offset, v16 + offset, k16 + next, D, count);
         } else if (as_float) {
-            scores_of_block(queries, G, k32 + offset, v32 + offset, D, count, scores);
+            const float *k32 = (const float*)k.data, *v32 = (const float*)v.data;
+            add_keys<0>(to, queries, k32 + offset, v32 + offset, k32 + next, D, count);
         } else {
-            for (int64_t j = 0; j < count; j++) to_float(k, offset + j * D, D, padded, keys + j * padded);
-            scores_of_block(queries, G, keys, values, padded, count, scores);
-        }
-        for (int64_t g = 0; g < G; g++)
-            softmax_block(scores + g * KEYS, count, scale, largest + g, sum + g, out + g * padded, padded);
-        if (as_bf16) {
-            add_block(v16 + offset, k16 + next_offset, G, D, count, scores, out);
-        } else if (as_float) {
-            add_block(v32 + offset, k32 + next_offset, G, D, count, scores, out);
-        } else {
-            for (int64_t j = 0; j < count; j++) to_float(v, offset + j * D, D, padded, values + j * padded);
-            add_block(values, values, G, padded, count, scores, out);
+            for (int64_t j = 0; j < count; j++) {
+                to_float(k, offset + j * D, D, padded, keys + j * padded);
+                to_float(v, offset + j * D, D, padded, values + j * padded);
+            }
+            add_keys<0>(to, queries, keys, values, keys, padded, count);
         }
     }
+    for_queries(G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
+        const f32s sums = fold<NK<NQ>>(load<f32s>(to.total + g * LANES), [](f32s a, f32s b) { return a + b; });
+        for (int i = 0; i < NQ; i++)
+            largest[g + i] = to.largest[g * LANES + i * NK<NQ>], sum[g + i] = sums[i * NK<NQ>];
+    });
+    if (as_bf16)
+        for (float* at = out; at < out + G * D; at += 2 * LANES) join(load<Pairs>(at), at);
 }
 
 }  // namespace

@@ -395,8 +395,9 @@ void linear_bf16(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// bf16 linear of many rows, without products of bf16: a GEMM of floats. Of GEMM_COLUMNS rows of w, GEMM_DEPTH k at a time
-// become floats that stay in the first level cache while all of x goes by (https://doi.org/10.1145/1356052.1356053).
+// bf16 linear of many rows, without products of bf16: a GEMM of floats (https://doi.org/10.1145/1356052.1356053). Of
+// GEMM_COLUMNS rows of w, GEMM_DEPTH k at a time become floats. They stay in the first level cache while all of x goes
+// by.
 
 #if !AVX512
 void gemm_tile(const uint16_t* x, int64_t k, int64_t rows, int64_t row, float* tiles) {

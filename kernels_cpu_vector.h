@@ -176,28 +176,30 @@ INLINE void join(Pairs p, float* to) {
     store(to + LANES, __builtin_shufflevector(p.even, p.odd, BY_TURNS(LANES / 2)));
 }
 
-// Halves the lanes until one is left.
-template <class V, class Combine>
-INLINE auto fold(V v, Combine combine) {
+// Each lane becomes what the N around it, a power of 2, combine to.
+template <int N, class V, class Combine>
+INLINE V fold(V v, Combine combine) {
+#define WITH(...) v = combine(v, __builtin_shufflevector(v, v, __VA_ARGS__))
 #if AVX512
-    v = combine(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    v = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    v = combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    if constexpr (N > 8) WITH(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (N > 4) WITH(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    if constexpr (N > 2) WITH(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    if constexpr (N > 1) WITH(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
 #elif AVX2
-    v = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-    v = combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+    if constexpr (N > 4) WITH(4, 5, 6, 7, 0, 1, 2, 3);
+    if constexpr (N > 2) WITH(2, 3, 0, 1, 6, 7, 4, 5);
+    if constexpr (N > 1) WITH(1, 0, 3, 2, 5, 4, 7, 6);
 #else
-    v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
-    v = combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+    if constexpr (N > 2) WITH(2, 3, 0, 1);
+    if constexpr (N > 1) WITH(1, 0, 3, 2);
 #endif
-    return v[0];
+#undef WITH
+    return v;
 }
 
 template <class V>
 INLINE auto sum_lanes(V v) {
-    return fold(v, [](V a, V b) { return a + b; });
+    return fold<LANES>(v, [](V a, V b) { return a + b; })[0];
 }
 
 template <class V>
@@ -207,7 +209,7 @@ INLINE V larger(V a, V b) {
 
 template <class V>
 INLINE auto max_lanes(V v) {
-    return fold(v, larger<V>);
+    return fold<LANES>(v, larger<V>)[0];
 }
 
 // The lanes of as many vectors summed up, as the lanes of one.
