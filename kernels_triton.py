@@ -308,9 +308,9 @@ def _dequantized(w: Tensor, s: Tensor, z: Tensor, K: int, groupsize: int, zero: 
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, stats_ptr, scale, T, window, splits,
+    q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, stats_ptr, scale, S, T, window, splits,
     k_b, k_h, k_t, v_b, v_h, v_t,
-    KV: tl.constexpr, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """q [B, S, KV * G, D] -> for each split of keys, float32: y [B, KV, splits, S * G, D], not yet divided by the sum
@@ -372,8 +372,8 @@ def _attend(
 
 @triton.jit
 def _combine(
-    part_ptr, stats_ptr, y_ptr, splits,
-    KV: tl.constexpr, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    part_ptr, stats_ptr, y_ptr, S, splits,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What _attend left -> y [B, S, KV * G, D]."""
     row, b, kv = tl.program_id(0), (tl.program_id(1) // KV).to(tl.int64), tl.program_id(1) % KV
@@ -414,11 +414,11 @@ def decode_attention(
     scale = D**-0.5 * 1.4426950408889634  # log2(e): the kernels take powers of two
     with torch.cuda.device_of(q):
         _attend[splits, B * KV, triton.cdiv(S * G, BM)](
-            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), part, stats, scale, T, window or 0, splits,
-            *k_cache.stride()[:3], *v_cache.stride()[:3], KV, S, G, D, window is not None, BM, BT, BD,
+            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), part, stats, scale, S, T, window or 0, splits,
+            *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D, window is not None, BM, BT, BD,
             num_warps=4, num_stages=3 if BT == 64 else 2,
         )  # fmt: skip
-        _combine[S * G, B * KV](part, stats, y, splits, KV, S, G, D, triton.next_power_of_2(splits), BD, num_warps=4)
+        _combine[S * G, B * KV](part, stats, y, S, splits, KV, G, D, triton.next_power_of_2(splits), BD, num_warps=4)
     return y
 
 
