@@ -613,7 +613,7 @@ def test_the_peers_need_memory_too(monkeypatch, tmp_path, tiny_checkpoint):
 
 @pytest.mark.slow
 def test_as_a_process(tmp_path, tiny_checkpoint):
-    """Compiled, two modes in one process."""
+    """Compiled."""
     command = [
         sys.executable,
         str(HERE / "bench.py"),
@@ -622,15 +622,15 @@ def test_as_a_process(tmp_path, tiny_checkpoint):
         "--out",
         str(tmp_path),
     ]
-    command += ["--mode", "bf16", "int4", "--positions", "300", "--prompt_length", "20", "--new_tokens", "2"]
+    command += ["--mode", "int4", "--positions", "300", "--prompt_length", "20", "--new_tokens", "2"]
     done = subprocess.run([*command, "--rounds", "1", "--device", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    stem = f"bench-{tiny_checkpoint.name}-bf16-int4"
+    stem = f"bench-{tiny_checkpoint.name}-int4"
     assert sorted(path.suffix for path in tmp_path.glob(f"{stem}.*")) in ([".json", ".md"], [".json", ".md", ".png"])
     report = json.loads((tmp_path / f"{stem}.json").read_text())
-    assert list(report["contenders"]) == ["gpt-brisk bf16", "gpt-brisk int4-g32"]
-    assert [row["position"] for row in report["positions"]] == [100, 300] * 2
+    assert list(report["contenders"]) == ["gpt-brisk int4-g32"]
+    assert [row["position"] for row in report["positions"]] == [100, 300]
 
 
 def test_an_error_is_one_line_and_code_2(tmp_path):

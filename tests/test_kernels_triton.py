@@ -191,8 +191,9 @@ def test_int4(shape, groupsize, scale_dtype, zero_kind):
 
 
 @runs
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("rows", [1, 2, 8, 17, 65])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, "bf16"), (1, "f16"), (2, "bf16"), (8, "f16"), (17, "bf16"), (65, "f16")]
+)
 def test_sizes_that_all_blocks_divide(rows, dtype):
     shape = {"rows": rows, "N": 128, "K": 2048, "kind": "normal", "dtype": dtype, "bias": rows == 2, "seed": rows}
     check_int8(shape)
