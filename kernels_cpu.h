@@ -91,6 +91,7 @@ struct AttentionKernels {
 };
 
 constexpr int64_t KEYS = 128;  // keys that attention takes at once
+// Keys, values and queries as floats; of each query the scores, and two vectors of 16 lanes at most.
 inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * (KEYS + 32); }
 
 }  // namespace brisk

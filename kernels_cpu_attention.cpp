@@ -19,13 +19,11 @@ void from_float(const float* from, int64_t count, Type type, void* to, int64_t o
 // queries in the same order.
 #if AVX512
 typedef uint16_t Query;
-constexpr int STEP = 32;
 INLINE __m512bh part(const uint16_t* x) { return (__m512bh)_mm512_loadu_si512(x); }
 INLINE __m512bh query_part(const uint16_t* q, const uint16_t*) { return part(q); }
 INLINE f32s multiply_add(f32s sum, __m512bh k, __m512bh q) { return (f32s)_mm512_dpbf16_ps((__m512)sum, k, q); }
 #else
 typedef float Query;
-constexpr int STEP = 2 * LANES;
 INLINE Pairs part(const uint16_t* x) { return pairs_of(x); }
 INLINE Pairs query_part(const float* q, const uint16_t*) { return {load<f32s>(q), load<f32s>(q + LANES)}; }
 INLINE f32s multiply_add(f32s sum, Pairs k, Pairs q) { return sum + k.even * q.even + k.odd * q.odd; }
@@ -35,6 +33,10 @@ INLINE void keep_in_register(Pairs& p) { keep_in_register(p.even), keep_in_regis
 INLINE f32s query_part(const float* q, const float*) { return part(q); }
 INLINE f32s multiply_add(f32s sum, f32s k, f32s q) { return sum + k * q; }
 
+// Elements of a key or a value that are taken at once.
+template <class T>
+constexpr int STEP = sizeof(T) == 2 ? 2 * LANES : LANES;
+
 // Scores, then weights, of KEYS keys for NQ queries lie as [KEYS / NK][NQ][NK]: a vector is of NK keys and all queries.
 template <int NQ>
 constexpr int NK = LANES / NQ;
@@ -42,7 +44,7 @@ constexpr int NK = LANES / NQ;
 // Scores of `count` keys. Meanwhile the values, which come next, are fetched.
 template <int NQ, class Q, class T>
 INLINE void scores_of(const Q* q, const T* k, const T* v, int64_t D, int64_t count, float* scores) {
-    constexpr int N = NK<NQ>, step = sizeof(T) == 2 ? STEP : LANES;
+    constexpr int N = NK<NQ>, step = STEP<T>;
     int64_t key = 0;
     for (; key + N <= count; key += N) {
         f32s sums[LANES] = {};
@@ -114,7 +116,7 @@ INLINE f32s add(f32s sums, f32s v, float weight) { return sums + v * weight; }
 template <int NQ, int N, class T>
 INLINE void add_values(const T* v, const T* next, int64_t D, int64_t d, int64_t count, const float* weights,
                        float* out) {
-    constexpr int step = sizeof(T) == 2 ? 2 * LANES : LANES;
+    constexpr int step = STEP<T>;
     typedef decltype(values_of(v)) Sums;
     Sums sums[NQ][N];
     UNROLL for (int i = 0; i < NQ; i++) UNROLL for (int j = 0; j < N; j++)
@@ -139,7 +141,7 @@ INLINE void add_values(const T* v, const T* next, int64_t D, int64_t d, int64_t 
 // All columns: as many at once as there are registers for sums, and one step of what remains.
 template <int NQ, class T>
 INLINE void add_block(const T* v, const T* next, int64_t D, int64_t count, const float* weights, float* out) {
-    constexpr int step = sizeof(T) == 2 ? 2 * LANES : LANES, VECTORS = AVX512 ? 4 : NQ == 4 ? 2 : 8;
+    constexpr int step = STEP<T>, VECTORS = AVX512 ? 4 : NQ == 4 ? 2 : 8;
     constexpr int N = VECTORS * LANES / step;
     int64_t d = 0;
     for (; d + N * step <= D; d += N * step) add_values<NQ, N>(v, next, D, d, count, weights, out);
@@ -157,9 +159,9 @@ INLINE void for_queries(int64_t G, F f) {
 struct State {  // of G queries, while their keys go by
     int64_t G;
     float scale;
-    float* scores;           // [G][KEYS]
-    float *largest, *total;  // [G][LANES], as softmax has them
-    float* out;              // [G][D], as add_values has it
+    float* scores;         // [G][KEYS]
+    float *largest, *sum;  // [G][LANES], as softmax has them
+    float* out;            // [G][D], as add_values has it
 };
 
 // With KEYS keys of KNOWN_D elements each, known at compile time, it is a fifth faster. Not inlined: the compiler then
@@ -171,7 +173,7 @@ __attribute__((noinline)) void add_keys(State to, const Q* q, const T* k, const 
     for_queries(to.G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
         float* scores = to.scores + g * KEYS;
         scores_of<NQ>(q + g * D, k, v, D, count, scores);
-        softmax<NQ>(scores, count, to.scale, to.largest + g * LANES, to.total + g * LANES, to.out + g * D, D);
+        softmax<NQ>(scores, count, to.scale, to.largest + g * LANES, to.sum + g * LANES, to.out + g * D, D);
     });
     for_queries(to.G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
         add_block<NQ>(v, next, D, count, to.scores + g * KEYS, to.out + g * D);
@@ -194,7 +196,7 @@ void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v
         if (as_bf16 && !AVX512)
             for (float* at = queries + g * padded; at < queries + (g + 1) * padded; at += 2 * LANES)
                 store(at, split(load<f32s>(at), load<f32s>(at + LANES)));
-        store(to.largest + g * LANES, all(-__builtin_inff())), store(to.total + g * LANES, f32s{});
+        store(to.largest + g * LANES, all(-__builtin_inff())), store(to.sum + g * LANES, f32s{});
     }
     const Query* pairs = AVX512 ? (const Query*)q.data + q_offset : (const Query*)queries;
     memset(out, 0, G * padded * sizeof(float));
@@ -221,7 +223,7 @@ void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v
         }
     }
     for_queries(G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
-        const f32s sums = fold<NK<NQ>>(load<f32s>(to.total + g * LANES), [](f32s a, f32s b) { return a + b; });
+        const f32s sums = fold<NK<NQ>>(load<f32s>(to.sum + g * LANES), plus<f32s>);
         for (int i = 0; i < NQ; i++)
             largest[g + i] = to.largest[g * LANES + i * NK<NQ>], sum[g + i] = sums[i * NK<NQ>];
     });

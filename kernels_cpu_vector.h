@@ -198,8 +198,13 @@ INLINE V fold(V v, Combine combine) {
 }
 
 template <class V>
+INLINE V plus(V a, V b) {
+    return a + b;
+}
+
+template <class V>
 INLINE auto sum_lanes(V v) {
-    return fold<LANES>(v, [](V a, V b) { return a + b; })[0];
+    return fold<LANES>(v, plus<V>)[0];
 }
 
 template <class V>
