@@ -228,7 +228,6 @@ def two(models, quantized, ways, large, tmp_path_factory):
             for name, path in quantized.items()
         ],
         "cli": [("cli", [args]) for args in ways.values()],
-        "compiled": [("cli", [[*ways["sampled"], "--compile"]])],
     }
     return Results(out, 2, tasks)
 
@@ -280,10 +279,6 @@ def test_greedy_tokens_of_four_ranks(four, models):
 def test_every_way_to_decode(two, ways, script):
     """Two ranks write what one process writes."""
     check_ways(ways, two["cli"], script)
-
-
-def test_compiled(two, ways, script):
-    check_ways({"sampled": ways["sampled"]}, two["compiled"], script)
 
 
 def test_proposals_were_accepted(two, ways):
@@ -555,6 +550,12 @@ def test_a_chat(chat_folder, script):
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
         'error: top_k "x" is not a whole number; correct it'
     ]
+
+
+@pytest.mark.slow
+def test_compiled(ways, models, script, tmp_path):
+    results = Results(tmp_path, 2, {"cli": [("cli", [[*ways["sampled"], "--compile"]])]})
+    check_ways({"sampled": ways["sampled"]}, results["cli"], script)
 
 
 @pytest.mark.slow
