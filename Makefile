@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 INSTALL = $(RUN) -m pip install -q --no-compile  # which takes as long as the rest; Python compiles what it imports
 # First, so that all processes end together.
-LONGEST = $(patsubst %,tests/test_%.py,tp speculate kernels_triton bench lifeline compiled engine)
+LONGEST = $(patsubst %,tests/test_%.py,tp speculate kernels_cuda bench lifeline compiled engine)
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 .PHONY: demo test clean

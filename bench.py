@@ -52,19 +52,19 @@ from typing import Any
 
 import torch
 
-from bench_decoding import GREEDY, measure_ragged, measure_sampling, measure_speculation
-from bench_models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model, rebuild
-from bench_peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers, versions
-from bench_report import markdown, plot, summarize
-from bench_startup import measure_startup, write_checkpoint
-from capacity import check_memory
-from checkpoint import DEMO, load_config, load_model, read_json, weights_path, write_atomically
+from benchmarks.decoding import GREEDY, measure_ragged, measure_sampling, measure_speculation
+from benchmarks.models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model, rebuild
+from benchmarks.peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers, versions
+from benchmarks.report import markdown, plot, summarize
+from benchmarks.startup import measure_startup, write_checkpoint
+from checkpoint import DEMO, load_config, load_model, weights_path
 from compiled import check_compiler
 from config import ModelConfig
 from engine import Engine, Request, cache_bytes, peak_memory, weight_bytes
 from errors import ArgumentParser, UserError, log, world_size
+from files import check_memory, read_json, write_atomically
 from generate import pick_device
-from kernels import GROUPSIZES, allocate
+from kernels.packing import GROUPSIZES, allocate
 from model import Transformer
 from prompts import check_draft
 from tokenizer import load_tokenizer
@@ -81,7 +81,7 @@ DIFFERENT = {"int8": 0.2, "int4": 0.8}  # errors of a peer's logits from which i
 
 
 class Ours:
-    """The engine of generate.py as a contender (see bench_peers.py): caches of its own, the layers of `model`."""
+    """The engine of generate.py as a contender (see benchmarks/peers.py): caches of its own, the layers of `model`."""
 
     def __init__(self, model: Transformer, max_seq_length: int, compile_prefill: bool = False, rows: int = 1):
         self.engine = Engine(rebuild(model), compile=True, compile_prefill=compile_prefill)

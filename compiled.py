@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from kernels import cache_folder, cpu_library, processor_flags
+from kernels.build import cache_folder, cpu_library, processor_flags
 
 # Sizes were checked at every call of every kernel: that took 10 us a layer. A norm of one row took 30 us on two threads
 # that had to meet twice; on one it takes two. Inductor writes out an expression at each of its uses, and what that
@@ -51,7 +51,8 @@ OPTIONS = {"size_asserts": False, "cpp.min_chunk_size": 8192, "realize_opcount_t
 PROGRAM = "program.json"
 # As this process found them: later the files may be others than what it runs, and Inductor sets the variable itself.
 CACHE = cache_folder("TORCHINDUCTOR_CACHE_DIR")
-SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")) if path.is_file()]
+FOLDER = Path(__file__).parent
+SOURCES = [path.read_bytes() for path in sorted([*FOLDER.glob("*.py"), *FOLDER.glob("kernels/*.py")]) if path.is_file()]
 SETTINGS = [  # that change what is compiled
     f"{name}={value}"
     for name, value in sorted(os.environ.items())

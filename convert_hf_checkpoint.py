@@ -11,6 +11,10 @@ checkpoint, or none, never a mix.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
+from files import lock_temporary, read_json, sync_folder, write_atomically
+from layout import FORMAT, VERSION, quantized_shapes
+from weights import CHUNK_BYTES, FLOATS, check_index, read_header, read_index, read_safetensors
+from writer import write_safetensors
 
 # isort: split
 import functools
@@ -30,16 +34,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-from capacity import check_disk, gb
-from checkpoint import StoredTensor
 from config import ModelConfig
 from errors import ArgumentParser, UserError
-from hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
+from files import check_disk, gb
+from formats.gptq_awq import Dequantized, Format, QuantizedLinear, is_quantized, quantized_linear, read_format
+from formats.hub import CONFIG_FILES, TOKENIZER_FILES, choose_weights, download
+from formats.pickled import PickledFiles, PickledTensor
 from model import expected_shapes
-from pickled import PickledFiles, PickledTensor
-from quantized_formats import Dequantized, Format, QuantizedLinear, is_quantized, quantized_linear, read_format
 from tokenizer import load_tokenizer
+from weights import StoredTensor
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -72,11 +75,11 @@ Source = StoredTensor | PickledTensor
 def open_weights(path: Path) -> dict[str, Source]:
     """The tensors of a weight file or index, by the names that they have there."""
     if ".safetensors" in path.name:
-        return dict(checkpoint.read_safetensors(path)[0])
+        return dict(read_safetensors(path)[0])
     indexed = path.name.endswith(".index.json")
-    tensors = PickledFiles(checkpoint.read_index(path) if indexed else [path]).tensors
+    tensors = PickledFiles(read_index(path) if indexed else [path]).tensors
     if indexed:
-        checkpoint.check_index(path, tensors)
+        check_index(path, tensors)
     # What torch.compile and DistributedDataParallel put before the names of a model they wrap.
     return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
 
@@ -130,7 +133,7 @@ def plan_tensors(
                     f"tensor {name!r} has the shape {list(found)} where config.json means {list(expected)};"
                     " get the config.json of these weights"
                 )
-            if tensors[name].dtype not in (*checkpoint.FLOATS, torch.float64):
+            if tensors[name].dtype not in (*FLOATS, torch.float64):
                 raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
             used.add(name)
             plan[ours].append(Piece(tensors[name], interleaved))
@@ -180,7 +183,7 @@ def equal(a: Source, b: Source) -> bool:
 def slices(tensor: Source | Dequantized) -> Iterator[Tensor]:
     """The tensor in runs of rows of at most CHUNK_BYTES."""
     rows = tensor.shape[0]
-    step = max(checkpoint.CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize), 1)
+    step = max(CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize), 1)
     for start in range(0, rows, step):
         yield tensor.read(start, min(start + step, rows))
 
@@ -190,7 +193,7 @@ def read_config(path: Path, tensors: Mapping[str, Source]) -> dict[str, Any]:
     is_v1 = "tok_embeddings.weight" in tensors
     if is_v1 and not path.exists():
         return minimind_v1_config({}, tensors)
-    config = checkpoint.read_json(path)
+    config = read_json(path)
     if is_v1 and "hidden_size" not in config:
         return minimind_v1_config(config, tensors)
     if config.get("model_type") == "minimind" and "model.layers.0.self_attn.q_norm.weight" in tensors:
@@ -277,7 +280,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_byt
         raise UserError(f"--out {out} is the source itself; name another folder")
     check_disk(size, path)
     dtype_name = str(dtype).removeprefix("torch.")
-    metadata = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "dtype": dtype_name}
+    metadata = {"format": FORMAT, "version": VERSION, "dtype": dtype_name}
     if quantized:
         forms = {layer: f"int4-g{groupsize}" for layer, groupsize in quantized.items()}
         metadata |= {"mode": form.method, "quantized": json.dumps(forms)}
@@ -285,10 +288,10 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, shard_byt
     def write(folder: Path) -> None:
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
-                with checkpoint.write_atomically(folder / name) as file:
+                with write_atomically(folder / name) as file:
                     file.write((source / name).read_bytes())
-        if not (source / "config.json").exists() or checkpoint.read_json(source / "config.json") != raw_config:
-            with checkpoint.write_atomically(folder / "config.json") as file:
+        if not (source / "config.json").exists() or read_json(source / "config.json") != raw_config:
+            with write_atomically(folder / "config.json") as file:
                 file.write(json.dumps(raw_config, indent=2).encode())
         write_weights(folder, plan, stored, metadata, shard_bytes)
 
@@ -317,7 +320,7 @@ def stored_tensors(
     quantized = {layer: parts[0].groupsize for layer, parts in linears.items()}
     ordered = [layer for layer, parts in linears.items() if parts[0].order is not None]
     stored = {}
-    for name, shape in checkpoint.quantized_shapes(config, quantized, ordered).items():
+    for name, shape in quantized_shapes(config, quantized, ordered).items():
         layer, _, kind = name.rpartition(".")
         stored[name] = dtype, shape
         if layer in quantized and kind != "bias":
@@ -356,11 +359,11 @@ def write_weights(
                     break
 
         for file, names in zip(files, shards, strict=True):
-            checkpoint.write_safetensors(folder / file, {n: stored[n] for n in names}, chunks, metadata)
+            write_safetensors(folder / file, {n: stored[n] for n in names}, chunks, metadata)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        with checkpoint.write_atomically(folder / "model.safetensors.index.json") as file:
+        with write_atomically(folder / "model.safetensors.index.json") as file:
             file.write(json.dumps(index, indent=2).encode())
 
 
@@ -389,7 +392,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary folder, then puts it in the place of `path`. UserError when that is not ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.converting"), path.with_name(f".{path.name}.old")
-    lock = checkpoint.lock_temporary(temporary, is_folder=True)
+    lock = lock_temporary(temporary, is_folder=True)
     try:
         if old.exists():  # left by a killed run, between the renames below or after them
             if path.exists():
@@ -400,11 +403,11 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         for left in temporary.iterdir():
             left.unlink()
         write(temporary)
-        checkpoint.sync_folder(temporary)
+        sync_folder(temporary)
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
-        checkpoint.sync_folder(path.parent)
+        sync_folder(path.parent)
         if old.exists():
             shutil.rmtree(old)
     except BaseException:
@@ -436,7 +439,7 @@ def check_replaceable(path: Path) -> None:
 
 def is_our_file(path: Path) -> bool:
     try:
-        return checkpoint.read_header(path)[1].get("format") == checkpoint.FORMAT
+        return read_header(path)[1].get("format") == FORMAT
     except UserError:
         return False
 

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from capacity import check_memory
-from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, read_text, weights_path
+from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Request, cache_bytes, generate
 from errors import ArgumentParser, UserError
+from files import check_memory, read_text
 from generate import pick_device
 from model import Transformer
 from sampling import SamplingParams

@@ -27,13 +27,13 @@ import torch
 from tqdm import tqdm
 
 from beam import BeamParams, beam_search
-from capacity import check_memory
 from chat import converse, write
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
 from engine import Engine, Token, cache_bytes, generate, weight_bytes
 from errors import ArgumentParser, UserError, log
-from kernels import cpu_library
+from files import check_memory
+from kernels.build import cpu_library
 from prompts import (
     NO_BEAMS,
     SETTINGS,

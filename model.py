@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
 from config import ModelConfig, RopeConfig
+from kernels import packing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary position embedding
@@ -121,7 +121,7 @@ class KVCache(nn.Module):
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
         for name in ("k", "v"):
-            self.register_buffer(name, kernels.allocate(shape, dtype, device), persistent=False)
+            self.register_buffer(name, packing.allocate(shape, dtype, device), persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
         """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""

@@ -13,10 +13,14 @@ int4-gptq  the same layout, rounded so that each layer's output on real text cha
 
 In groups of 32, a decode step reads 4.5 bits a weight of int4. Norms, biases and embeddings stay as they are; where the
 output projection is tied to the embedding, the file holds both, the projection quantized. The metadata says how, layer
-by layer (checkpoint.quantized_layers reads it). Works tensor by tensor, GPTQ block by block.
+by layer (quantized_layers reads it). Works tensor by tensor, GPTQ block by block.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
+from files import read_text
+from layout import FORMAT, VERSION, check_tensors, quantized_layers, quantized_shapes
+from weights import read_safetensors
+from writer import write_safetensors
 
 # isort: split
 import json
@@ -31,13 +35,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from capacity import check_disk, check_memory, gb
-from checkpoint import StoredTensor
 from config import ModelConfig
 from errors import ArgumentParser, UserError
+from files import check_disk, check_memory, gb
 from model import Block, KVCache, RMSNorm, expected_shapes, rope_angles, rope_frequencies
 from rounding import SCALE_DTYPE, gptq_layer, input_hessian, pack_int4, quantize_int4, quantize_int8
 from tokenizer import load_tokenizer
+from weights import StoredTensor
 
 MODES = ("int8", "int4", "int4-gptq")
 GROUPSIZES = (128, 64, 32)
@@ -138,7 +142,7 @@ def gptq_layers(
 def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torch.device) -> Tensor:
     """Windows of tokens, int64 [N, T], of a text. UserError when it is too short to tell inputs apart."""
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    tokens = torch.tensor(tokenizer.encode(checkpoint.read_text(path)), dtype=torch.long)
+    tokens = torch.tensor(tokenizer.encode(read_text(path)), dtype=torch.long)
     # Fewer tokens than inputs leave directions that no text was seen to use, and the Hessian without an inverse.
     widest = max(config.dim, config.n_heads * config.head_dim, config.ffn_dim)
     window = min(WINDOW, config.context_length)
@@ -193,12 +197,12 @@ def quantize(
     """
     path, device = checkpoint.weights_path(path), torch.device(device)
     config = checkpoint.load_config(path.parent)
-    stored, metadata = checkpoint.read_safetensors(path)
-    if checkpoint.quantized_layers(path, metadata):
+    stored, metadata = read_safetensors(path)
+    if quantized_layers(path, metadata):
         raise UserError(f"{path} is quantized already ({metadata.get('mode')}); quantize the original weights")
-    checkpoint.check_tensors(config, stored, path)
+    check_tensors(config, stored, path)
     quantized = plan_layers(config, mode, groupsize, keep_output)
-    shapes = checkpoint.quantized_shapes(config, quantized)
+    shapes = quantized_shapes(config, quantized)
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     for layer in quantized:
         dtypes[f"{layer}.weight"] = torch.int8 if mode == "int8" else torch.uint8
@@ -208,8 +212,8 @@ def quantize(
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
     check_disk(size, path)
     metadata = {
-        "format": checkpoint.FORMAT,
-        "version": checkpoint.VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "dtype": str(dtypes["tok_embeddings.weight"]).removeprefix("torch."),
         "mode": mode,
         "quantized": json.dumps({layer: f"int4-g{group}" if group else "int8" for layer, group in quantized.items()}),
@@ -239,7 +243,7 @@ def quantize(
 
     name = f"model_{mode}.safetensors" if mode == "int8" else f"model_{mode}-g{groupsize}.safetensors"
     with progress:
-        checkpoint.write_safetensors(path.parent / name, tensors, chunks, metadata)
+        write_safetensors(path.parent / name, tensors, chunks, metadata)
     return path.parent / name
 
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import kernels
 from config import ModelConfig
 from errors import UserError, log, world_size
+from kernels import build
 from lifeline import START, Lifeline
 from model import Transformer
 
@@ -395,7 +396,7 @@ def share_memory(store: dist.Store, rank: int, size: int) -> None:
     else:
         store.wait(["memory"], JOIN_TIMEOUT)
         file = os.open(store.get("memory").decode(), os.O_RDWR)
-    kernels.open_channel(file, rank, size)
+    build.open_channel(file, rank, size)
     store.set(f"mapped/{rank}", "")
     store.wait([f"mapped/{other}" for other in range(size)], JOIN_TIMEOUT)
     os.close(file)

@@ -25,13 +25,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
 
 import checkpoint
-from capacity import check_disk, gb
-from checkpoint import StoredTensor
 from config import ModelConfig
 from convert_hf_checkpoint import replace_folder
 from errors import ArgumentParser, UserError, run
-from hub import TOKENIZER_FILES
+from files import check_disk, gb, read_json
+from formats.hub import TOKENIZER_FILES
+from layout import FORMAT, VERSION, check_tensors, quantized_layers
 from model import expected_shapes
+from weights import StoredTensor, read_safetensors
+from writer import write_safetensors
 
 ASPECT = 128  # hidden size by layers, as Llama 3 has it from 1 B to 70 B parameters
 FFN = 4  # ffn units by hidden size
@@ -156,14 +158,14 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
     if out.exists():
         raise UserError(f"--out {out} exists already; name a new folder")
     config = checkpoint.load_config(path.parent)
-    stored, metadata = checkpoint.read_safetensors(path)
-    if checkpoint.quantized_layers(path, metadata):
+    stored, metadata = read_safetensors(path)
+    if quantized_layers(path, metadata):
         raise UserError(f"{path} is quantized ({metadata.get('mode')}); grow the original weights, then quantize them")
-    checkpoint.check_tensors(config, stored, path)
+    check_tensors(config, stored, path)
     if not count(config) <= parameters <= 1e12:  # NaN is refused here as well
         raise UserError(f"--parameters {parameters:g} is out of range; the model has {count(config):,} already")
     new = grown_config(config, parameters)
-    fields = grown_fields(checkpoint.read_json(path.parent / "config.json"), config, new)
+    fields = grown_fields(read_json(path.parent / "config.json"), config, new)
     dtype = stored["tok_embeddings.weight"].dtype
     growth = Growth(stored, config, new)
     size = count(new) * dtype.itemsize
@@ -171,8 +173,8 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
 
     def write(folder: Path) -> None:
         tensors = {name: (dtype, shape) for name, shape in growth.shapes.items()}
-        metadata = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "dtype": str(dtype).split(".")[-1]}
-        checkpoint.write_safetensors(folder / "model.safetensors", tensors, growth.chunks, metadata)
+        metadata = {"format": FORMAT, "version": VERSION, "dtype": str(dtype).split(".")[-1]}
+        write_safetensors(folder / "model.safetensors", tensors, growth.chunks, metadata)
         for name in ("generation_config.json", *TOKENIZER_FILES):
             if (path.parent / name).is_file():
                 (folder / name).write_bytes((path.parent / name).read_bytes())

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from bench_models import MODES, SHAPES, quantize_model, random_model  # noqa: E402
+from benchmarks.models import MODES, SHAPES, quantize_model, random_model  # noqa: E402
 from config import ModelConfig  # noqa: E402
 from engine import Engine, weight_bytes  # noqa: E402
 from tp import join  # noqa: E402

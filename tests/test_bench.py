@@ -16,21 +16,18 @@ import pytest
 import torch
 
 import bench
-import bench_models
-import bench_peers
-import bench_report
-import bench_startup
-import capacity
 import checkpoint
 import engine
+import files
 import kernels
 import rounding
+from benchmarks import models, peers, report, startup
 from config import ModelConfig
 from errors import UserError
 from model import Linear, Transformer
 
 HERE = Path(bench.__file__).parent
-TINY = bench_models.LLAMA | dict(
+TINY = models.LLAMA | dict(
     hidden_size=128,
     intermediate_size=256,
     num_hidden_layers=2,
@@ -59,7 +56,7 @@ needs_llama_cpp = pytest.mark.skipif(
 
 def tiny_model(**fields) -> Transformer:
     """In float32, with weights that make attention look at some positions much more than at others."""
-    model = bench_models.random_model(ModelConfig.from_hf(TINY | fields), "cpu", torch.float32)
+    model = models.random_model(ModelConfig.from_hf(TINY | fields), "cpu", torch.float32)
     for layer in model.layers:
         layer.attention.wqkv.weight.mul_(2)
     return model
@@ -90,9 +87,9 @@ def their_tokens(peer, prompt: list[int], steps: int) -> list[int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_runs_our_model(name):
     model = tiny_model(**MODELS[name])
-    peers = bench_peers.transformers_peers(MODELS[name], model, max_length=64)
+    found = peers.transformers_peers(MODELS[name], model, max_length=64)
     expected, logits = our_tokens(model, PROMPT, 8)
-    eager = peers["transformers, eager"]
+    eager = found["transformers, eager"]
     assert their_tokens(eager, PROMPT, 8) == expected
     assert (eager.last_logits - logits).abs().max() < 1e-3
     assert bench.logits_error(eager, model, PROMPT) < 1e-5
@@ -106,7 +103,7 @@ def test_contenders_compute_the_same(monkeypatch):
     # The others eager: to compile them takes a minute.
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(engine, "CompiledFunction", lambda function: function)
-    peer = bench_peers.transformers_peers(TINY, model, max_length=64)["transformers, static cache, compiled"]
+    peer = peers.transformers_peers(TINY, model, max_length=64)["transformers, static cache, compiled"]
     assert their_tokens(peer, PROMPT, 8) == expected
     assert bench.Ours(model, 128, rows=3).decode(PROMPT[0], 0, 4) == our_tokens(model, PROMPT[:1], 4)[0]
 
@@ -114,7 +111,7 @@ def test_contenders_compute_the_same(monkeypatch):
 def test_transformers_shares_our_tensors():
     model = tiny_model()
     ours = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    hf = bench_peers.transformers_peers(TINY, model, 64)["transformers, eager"].forward.__self__
+    hf = peers.transformers_peers(TINY, model, 64)["transformers, eager"].forward.__self__
     assert {tensor.untyped_storage().data_ptr() for tensor in hf.parameters()} == ours
 
 
@@ -122,17 +119,17 @@ def test_transformers_shares_our_tensors():
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_runs_our_model(name, tmp_path):
     model = tiny_model(**MODELS[name])
-    peer, path, kind = bench_peers.llama_cpp_peer(model, "fp32", tmp_path, max_length=64, threads=1)
+    peer, path, kind = peers.llama_cpp_peer(model, "fp32", tmp_path, max_length=64, threads=1)
     assert kind == "F32"
     assert their_tokens(peer, PROMPT, 8) == our_tokens(model, PROMPT, 8)[0]
     assert bench.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
     # The file is kept, and belongs to these weights alone.
     assert list(tmp_path.iterdir()) == [path]
     written = path.stat().st_mtime_ns
-    assert bench_peers.write_gguf(model, tmp_path, "F32") == path and path.stat().st_mtime_ns == written
-    assert bench_peers.write_gguf(model, tmp_path, "Q8_0") != path
+    assert peers.write_gguf(model, tmp_path, "F32") == path and path.stat().st_mtime_ns == written
+    assert peers.write_gguf(model, tmp_path, "Q8_0") != path
     model.norm.weight.mul_(2)
-    assert bench_peers.write_gguf(model, tmp_path, "F32") != path
+    assert peers.write_gguf(model, tmp_path, "F32") != path
 
 
 @needs_llama_cpp
@@ -140,15 +137,15 @@ def test_llama_cpp_runs_our_model(name, tmp_path):
 @pytest.mark.parametrize("name", ["plain", "tied"])
 def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, tmp_path):
     model = tiny_model(**MODELS[name])
-    peer, path, found = bench_peers.llama_cpp_peer(model, mode, tmp_path, max_length=64, threads=1)
-    quantized = bench_models.quantize_model(model, mode, 32)
+    peer, path, found = peers.llama_cpp_peer(model, mode, tmp_path, max_length=64, threads=1)
+    quantized = models.quantize_model(model, mode, 32)
     assert found == kind
     assert 1e-4 < bench.logits_error(peer, quantized, PROMPT) < limit
     assert bench.logits_error(peer, model, PROMPT) < limit
     shapes = [tensor.shape for layer, tensor in model.named_parameters() if tensor.ndim == 2]
     matrices = sum(shape.numel() for shape in shapes) - (0 if model.config.tied else shapes[0].numel())
     norms = 5 * 128 * 4
-    assert bench_peers.gguf_bytes(path) == matrices * bits / 8 + norms
+    assert peers.gguf_bytes(path) == matrices * bits / 8 + norms
 
 
 @needs_llama_cpp
@@ -157,10 +154,10 @@ def test_gguf_holds_every_matrix_quantized(kind, error, tmp_path):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    model = bench_models.random_model(ModelConfig.from_hf(TINY), "cpu")
-    tensors = GGUFReader(bench_peers.write_gguf(model, tmp_path, kind)).tensors
+    model = models.random_model(ModelConfig.from_hf(TINY), "cpu")
+    tensors = GGUFReader(peers.write_gguf(model, tmp_path, kind)).tensors
     assert {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) == 2} == {kind}
-    expected = bench_peers.gguf_tensors(model)
+    expected = peers.gguf_tensors(model)
     for tensor in tensors:
         stored = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(expected[tensor.name].shape)
         difference = stored - expected[tensor.name].float()
@@ -171,8 +168,8 @@ def test_gguf_holds_every_matrix_quantized(kind, error, tmp_path):
 def test_gguf_says_what_it_holds(tmp_path):
     from gguf import GGUFReader
 
-    model = bench_models.random_model(ModelConfig.from_hf(TINY), "cpu")
-    reader = GGUFReader(bench_peers.write_gguf(model, tmp_path, "BF16"))
+    model = models.random_model(ModelConfig.from_hf(TINY), "cpu")
+    reader = GGUFReader(peers.write_gguf(model, tmp_path, "BF16"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert tensors["blk.1.attn_v.weight"].tensor_type.name == "BF16"
     assert list(tensors["blk.1.attn_v.weight"].shape) == [128, 64]
@@ -198,30 +195,30 @@ def test_what_gguf_cannot_hold_is_skipped(fields, what, tmp_path):
     if "rope" in fields:
         fields = {"rope": dataclasses.replace(config.rope, **fields["rope"])}
     model = Transformer(dataclasses.replace(config, **fields))
-    with pytest.raises(bench_peers.Unavailable, match=what):
-        bench_peers.write_gguf(model, tmp_path, "Q4_0")
+    with pytest.raises(peers.Unavailable, match=what):
+        peers.write_gguf(model, tmp_path, "Q4_0")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "peers"),
+    ("module", "package", "contender"),
     [
-        ("transformers", "transformers", lambda m, p: bench_peers.transformers_peers(TINY, m, 64)),
-        ("llama_cpp", "llama-cpp-python", lambda m, p: bench_peers.llama_cpp_peer(m, "int8", p, 64, 1)),
-        ("gguf", "gguf", lambda m, p: bench_peers.write_gguf(m, p, "F32")),
+        ("transformers", "transformers", lambda m, p: peers.transformers_peers(TINY, m, 64)),
+        ("llama_cpp", "llama-cpp-python", lambda m, p: peers.llama_cpp_peer(m, "int8", p, 64, 1)),
+        ("gguf", "gguf", lambda m, p: peers.write_gguf(m, p, "F32")),
     ],
 )
-def test_what_is_not_installed_says_how_to(module, package, peers, monkeypatch, tmp_path):
+def test_what_is_not_installed_says_how_to(module, package, contender, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(bench_peers.Unavailable) as error:
-        peers(tiny_model(), tmp_path)
+    with pytest.raises(peers.Unavailable) as error:
+        contender(tiny_model(), tmp_path)
     assert str(error.value) == f"{package} is not installed (pip install {package})"
 
 
 def test_a_family_that_transformers_lacks_is_skipped():
     config = {**TINY, "model_type": "minimind"}
-    with pytest.raises(bench_peers.Unavailable, match="minimind"):
-        bench_peers.transformers_peers(config, tiny_model(), 64)
+    with pytest.raises(peers.Unavailable, match="minimind"):
+        peers.transformers_peers(config, tiny_model(), 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,12 +235,12 @@ def logits(model: Transformer, prompt: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["plain", "tied"])
 def test_quantized_models_are_close(name, mode, groupsize, error):
     model = tiny_model(**MODELS[name])
-    quantized = bench_models.quantize_model(model, mode, groupsize)
+    quantized = models.quantize_model(model, mode, groupsize)
     expected = logits(model, PROMPT)
     assert 1e-4 < (logits(quantized, PROMPT) - expected).norm() / expected.norm() < error
     assert torch.equal(logits(model, PROMPT), expected)  # it has not changed
-    assert bench_models.mode_of(model) == "fp32" and bench_models.mode_of(quantized) == mode
-    assert bench_models.format_of(quantized) == (f"int4-g{groupsize}" if mode == "int4" else "int8")
+    assert models.mode_of(model) == "fp32" and models.mode_of(quantized) == mode
+    assert models.format_of(quantized) == (f"int4-g{groupsize}" if mode == "int4" else "int8")
     assert not any(isinstance(module, Linear) for module in quantized.modules())
     assert quantized.tok_embeddings.weight is model.tok_embeddings.weight and quantized.norm.weight is model.norm.weight
 
@@ -251,7 +248,7 @@ def test_quantized_models_are_close(name, mode, groupsize, error):
 def test_int4_is_nearly_as_good_as_with_the_search():
     weight = torch.randn(64, 256)
     weight[0] = 0
-    levels, scales = bench_models.round_int4(weight, 64)
+    levels, scales = models.round_int4(weight, 64)
     assert levels.min() == 0 and levels.max() == 15 and scales.shape == (64, 4)
     error, least = (
         (rounding.dequantize_int4(*quantized) - weight).norm() / weight.norm()
@@ -279,14 +276,14 @@ def test_a_written_checkpoint_is_the_model(name, mode, tmp_path):
     fields = TINY | MODELS[name]
     model = tiny_model(**fields)
     if mode != "fp32":
-        model = bench_models.quantize_model(model, mode, 64)
-    folder = bench_startup.write_checkpoint(tmp_path, fields, model)
+        model = models.quantize_model(model, mode, 64)
+    folder = startup.write_checkpoint(tmp_path, fields, model)
     loaded = checkpoint.load_model(folder)
-    assert bench_models.format_of(loaded) == bench_models.format_of(model)
+    assert models.format_of(loaded) == models.format_of(model)
     assert torch.equal(logits(loaded, PROMPT), logits(model, PROMPT))
     assert engine.weight_bytes(loaded) == engine.weight_bytes(model)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert bench_startup.write_checkpoint(tmp_path, fields, model) == folder
+    assert startup.write_checkpoint(tmp_path, fields, model) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
@@ -294,7 +291,7 @@ def test_a_written_layer_keeps_the_order_of_its_inputs():
     q, scales, zeros = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32, 2), torch.full((32, 2), 8.0)
     order = torch.arange(64, dtype=torch.int32).flip(0)
     layer = kernels.Int4Linear.from_canonical(q, scales, zeros, 64, 32, None, order)
-    assert torch.equal(bench_startup.canonical(layer)[1]["order"], order)
+    assert torch.equal(startup.canonical(layer)[1]["order"], order)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,8 +300,8 @@ def test_a_written_layer_keeps_the_order_of_its_inputs():
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    model = bench_models.random_model(ModelConfig.from_hf(TINY), "cpu")
-    return bench_startup.write_checkpoint(tmp_path_factory.mktemp("tiny"), TINY, model)
+    model = models.random_model(ModelConfig.from_hf(TINY), "cpu")
+    return startup.write_checkpoint(tmp_path_factory.mktemp("tiny"), TINY, model)
 
 
 @pytest.fixture
@@ -470,8 +467,8 @@ def test_all_take_turns(monkeypatch):
 
 def test_a_quantized_file_is_timed_as_it_is(run_here, tmp_path, tiny_checkpoint):
     config = json.loads((tiny_checkpoint / "config.json").read_text())
-    model = bench_models.quantize_model(checkpoint.load_model(tiny_checkpoint), "int4", 64)
-    path = bench_startup.write_checkpoint(tmp_path, config, model) / "model.safetensors"
+    model = models.quantize_model(checkpoint.load_model(tiny_checkpoint), "int4", 64)
+    path = startup.write_checkpoint(tmp_path, config, model) / "model.safetensors"
     out, _ = run_here(
         "--checkpoint_path", path, "--against", "transformers", "llama.cpp", "--out", tmp_path / "out",
         "--prompt_length", 8, "--new_tokens", 2, "--rounds", 1, "--device", "cpu",
@@ -483,7 +480,7 @@ def test_a_quantized_file_is_timed_as_it_is(run_here, tmp_path, tiny_checkpoint)
 
 def test_without_matplotlib_there_is_no_chart(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    bench_report.plot({}, tmp_path / "chart.png")
+    report.plot({}, tmp_path / "chart.png")
     assert capsys.readouterr().err == "no chart: matplotlib is not installed (pip install matplotlib)\n"
     assert not list(tmp_path.iterdir())
 
@@ -506,26 +503,26 @@ def test_startup(tiny_checkpoint, tmp_path, monkeypatch):
     """Each start finds what its name says: the kernels' cache and Inductor's. Compiling takes long."""
     script, seen = tmp_path / "generate.py", tmp_path / "seen"
     script.write_text(EAGER_GENERATE.format(log=str(seen), folder=str(HERE)))
-    monkeypatch.setattr(bench_startup, "GENERATE", script)
-    startup = bench_startup.measure_startup(tiny_checkpoint, rounds=1, device=torch.device("cpu"))
+    monkeypatch.setattr(startup, "GENERATE", script)
+    measured = startup.measure_startup(tiny_checkpoint, rounds=1, device=torch.device("cpu"))
     assert seen.read_text().splitlines() == ["False False", "True False", "True True"]
     weights = (tiny_checkpoint / "model.safetensors").stat().st_size / 1e9
-    assert startup["weights_gb"] == pytest.approx(weights, rel=0.01)
+    assert measured["weights_gb"] == pytest.approx(weights, rel=0.01)
     for kind in ("first", "cold", "warm"):
-        assert startup[f"{kind}_median_s"] == startup[f"{kind}_s"][0] > 0
-    before, loaded, used = (startup[f"resident_{when}_gb"] for when in ("before", "loaded", "used"))
+        assert measured[f"{kind}_median_s"] == measured[f"{kind}_s"][0] > 0
+    before, loaded, used = (measured[f"resident_{when}_gb"] for when in ("before", "loaded", "used"))
     assert 0.05 < before <= loaded <= used < 1
-    assert startup["loaded_to_weights"] == pytest.approx(loaded / startup["weights_gb"])
+    assert measured["loaded_to_weights"] == pytest.approx(loaded / measured["weights_gb"])
 
 
 def test_startup_of_what_does_not_run(tmp_path):
     with pytest.raises(UserError, match=r"generate.py fails; see what it says to: .*generate\.py --compile"):
-        bench_startup.measure_startup(tmp_path, rounds=1, device=torch.device("cpu"))
+        startup.measure_startup(tmp_path, rounds=1, device=torch.device("cpu"))
 
 
 def test_random_weights_are_the_same_each_time():
     config = ModelConfig.from_hf(TINY)
-    first, second = (bench_models.random_model(config, "cpu").state_dict() for _ in range(2))
+    first, second = (models.random_model(config, "cpu").state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["norm.weight"].dtype == torch.bfloat16 and (first["norm.weight"] == 1).all()
     scale = first["layers.0.feed_forward.w2.weight"].float().std() * 256**0.5
@@ -535,7 +532,7 @@ def test_random_weights_are_the_same_each_time():
 @pytest.mark.parametrize(("shape", "parameters"), [("1b", 1.10e9), ("8b", 8.03e9)])
 def test_shapes_have_their_size(shape, parameters):
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_hf(bench_models.SHAPES[shape]))
+        model = Transformer(ModelConfig.from_hf(models.SHAPES[shape]))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
@@ -577,8 +574,8 @@ def test_bad_input(args, message, monkeypatch, tmp_path):
 
 def test_a_quantized_file_is_not_quantized_again(monkeypatch, tmp_path, tiny_checkpoint):
     config = json.loads((tiny_checkpoint / "config.json").read_text())
-    model = bench_models.quantize_model(checkpoint.load_model(tiny_checkpoint), "int8", 32)
-    path = bench_startup.write_checkpoint(tmp_path, config, model) / "model.safetensors"
+    model = models.quantize_model(checkpoint.load_model(tiny_checkpoint), "int8", 32)
+    path = startup.write_checkpoint(tmp_path, config, model) / "model.safetensors"
     monkeypatch.setattr(
         sys, "argv", ["bench.py", "--checkpoint_path", str(path), "--mode", "bf16", "--prompt_length", "8"]
     )
@@ -591,11 +588,11 @@ def test_a_group_that_does_not_divide():
     with pytest.raises(
         UserError, match=r"--groupsize 128 does not divide the 192 inputs of layers\.0\.feed_forward\.w2"
     ):
-        bench_models.quantize_model(model, "int4", 128)
+        models.quantize_model(model, "int4", 128)
 
 
 def test_too_large_is_refused_in_gigabytes(monkeypatch, tmp_path):
-    monkeypatch.setattr(capacity, "free_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(files, "free_memory", lambda: 2_000_000_000)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--shape", "8b", "--device", "cpu", "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"16\.1 GB, 2\.0 GB are free"):
         bench.main()
@@ -603,7 +600,7 @@ def test_too_large_is_refused_in_gigabytes(monkeypatch, tmp_path):
 
 
 def test_the_peers_need_memory_too(monkeypatch, tmp_path, tiny_checkpoint):
-    monkeypatch.setattr(capacity, "free_memory", lambda: 500_000_000)
+    monkeypatch.setattr(files, "free_memory", lambda: 500_000_000)
     args = ["--checkpoint_path", str(tiny_checkpoint), "--prompt_length", "8", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *args, "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"needs 1\.1 GB, 0\.5 GB are free"):

@@ -15,12 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from capacity import check_disk, check_memory, free_memory
-from checkpoint import load_config, load_generation_config, load_model, read_header, write_atomically, write_safetensors
+from checkpoint import load_config, load_generation_config, load_model
 from config import ModelConfig
 from errors import UserError
+from files import check_disk, check_memory, free_memory, write_atomically
+from layout import FORMAT
 from model import Transformer, expected_shapes
+from weights import read_header
+from writer import write_safetensors
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
@@ -418,7 +420,7 @@ def test_what_cannot_be_loaded(tmp_path):
     save(folder, tensors)
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
     refused("model.safetensors is not a valid safetensors file: .*truncated", folder)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": checkpoint.FORMAT, "version": "99"})
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": FORMAT, "version": "99"})
     refused("has version '99', this program knows '1'", folder)
 
     folder = save(tmp_path / "sharded", tensors, name="a.safetensors")
@@ -507,9 +509,9 @@ def test_resident_memory_after_loading(tmp_path):
     config = LLAMA | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
     folder = save(tmp_path, tensors_of(config, torch.bfloat16), config)
     code = """
-import sys, checkpoint, torch
+import sys, checkpoint, layout, torch
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
-checkpoint.expected_shapes(checkpoint.load_config(sys.argv[1]))  # what torch imports on first use
+layout.expected_shapes(checkpoint.load_config(sys.argv[1]))  # what torch imports on first use
 start = resident()
 model = checkpoint.load_model(sys.argv[1])
 loaded = resident()

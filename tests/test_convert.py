@@ -34,6 +34,7 @@ from checkpoint import load_config, load_model
 from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
+from weights import StoredTensor, read_header
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -174,7 +175,7 @@ def test_dtype(tmp_path, dtype):
     same(tmp_path / "kept", fused(model.state_dict(), tied=False))
     convert(tmp_path / "in", tmp_path / "out", dtype)
     same(tmp_path / "out", fused(model.state_dict(), tied=False), dtype)
-    _, metadata = checkpoint.read_header(tmp_path / "out" / "model.safetensors")
+    _, metadata = read_header(tmp_path / "out" / "model.safetensors")
     assert metadata == {"format": "gpt-brisk", "version": "1", "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -318,9 +319,7 @@ def test_fuzz_config_beside_weights(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "config.json"
     path.write_text(json.dumps(config))
     _, state = minimind_v1(16, 8)
-    tensors = {
-        name: checkpoint.StoredTensor(path, tensor.dtype, tuple(tensor.shape), 0) for name, tensor in state.items()
-    }
+    tensors = {name: StoredTensor(path, tensor.dtype, tuple(tensor.shape), 0) for name, tensor in state.items()}
     try:
         read = ModelConfig.from_hf(convert_hf_checkpoint.read_config(path, tensors))
         if read.n_layers < 100:  # thousands are allowed, and take seconds
@@ -771,7 +770,7 @@ def test_progress_on_a_terminal(tmp_path):
 
 CASES = """
 import json, sys
-import hub
+from formats import hub
 from errors import UserError
 for repo, revision in json.loads(sys.argv[1]):
     try:

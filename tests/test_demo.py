@@ -1,6 +1,6 @@
 """The demo checkpoint: its size, its shapes, its tokenizer, and the perplexity that demo/README.md states.
 
-The weights are judged by transformers' Llama, under names mapped back from ours. scripts/train_demo.py, which made
+The weights are judged by transformers' Llama, under names mapped back from ours. demo/train.py, which made
 them, is checked against transformers too.
 """
 
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from scripts import demo_corpus, demo_model, train_demo
+from demo import corpus, train
+from demo import model as demo_model
 
 DEMO = Path(__file__).parent.parent / "demo"
 README = (DEMO / "README.md").read_text(encoding="utf-8")
@@ -111,7 +112,7 @@ def test_held_out_text_is_in_no_other_file():
     heldout, calibration = triples("heldout.txt"), triples("calibration.txt")
     assert len(heldout) > 2000 and len(calibration) > 1500
     assert not heldout & calibration
-    assert all(f"`{file}`" in README for file in demo_corpus.HELD_OUT)
+    assert all(f"`{file}`" in README for file in corpus.HELD_OUT)
 
 
 @pytest.mark.parametrize("name", ["target", "draft"])
@@ -169,11 +170,11 @@ def test_what_the_target_writes_for_the_draft_is_greedy_text(sp):
     model = demo_model.Llama(demo_model.SHARED | demo_model.TARGET)
     model.load_state_dict({name: p for name, p in reference.state_dict().items() if name != "lm_head.weight"})
     prompts = [[1, *sp.encode(text)] for text in ("def read(", "class Queue:\n    def put(self, item):\n", "")]
-    tokens, likeliest, logprobs = train_demo.write(model, prompts, 48, torch.zeros(3, 1), "cpu")
+    tokens, likeliest, logprobs = train.write(model, prompts, 48, torch.zeros(3, 1), "cpu")
     for row, prompt in zip(tokens, prompts, strict=True):
         assert torch.equal(greedy(reference, torch.tensor([prompt]), 48 - len(prompt))[0], row)
     with torch.no_grad():
-        wanted = reference(tokens[:, :-1]).logits.log_softmax(-1).topk(train_demo.LIKELIEST)
+        wanted = reference(tokens[:, :-1]).logits.log_softmax(-1).topk(train.LIKELIEST)
     torch.testing.assert_close(logprobs.float(), wanted.values, atol=1e-2, rtol=0)  # stored in float16
     assert (likeliest == wanted.indices).float().mean() > 0.99  # the same but for ties
 
@@ -186,20 +187,20 @@ def test_the_draft_loss_is_least_where_the_draft_is_the_target():
     p = torch.cat((logprobs.exp(), 1 - logprobs.exp().sum(-1, keepdim=True)), -1)
     entropy = -(p * p.log()).sum(-1)
     wanted = 0.5 * (entropy - logprobs[:, 0]).mean()
-    loss = train_demo.draft_loss(target, likeliest, logprobs)
+    loss = train.draft_loss(target, likeliest, logprobs)
     torch.testing.assert_close(loss, wanted)
     moved = target + 0.1 * torch.randn(target.shape, generator=generator, dtype=torch.float64)
     said = moved.log_softmax(-1)
     q = torch.cat((said.exp().gather(-1, likeliest), 1 - said.exp().gather(-1, likeliest).sum(-1, keepdim=True)), -1)
     wanted = 0.5 * (-(p * q.log()).sum(-1) - said.gather(-1, likeliest[:, :1])[:, 0]).mean()
-    torch.testing.assert_close(train_demo.draft_loss(moved, likeliest, logprobs), wanted)
+    torch.testing.assert_close(train.draft_loss(moved, likeliest, logprobs), wanted)
 
 
 def test_muon_is_that_of_torch():
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 48), (48, 32), (32, 32))]
     references = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    ours = train_demo.Muon(parameters, {"lr": 1e-2, "weight_decay": 0.05})
+    ours = train.Muon(parameters, {"lr": 1e-2, "weight_decay": 0.05})
     theirs = torch.optim.Muon(references, lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for p, reference in zip(parameters, references, strict=True):
@@ -214,8 +215,8 @@ def test_muon_is_that_of_torch():
 
 def test_the_clock_counts_no_interruptions(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(train_demo.time, "monotonic", lambda: now)
-    clock, counted = train_demo.Clock(), []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    clock, counted = train.Clock(), []
     for seconds in (100.0, 1.0, 1.0, 1.5, 60.0, 1.0):
         now += seconds
         counted.append(clock.tick())
@@ -229,24 +230,24 @@ def test_the_training_model_is_transformers_llama(tmp_path: Path):
         p.data = p.data.to(torch.bfloat16).float()
     demo_model.save_hf(model, tmp_path, DEMO / "target" / "tokenizer.model")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    tokens = torch.randint(demo_corpus.VOCAB_SIZE, (2, 100))
+    tokens = torch.randint(corpus.VOCAB_SIZE, (2, 100))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_corpus_keeps_held_out_files_apart():
-    training, held_out = demo_corpus.read_corpus()
-    assert sorted(held_out) == demo_corpus.HELD_OUT
+    training, held_out = corpus.read_corpus()
+    assert sorted(held_out) == corpus.HELD_OUT
     assert len(training) > 300 and not set(held_out) & set(training)
-    assert not any(part in demo_corpus.SKIPPED_FOLDERS for name in training for part in name.split("/"))
+    assert not any(part in corpus.SKIPPED_FOLDERS for name in training for part in name.split("/"))
 
 
 @given(st.lists(st.integers(1025, 2000), min_size=2, max_size=6), st.integers(0, 2**32))
 def test_an_epoch_is_whole_windows_of_the_documents(lengths: list[int], seed: int):
     total, first = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
     documents = [list(range(f, f + n)) for f, n in zip(first, lengths, strict=True)]  # every token is unlike
-    epoch = demo_corpus.windows(documents, demo_corpus.random.Random(seed))
-    assert epoch.shape[1:] == (demo_corpus.CONTEXT + 1,)
-    assert total - 2 * demo_corpus.CONTEXT <= len(epoch) * demo_corpus.CONTEXT <= total
+    epoch = corpus.windows(documents, corpus.random.Random(seed))
+    assert epoch.shape[1:] == (corpus.CONTEXT + 1,)
+    assert total - 2 * corpus.CONTEXT <= len(epoch) * corpus.CONTEXT <= total
     inputs = epoch[:, :-1].flatten().tolist()
     assert len(set(inputs)) == len(inputs)

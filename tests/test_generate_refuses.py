@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_refused
 
-import capacity
+import files
 import generate as cli
 
 FLAGS = {
@@ -165,7 +165,7 @@ def test_a_cache_larger_than_the_memory(script, base_folder, tmp_path):
 
 
 def test_weights_larger_than_the_memory(script, base_folder, monkeypatch):
-    monkeypatch.setattr(capacity, "free_memory", lambda: 400_000)
+    monkeypatch.setattr(files, "free_memory", lambda: 400_000)
     assert_refused(script("--checkpoint_path", base_folder, "--prompt", "a"), "the weights", "0.4 MB are free")
 
 

@@ -1,4 +1,4 @@
-"""The ops of kernels.py against float64, in every instruction set that this processor has, and under torch.compile.
+"""The ops of kernels/ against float64, in every instruction set that this processor has, and under torch.compile.
 
 The bounds follow from the arithmetic: the output is rounded once to its dtype, sums are in float32, and where
 activations are quantized, each is off by at most half a step of its group.
@@ -20,7 +20,7 @@ from torch import nn
 
 import kernels
 from errors import UserError
-from kernels import Int4Linear, Int8Linear
+from kernels import Int4Linear, Int8Linear, build, packing
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -33,26 +33,26 @@ def library():
         pytest.skip("no C++ compiler")
 
 
-@pytest.fixture(scope="module", params=[*kernels.ISAS, "reference"])
+@pytest.fixture(scope="module", params=[*build.ISAS, "reference"])
 def op(request, library, tmp_path_factory):
     """The ops, as one instruction set or the reference versions do them."""
-    best = kernels.available_isas()[0]
+    best = build.available_isas()[0]
     if request.param == "reference":
         yield kernels
-    elif request.param in kernels.available_isas():
-        kernels.use_isa(request.param)
+    elif request.param in build.available_isas():
+        build.use_isa(request.param)
         yield torch.ops.brisk
     elif request.param == "avx512":
-        kernels._use(kernels.cpu_library(), emulated_avx512(tmp_path_factory.mktemp("emulated") / "avx512.so"))
+        build._use(kernels.cpu_library(), emulated_avx512(tmp_path_factory.mktemp("emulated") / "avx512.so"))
         yield torch.ops.brisk
     else:
         pytest.skip(f"this processor has no {request.param}")
-    kernels.use_isa(best)
+    build.use_isa(best)
 
 
 def emulated_avx512(library: Path) -> ctypes.CDLL:
     """The kernels for AVX512 on a processor without it: emulated/immintrin.h is found before the compiler's own."""
-    sources = [ROOT / source for source in kernels.KERNELS]
+    sources = [ROOT / source for source in build.KERNELS]
     flags = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DBRISK_ISA=avx512", "-shared"]
     subprocess.run(
         [os.environ.get("CXX", "g++"), *flags, "-I", ROOT / "tests" / "emulated", *sources, "-o", library], check=True
@@ -162,7 +162,7 @@ def test_int4(op, shape, groupsize, scale_dtype, zero_kind):
     generator, x, bias = draw(shape)
     q, scales, zeros = int4_weight(generator, shape["N"], shape["K"], groupsize, scale_dtype, zero_kind)
     packed, zero = kernels.pack_int4(q, scales, zeros, shape["K"], groupsize)
-    assert {"same": zero == 8, "whole": zero != kernels.ZERO_FLOATS, "float": True}[zero_kind]
+    assert {"same": zero == 8, "whole": zero != packing.ZERO_FLOATS, "float": True}[zero_kind]
     y = op.linear_int4(x, packed, shape["N"], groupsize, scales.dtype, zero, bias)
     weight = kernels.dequantize_int4(q, scales.double(), zeros.double(), shape["K"], groupsize, torch.float64)
     # The zero is subtracted after the sum: float32 rounds q and the zero on their own.
@@ -290,8 +290,8 @@ def test_the_instruction_sets_agree():
     layer = Int8Linear.from_canonical(torch.randint(-127, 128, (70, 500), dtype=torch.int8), torch.rand(70))
     x = x.float()  # of bfloat16 numbers: many lie exactly between two integers once they are scaled
     expected = kernels.linear_int8(x, layer.packed, layer.scales)
-    for isa in reversed(kernels.available_isas()):
-        kernels.use_isa(isa)
+    for isa in reversed(build.available_isas()):
+        build.use_isa(isa)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -392,7 +392,7 @@ def test_the_result_does_not_depend_on_the_threads(name):
 
 
 def test_inputs_without_columns_are_refused():
-    packed, scales = torch.empty(1, 0, kernels.PANEL, 4, dtype=torch.uint8), torch.ones(4)
+    packed, scales = torch.empty(1, 0, packing.PANEL, 4, dtype=torch.uint8), torch.ones(4)
     with pytest.raises(RuntimeError, match="at least one column"):
         torch.ops.brisk.linear_int8(torch.ones(3, 0), packed, scales)
 
@@ -481,12 +481,12 @@ def test_without_a_compiler_there_is_one_warning(tmp_path):
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert kernels.cache_folder("NO_SUCH_VARIABLE").is_absolute()
+    assert build.cache_folder("NO_SUCH_VARIABLE").is_absolute()
 
 
 @pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path):
-    code = "import kernels; print(kernels.build('ops'))"
+    code = "from kernels import build; print(build.build('ops'))"
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "g++ -pipe"}  # arguments are allowed
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

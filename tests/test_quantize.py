@@ -21,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import eval as evaluation
+import layout
 import quantize
 import rounding
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
 from tokenizer import load_tokenizer
+from writer import write_safetensors
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "model.py").read_text()[:5000]  # two windows of the tiny tokenizer's tokens
@@ -366,9 +368,9 @@ def test_memory_follows_the_largest_tensor_at_most(tmp_path):
         "num_hidden_layers": 16, "num_attention_heads": 16, "vocab_size": 512, "max_position_embeddings": 64,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = checkpoint.expected_shapes(checkpoint.load_config(tmp_path))
+    shapes = layout.expected_shapes(checkpoint.load_config(tmp_path))
     row = torch.randn(2**22).to(torch.bfloat16)
-    checkpoint.write_safetensors(
+    write_safetensors(
         tmp_path / "model.safetensors",
         {name: (torch.bfloat16, shape) for name, shape in shapes.items()},
         lambda name: row[: np.prod(shapes[name])].split(2**20) if np.prod(shapes[name]) <= 2**22 else [
@@ -465,7 +467,7 @@ def test_no_group_fits(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 80}
     shutil.copytree(folder, tmp_path / "odd")
     (tmp_path / "odd/config.json").write_text(json.dumps(config))
-    shapes = checkpoint.expected_shapes(checkpoint.load_config(tmp_path / "odd"))
+    shapes = layout.expected_shapes(checkpoint.load_config(tmp_path / "odd"))
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "odd/model.safetensors")
     with pytest.raises(UserError, match=r"80 inputs of 'layers.0.feed_forward.w2'"):
         quantize.quantize(tmp_path / "odd", "int4")

@@ -14,7 +14,7 @@ from conftest import GREEDY, greedy, ids_of, nothing_compiles, run_rows, set_up
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench_models import quantize_model
+from benchmarks.models import quantize_model
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from engine import Engine, Request

@@ -19,16 +19,17 @@ from conftest import TEXT, assert_refused, converse, greedy, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks_worker import ROOT, free_port, run_tasks, torchrun
-from test_quantized_formats import Maker, make
+from test_gptq_awq import Maker, make
 
-import checkpoint
 import quantize
 import tp
-from checkpoint import load_config, load_model, write_safetensors
+from checkpoint import load_config, load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
+from layout import FORMAT, VERSION
 from model import ModelConfig, expected_shapes
 from tokenizer import load_tokenizer
+from writer import write_safetensors
 
 GENERATE = ROOT / "generate.py"
 IDS = torch.randint(5, 380, (2, 40), generator=torch.Generator().manual_seed(3)).tolist()
@@ -109,7 +110,7 @@ def large(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(text))
     tensors = {name: (torch.bfloat16, shape) for name, shape in expected_shapes(load_config(folder)).items()}
     chunks = {name: [torch.ones(shape, dtype=torch.bfloat16)] for name, (_, shape) in tensors.items()}
-    metadata = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION}
+    metadata = {"format": FORMAT, "version": VERSION}
     write_safetensors(folder / "model.safetensors", tensors, chunks.__getitem__, metadata)
     return folder
 

@@ -1,6 +1,6 @@
-// Linear layers of kernels.py on CPUs: int8 and int4 for any number of rows, bf16.
+// Linear layers on CPUs: int8 and int4 for any number of rows, bf16.
 
-#include "kernels_cpu_vector.h"
+#include "cpu_vector.h"
 
 namespace brisk {
 namespace {

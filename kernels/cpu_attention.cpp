@@ -1,7 +1,7 @@
-// Attention over the KV cache of kernels.py on CPUs: the online softmax of https://arxiv.org/abs/1805.02867 over blocks
+// Attention over the KV cache on CPUs: the online softmax of https://arxiv.org/abs/1805.02867 over blocks
 // of keys, in float.
 
-#include "kernels_cpu_vector.h"
+#include "cpu_vector.h"
 
 namespace brisk {
 namespace {

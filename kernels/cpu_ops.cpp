@@ -1,5 +1,5 @@
-// The ops of kernels.py on CPUs: checks and threads. The work itself is done by the kernels in kernels_cpu_linear.cpp
-// and kernels_cpu_attention.cpp.
+// The ops of this folder on CPUs: checks and threads. The work itself is done by the kernels in cpu_linear.cpp
+// and cpu_attention.cpp.
 
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels_cpu.h"
+#include "cpu.h"
 
 namespace brisk {
 namespace {
@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Of the instruction set that kernels.py chose.
+// Of the instruction set that build.py chose.
 const LinearKernels* linear = nullptr;
 const AttentionKernels* attention = nullptr;
 

@@ -1,11 +1,11 @@
 """Trains the demo checkpoint: a small Llama on the source of the Python standard library, and a smaller draft of it.
 
-    python scripts/train_demo.py --out build/demo_hf --minutes 45 --draft_minutes 12
+    python demo/train.py --out build/demo_hf --minutes 45 --draft_minutes 12
 
 Needs requirements-dev.txt, and no data but the running interpreter's own library: its source is the corpus
-(demo_corpus.py), a byte-fallback sentencepiece tokenizer is trained on the same text, and the files named in HELD_OUT
+(corpus.py), a byte-fallback sentencepiece tokenizer is trained on the same text, and the files named in HELD_OUT
 are seen by neither. Writes two ordinary Hugging Face folders, OUT/target and OUT/draft (config.json, model.safetensors,
-tokenizer.model; the models are in demo_model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and
+tokenizer.model; the models are in model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and
 OUT/report.json (what was reached). The learning rate follows the minutes of work, so any number of them ends annealed.
 Killed and started again with the same --out, it goes on from its last save.
 """
@@ -32,9 +32,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
 
+from demo.corpus import BATCH, BOS, CONTEXT, EOS, corpus_batches, read_corpus, train_tokenizer
+from demo.model import DRAFT, SHARED, TARGET, Llama, save_hf
 from errors import UserError, run
-from scripts.demo_corpus import BATCH, BOS, CONTEXT, EOS, corpus_batches, read_corpus, train_tokenizer
-from scripts.demo_model import DRAFT, SHARED, TARGET, Llama, save_hf
 
 LEARNING_RATE = 4e-3
 WARMUP = 0.02  # of the time

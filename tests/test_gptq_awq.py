@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import FUZZ, mutated
 from test_convert import error_line, fused, run_script, save_tokenizer
 
-import checkpoint
 import kernels
 import quantize
-import quantized_formats
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
+from formats import gptq_awq
+from formats.gptq_awq import Format, read_format
 from model import Linear
-from quantized_formats import Format, read_format
+from weights import read_header, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -158,7 +158,7 @@ def make(
 def floats_of(out: Path) -> dict[str, torch.Tensor]:
     """The weights that a converted file stands for, in float32, in the order of the original inputs."""
     tensors = load_file(out / "model.safetensors")
-    forms = json.loads(checkpoint.read_header(out / "model.safetensors")[1]["quantized"])
+    forms = json.loads(read_header(out / "model.safetensors")[1]["quantized"])
     weights = {name: tensor.float() for name, tensor in tensors.items() if name.rpartition(".")[0] not in forms}
     weights |= {name: tensors[name].float() for name in tensors if name.endswith(".bias")}
     for layer, form in forms.items():
@@ -222,7 +222,7 @@ def test_gptq(tmp_path, version, symmetric, act_order):
     assert " M parameters, int4 (GPTQ) and float16, 0.1 MB; try" in message
     same_weights(tmp_path / "out", model)
     same_logits(tmp_path / "out", model)
-    tensors, metadata = checkpoint.read_safetensors(tmp_path / "out" / "model.safetensors")
+    tensors, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
     assert {metadata[key] for key in ("format", "version", "dtype", "mode")} == {"gpt-brisk", "1", "float16", "gptq"}
     layers = json.loads(metadata["quantized"])
     assert len(layers) == 8 and set(layers.values()) == {"int4-g32"}
@@ -237,7 +237,7 @@ def test_awq(tmp_path, family):
     assert "int4 (AWQ) and float16" in convert(tmp_path / "in", tmp_path / "out")
     same_weights(tmp_path / "out", model)
     same_logits(tmp_path / "out", model)
-    assert checkpoint.read_header(tmp_path / "out" / "model.safetensors")[1]["mode"] == "awq"
+    assert read_header(tmp_path / "out" / "model.safetensors")[1]["mode"] == "awq"
 
 
 def test_biases_and_a_quantized_head(tmp_path):
@@ -283,7 +283,7 @@ def test_group_sizes(tmp_path, version, act_order, groupsize, hidden, ffn, forms
     convert(tmp_path / "in", tmp_path / "out")
     same_weights(tmp_path / "out", model)
     same_logits(tmp_path / "out", model)
-    metadata = checkpoint.read_header(tmp_path / "out" / "model.safetensors")[1]
+    metadata = read_header(tmp_path / "out" / "model.safetensors")[1]
     assert set(json.loads(metadata["quantized"]).values()) == forms
 
 
@@ -299,7 +299,7 @@ def test_dtype_is_that_of_the_rest(tmp_path):
     convert(tmp_path / "in", tmp_path / "half")
     convert(tmp_path / "in", tmp_path / "float", torch.float32)
     half, full = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "float"))
-    layers = json.loads(checkpoint.read_header(tmp_path / "half" / "model.safetensors")[1]["quantized"])
+    layers = json.loads(read_header(tmp_path / "half" / "model.safetensors")[1]["quantized"])
     for name, tensor in half.items():
         expected = tensor if name.rpartition(".")[0] in layers else tensor.float()
         assert full[name].dtype == expected.dtype and torch.equal(full[name], expected), name
@@ -331,7 +331,7 @@ def test_files_of_older_tools(tmp_path, way):
         (source / "gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     convert(source, tmp_path / "out")
     same_weights(tmp_path / "out", model)
-    assert checkpoint.read_header(tmp_path / "out" / "model.safetensors")[1]["mode"] == ("awq" if awq else "gptq")
+    assert read_header(tmp_path / "out" / "model.safetensors")[1]["mode"] == ("awq" if awq else "gptq")
     assert not list((tmp_path / "out").glob("quant*"))
     convert(source, tmp_path / "many", shard_bytes=10_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4
@@ -437,9 +437,9 @@ def matrix(rows: st.SearchStrategy[int], columns: st.SearchStrategy[int]) -> st.
 @settings(max_examples=50, deadline=None)
 def test_unpack_weight(levels):
     for method, packed in (("gptq", pack_gptq(levels, levels[:1], "v2")), ("awq", pack_awq(levels, levels[:1]))):
-        found = quantized_formats.unpack_weight(packed["qweight"], method)
+        found = gptq_awq.unpack_weight(packed["qweight"], method)
         assert np.array_equal(found.numpy(), levels.T)
-        assert np.array_equal(quantized_formats.pack(found).numpy(), levels.T[:, 0::2] + 16 * levels.T[:, 1::2])
+        assert np.array_equal(gptq_awq.pack(found).numpy(), levels.T[:, 0::2] + 16 * levels.T[:, 1::2])
 
 
 @given(matrix(st.integers(1, 5), st.integers(1, 4).map(lambda n: 8 * n)))
@@ -450,14 +450,14 @@ def test_unpack_zeros(zeros):
     for version in ("v1", "v2", "awq"):
         packed = pack_awq(levels, zeros) if version == "awq" else pack_gptq(levels, zeros, version)
         form = Format("awq" if version == "awq" else "gptq", 32, less_one=version == "v1")
-        assert np.array_equal(quantized_formats.unpack_zeros(packed["qzeros"], form).numpy(), zeros.T)
+        assert np.array_equal(gptq_awq.unpack_zeros(packed["qzeros"], form).numpy(), zeros.T)
 
 
 @given(st.permutations(range(24)), st.sampled_from([1, 5, 8, 24, 100]))
 @settings(max_examples=50, deadline=None)
 def test_sorted_inputs(inputs, size):
     groups = [i // size for i in inputs]
-    order = quantized_formats.sorted_inputs(torch.tensor(groups, dtype=torch.int32), size)
+    order = gptq_awq.sorted_inputs(torch.tensor(groups, dtype=torch.int32), size)
     if groups == sorted(groups):
         assert order is None
     else:
@@ -479,13 +479,13 @@ def test_any_rows(version, monkeypatch):
     parts, weight = Maker(version, 32, act_order=version == "v1").layer("layer", 40, 64)
     tensors = {f"layer.{part}": InMemory(tensor) for part, tensor in parts.items()}
     form = Format("awq" if version == "awq" else "gptq", 32, less_one=version == "v1")
-    linear = quantized_formats.quantized_linear(form, "layer", tensors, (40, 64))
-    dequantized = quantized_formats.Dequantized(linear)
+    linear = gptq_awq.quantized_linear(form, "layer", tensors, (40, 64))
+    dequantized = gptq_awq.Dequantized(linear)
     for start in range(40):
         for stop in range(start + 1, 41):
             assert torch.equal(dequantized.read(start, stop), weight[start:stop].float())
     whole = torch.cat(list(linear.read("weight")))
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(gptq_awq, "CHUNK_BYTES", 1000)
     runs = list(linear.read("weight"))
     assert len(runs) == 5 and torch.equal(torch.cat(runs), whole)
 
@@ -680,7 +680,7 @@ def ordered(tmp_path_factory) -> Path:
 def test_orders_that_are_refused(ordered, tmp_path, script, order, match):
     shutil.copytree(ordered, tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
-    save_file(load_file(path) | {"layers.0.attention.wo.order": order}, path, checkpoint.read_header(path)[1])
+    save_file(load_file(path) | {"layers.0.attention.wo.order": order}, path, read_header(path)[1])
     with pytest.raises(UserError, match=f"'layers.0.attention.wo.order' {match}") as caught:
         load_model(path)
     assert str(path) in str(caught.value)
@@ -690,7 +690,7 @@ def test_orders_that_are_refused(ordered, tmp_path, script, order, match):
 def test_orders_that_belong_to_no_int4_layer(ordered, tmp_path):
     shutil.copytree(ordered, tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
-    metadata = checkpoint.read_header(path)[1]
+    metadata = read_header(path)[1]
     save_file(load_file(path) | {"output.order": torch.arange(64).int()}, path, metadata)
     with pytest.raises(UserError, match=r"'output\.order' is unexpected"):
         load_model(path)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from bench_models import rebuild
+from benchmarks.models import rebuild
 from checkpoint import DEMO
 from engine import Engine, Request, generate
 from errors import UserError, log

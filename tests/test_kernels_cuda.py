@@ -23,10 +23,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import Int4Linear, Int8Linear
+from kernels import Int4Linear, Int8Linear, packing
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-import kernels_triton  # noqa: E402
+from kernels import cuda  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,7 +119,7 @@ def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias, size: to
     if bias is not None:
         exact, summed = exact + bias.double(), summed + bias.double().abs()
     rounding = torch.finfo(y.dtype).eps / 2
-    gemm = len(x) > kernels_triton.FEW_ROWS or y.dtype == torch.float32
+    gemm = len(x) > cuda.FEW_ROWS or y.dtype == torch.float32
     bound = (summed + products * (2 + x.shape[1] / 32)) * 2**-21 + rounding * (exact.abs() + gemm * products)
     bound += bound / 100 + torch.finfo(y.dtype).tiny * (1 + x.shape[1])  # what is smaller may be flushed to zero
     finite = exact.abs() + bound < torch.finfo(y.dtype).max
@@ -152,7 +152,7 @@ def on_device(*tensors):
 def check_int8(shape: dict) -> None:
     generator, x, bias = draw(shape)
     q, scales = on_device(*int8_weight(generator, shape["N"], shape["K"]))
-    y = kernels_triton.linear_int8(x, q, scales, bias)
+    y = cuda.linear_int8(x, q, scales, bias)
     weight = q.double() * scales.double()[:, None]
     check(y, x, weight, bias, weight.abs())
 
@@ -161,9 +161,9 @@ def check_int4(shape: dict, groupsize: int, scale_dtype: str, zero_kind: str) ->
     generator, x, bias = draw(shape)
     N, K = shape["N"], shape["K"]
     q, scales, zeros = on_device(*int4_weight(generator, N, K, groupsize, scale_dtype, zero_kind))
-    packed, zero = kernels_triton.pack_int4(q, scales, zeros, K, groupsize)
+    packed, zero = cuda.pack_int4(q, scales, zeros, K, groupsize)
     assert zero_kind == "floats" or (zero == 8) == (bool((zeros == 8).all()))
-    y = kernels_triton.linear_int4(x, packed, N, groupsize, scales.dtype, zero, bias)
+    y = cuda.linear_int4(x, packed, N, groupsize, scales.dtype, zero, bias)
     weight = kernels.dequantize_int4(q, scales.double(), zeros.double(), K, groupsize, torch.float64)
     # A nibble goes into the sum as 128 + q, or 1024 + q in float16.
     added = 15 + (1024 if x.dtype == torch.float16 else 128)
@@ -221,7 +221,7 @@ def test_the_sizes_of_a_model(rows, N, K):
 )
 def test_packing_can_be_undone(N, K, groupsize, scale_dtype, zero_kind, seed):
     parts = int4_weight(torch.Generator().manual_seed(seed), N, K, groupsize, scale_dtype, zero_kind)
-    packed, zero = kernels_triton.pack_int4(*parts, K, groupsize)
+    packed, zero = cuda.pack_int4(*parts, K, groupsize)
     unpacked = kernels.unpack_int4(packed, N, K, groupsize, parts[1].dtype, zero)
     for before, after in zip(parts, unpacked, strict=True):
         assert torch.equal(before, after)
@@ -254,16 +254,16 @@ def layers(K: int, N: int, device: str = DEVICE, seed: int = 0) -> list[nn.Modul
     generator = torch.Generator().manual_seed(seed)
     q, scales = int8_weight(generator, N, K)
     parts = int4_weight(generator, N, K, 32)
-    packed, zero = kernels_triton.pack_int4(*parts, K, 32)
+    packed, zero = cuda.pack_int4(*parts, K, 32)
     made = Int8Linear(q, scales, None, K), Int4Linear(packed, zero, N, K, 32, parts[1].dtype, None)
     return [layer.to(device) for layer in made]
 
 
 def call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, Int8Linear):
-        return kernels_triton.linear_int8(x.to(DEVICE), layer.packed, layer.scales)
+        return cuda.linear_int8(x.to(DEVICE), layer.packed, layer.scales)
     sizes = layer.out_features, layer.groupsize, layer.scale_dtype, layer.zero
-    return kernels_triton.linear_int4(x.to(DEVICE), layer.packed, *sizes)
+    return cuda.linear_int4(x.to(DEVICE), layer.packed, *sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def check_attention(shape: dict) -> None:
     )
     for cache in (k, v):  # what no query of a row sees may be anything
         cache[:B].masked_fill_(~seen.any(1)[:, None, :, None], float("nan"))
-    y = kernels_triton.decode_attention(*on_device(q, k, v, pos, shape["window"])).cpu()
+    y = cuda.decode_attention(*on_device(q, k, v, pos, shape["window"])).cpu()
     scores = (q.double().abs().amax() * k.double().nan_to_num().abs().amax() * D**0.5).item()
     rounding = torch.finfo(dtype).eps / 2
     bound = rounding * 1.01 * (expected.abs() + 2 * size) + 2**-21 * (8 + scores) * 6 + torch.finfo(dtype).tiny
@@ -333,11 +333,11 @@ def test_attention_sees_nothing_of_other_queries(window):
     k, v = torch.randn(2, 1, 2, 200, 64).bfloat16()
     k[:, :, 50:], v[:, :, 50:] = float("nan"), float("nan")
     pos = torch.tensor([[49, 199]])
-    y = kernels_triton.decode_attention(*on_device(q, k, v, pos, window))
+    y = cuda.decode_attention(*on_device(q, k, v, pos, window))
     assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
     if window:
         k, v = k.flip(2), v.flip(2)  # NaN first
-        y = kernels_triton.decode_attention(*on_device(q, k, v, pos, window))
+        y = cuda.decode_attention(*on_device(q, k, v, pos, window))
         assert y[:, 0].isnan().all() and y[:, 1].isfinite().all()
 
 
@@ -348,8 +348,8 @@ def test_attention_reads_what_is_seen_and_no_more():
     k, v = torch.full((2, 3, 2, 5000, 64), float("nan")).bfloat16()
     k[:, :, :70], v[:, :, :70] = torch.randn(2, 3, 2, 70, 64)
     pos = torch.tensor([[69]])
-    y = kernels_triton.decode_attention(*on_device(q, k[..., :32], v[..., 32:], pos))
-    short = kernels_triton.decode_attention(*on_device(q, k[:1, :, :70, :32], v[:1, :, :70, 32:], pos))
+    y = cuda.decode_attention(*on_device(q, k[..., :32], v[..., 32:], pos))
+    short = cuda.decode_attention(*on_device(q, k[:1, :, :70, :32], v[:1, :, :70, 32:], pos))
     torch.testing.assert_close(y, short, atol=0.02, rtol=0.02)
 
 
@@ -374,7 +374,7 @@ def examples(device: str) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", ["linear_int8", "linear_int4", "decode_attention"])
 def test_outputs_are_as_the_fake_versions_promise(name):
     arguments = examples(DEVICE)[name]
-    y = getattr(kernels_triton, name)(*arguments)
+    y = getattr(cuda, name)(*arguments)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         fake = getattr(torch.ops.brisk, name)(*fakes)
@@ -504,8 +504,8 @@ def compilers(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = {}
     for name in ("_linear_int8", "_linear_int4", "_dequantize_int4", "_attend", "_combine"):
-        made[name] = Compiler(getattr(kernels_triton, name))
-        monkeypatch.setattr(kernels_triton, name, made[name])
+        made[name] = Compiler(getattr(cuda, name))
+        monkeypatch.setattr(cuda, name, made[name])
     return made
 
 
@@ -532,14 +532,14 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
     K = 4096
     x = torch.empty(rows, K, dtype=DTYPES[dtype], device="meta")
     scales = torch.empty(N, device="meta")
-    kernels_triton.linear_int8(x, torch.empty(N, K, dtype=torch.int8, device="meta"), scales)
+    cuda.linear_int8(x, torch.empty(N, K, dtype=torch.int8, device="meta"), scales)
     check_compiled(compilers["_linear_int8"].compiled, tmp_path)
-    for zero, zero_bytes in ((8, 0), (kernels.ZERO_BYTES, 1)):
+    for zero, zero_bytes in ((8, 0), (packing.ZERO_BYTES, 1)):
         packed = torch.empty(N * (K // 2 + K // 32 * (2 + zero_bytes)), dtype=torch.uint8, device="meta")
-        kernels_triton.linear_int4(x, packed, N, 32, torch.bfloat16, zero)
+        cuda.linear_int4(x, packed, N, 32, torch.bfloat16, zero)
         check_compiled(compilers["_linear_int4"].compiled, tmp_path)
         assert compilers["_linear_int4"].compiled.asm["ptx"].count("lop3.b32")
-    kernels_triton.linear_int4(torch.empty(100, K, device="meta"), packed, N, 32, torch.bfloat16, zero)
+    cuda.linear_int4(torch.empty(100, K, device="meta"), packed, N, 32, torch.bfloat16, zero)
     check_compiled(compilers["_dequantize_int4"].compiled, tmp_path, wide_copies=False)
 
 
@@ -549,7 +549,7 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
 def test_attention_compiles(compilers, tmp_path, S, H, KV, D, window):
     q = torch.empty(1, S, H, D, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(1, KV, 8193, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    kernels_triton.decode_attention(q, k, v, torch.empty(1, S, dtype=torch.long, device="meta"), window)
+    cuda.decode_attention(q, k, v, torch.empty(1, S, dtype=torch.long, device="meta"), window)
     check_compiled(compilers["_attend"].compiled, tmp_path)
     check_compiled(compilers["_combine"].compiled, tmp_path, wide_copies=False)
 
@@ -557,7 +557,7 @@ def test_attention_compiles(compilers, tmp_path, S, H, KV, D, window):
 @no_gpu
 def test_the_examples_cover_the_blocks():
     """The rule that chooses sizes gives each of the three in the compiled cases above."""
-    blocks = {kernels_triton._block(rows, N) for rows, N in ((1, 4096), (4, 6144), (16, 28672))}
+    blocks = {cuda._block(rows, N) for rows, N in ((1, 4096), (4, 6144), (16, 28672))}
     assert blocks == {(8, 16), (8, 32), (16, 64)}
     for rows, N in itertools.product(range(1, 65), (64, 4096, 28672, 128256)):
-        assert kernels_triton._block(rows, N)[1] in (16, 32, 64)
+        assert cuda._block(rows, N)[1] in (16, 32, 64)

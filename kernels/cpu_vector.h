@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "kernels_cpu.h"
+#include "cpu.h"
 
 #define ISA_avx512 2
 #define ISA_avx2 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from scripts.demo_corpus import BOS, CONTEXT, EOS, VOCAB_SIZE
+from demo.corpus import BOS, CONTEXT, EOS, VOCAB_SIZE
 
 TARGET = {"hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 8, "num_key_value_heads": 4,
           "intermediate_size": 768}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Weights in PyTorch's own format, `.bin` and `.pth`, read tensor by tensor as those of checkpoint.read_header are.
+"""Weights in PyTorch's own format, `.bin` and `.pth`, read tensor by tensor as those of read_header are.
 
     tensors = PickledFiles([Path("pytorch_model.bin")]).tensors       # name -> PickledTensor: dtype, shape
     rows = tensors["model.norm.weight"].read(0, 100)
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoint
 from errors import UserError
+from files import check_memory
 
 REMAP_BYTES = 64 * 2**20  # how much of a mapped file may become resident
 
@@ -42,7 +42,7 @@ class PickledFiles:
         self.path, self.state, self.resident = path, {}, 0
         self.mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 can only be loaded as a whole
         if not self.mapped:
-            checkpoint.check_memory(path.stat().st_size, str(path))
+            check_memory(path.stat().st_size, str(path))
         try:
             with warnings.catch_warnings(action="ignore"):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)

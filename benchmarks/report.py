@@ -10,9 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from capacity import gb
-from checkpoint import write_atomically
 from errors import log
+from files import gb, write_atomically
 
 # Of Okabe and Ito, which colour-blind people can tell apart.
 COLORS = {"gpt-brisk": "#0072B2", "llama.cpp": "#E69F00", "transformers": "#BBBBBB"}

@@ -1,6 +1,6 @@
-// What the kernels (kernels_cpu_linear.cpp, kernels_cpu_attention.cpp) and the ops (kernels_cpu_ops.cpp) share.
+// What the kernels (cpu_linear.cpp, cpu_attention.cpp) and the ops (cpu_ops.cpp) share.
 //
-// Kernels are serial functions, each over a part of the work. kernels.py compiles them for one instruction set, with
+// Kernels are serial functions, each over a part of the work. build.py compiles them for one instruction set, with
 // its flags and -DBRISK_ISA=avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
 // kernel computes each number in one order however the work is shared, so results do not depend on the threads.
 
@@ -25,7 +25,7 @@ struct Vector {  // any tensor's data and its type
 constexpr int64_t PANEL = 32;       // rows of a quantized weight that are interleaved
 constexpr int64_t ACT_GROUP = 128;  // activations share a scale in groups of this many for int8, of a group for int4
 
-// A quantized weight as kernels.py packs it: panels of 32 rows, one after another, K padded to whole groups.
+// A quantized weight as packing.py packs it: panels of 32 rows, one after another, K padded to whole groups.
 //   int8: for each 4 k, 32 rows of 4 bytes (w + 128). The scale of a row is in `scales`.
 //   int4: for each group: for each 8 k, 32 rows of 4 bytes as they are on disk (even k in the low nibble); 32 scales;
 //         32 zeros (bytes or floats), unless all zeros are the same integer; up to a whole number of cache lines.

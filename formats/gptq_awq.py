@@ -28,8 +28,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import checkpoint
 from errors import UserError
+from files import read_json
+from weights import CHUNK_BYTES, FLOATS
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of older GPTQ and AWQ, where config.json is silent
 GROUPSIZES = (128, 64, 32)  # of our layout, the best first
@@ -59,7 +60,7 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
     where, fields = "config.json: quantization_config", config.get("quantization_config")
     for name in CONFIG_FILES:
         if not fields and (folder / name).is_file():
-            where, fields = name, checkpoint.read_json(folder / name)
+            where, fields = name, read_json(folder / name)
     if not fields:
         return None
 
@@ -168,7 +169,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A layer of a quantized checkpoint, not yet read: what it is in our layout, see checkpoint.quantized_shapes."""
+    """A layer of a quantized checkpoint, not yet read: what it is in our layout, see quantized_shapes."""
 
     name: str
     form: Format
@@ -187,7 +188,7 @@ class QuantizedLinear:
 
     def levels(self, qweight: Tensor) -> Iterator[Tensor]:
         """uint8 [out, in] in runs of rows, the inputs sorted."""
-        rows = max(checkpoint.CHUNK_BYTES // self.shape[1] // 8, 1) * 8
+        rows = max(CHUNK_BYTES // self.shape[1] // 8, 1) * 8
         words = qweight.split(rows if self.form.method == "gptq" else rows // 8, dim=1)
         for levels in (unpack_weight(part, self.form.method) for part in words):
             yield levels if self.order is None else levels.index_select(1, self.order)
@@ -271,7 +272,7 @@ def quantized_linear(
                 f"tensor {full!r} has the shape {list(tensor.shape)}, a {form.method.upper()} layer of this config"
                 f" {list(expected)}; get the config of these weights"
             )
-        dtypes = checkpoint.FLOATS if part == "scales" else (torch.int32,)
+        dtypes = FLOATS if part == "scales" else (torch.int32,)
         if tensor.dtype not in dtypes:
             meant = "a float" if part == "scales" else "torch.int32"
             raise UserError(f"tensor {full!r} is {tensor.dtype}, not {meant}; get the weights again")

@@ -27,9 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity import check_disk
-from checkpoint import lock_temporary
 from config import ModelConfig
+from files import check_disk, lock_temporary
 from model import Transformer, rope_frequencies
 
 GGUF_KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}

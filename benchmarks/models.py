@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capacity import check_memory
 from config import ModelConfig
 from errors import UserError
-from kernels import Int4Linear, Int8Linear, allocate
+from files import check_memory
+from kernels import Int4Linear, Int8Linear
+from kernels.packing import allocate
 from model import Linear, Transformer, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, pack_int4, quantize_int8, to_levels
 from tp import ALONE, Group

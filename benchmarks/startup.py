@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_peers import fingerprint
-from capacity import check_disk
-from checkpoint import DEMO, FORMAT, VERSION, write_atomically, write_safetensors
+from benchmarks.peers import fingerprint
+from checkpoint import DEMO
 from engine import weight_bytes
 from errors import UserError, log
+from files import check_disk, write_atomically
 from kernels import Int4Linear, Int8Linear, unpack_int4, unpack_int8
+from layout import FORMAT, VERSION
 from model import Transformer
+from writer import write_safetensors
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 GENERATE = HERE / "generate.py"
 MEMORY_PROBE = """
 import re, sys, torch

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import checkpoint
-import quantized_formats
-from capacity import check_disk
 from config import ModelConfig
 from errors import UserError
+from files import check_disk, read_json
+from formats import gptq_awq
+from weights import read_index
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -70,16 +70,16 @@ def fetch(repo: str, revision: str | None) -> Path:
         return Path(hub.snapshot_download(repo, revision=info.sha, allow_patterns=patterns, max_workers=4))
 
     weights = choose_weights(sizes, repo)
-    small = [*CONFIG_FILES, *quantized_formats.CONFIG_FILES, *TOKENIZER_FILES]
+    small = [*CONFIG_FILES, *gptq_awq.CONFIG_FILES, *TOKENIZER_FILES]
     small += [weights] if weights.endswith(".json") else []
     folder = get([name for name in small if name in sizes])
-    files = [file.name for file in checkpoint.read_index(folder / weights)] if weights in small else [weights]
+    files = [file.name for file in read_index(folder / weights)] if weights in small else [weights]
     for name in files:
         if name not in sizes:
             raise UserError(f"{repo} has no {name}, though its {weights} names it; take another --revision")
-    if "config.json" in sizes and "hidden_size" in (config := checkpoint.read_json(folder / "config.json")):
+    if "config.json" in sizes and "hidden_size" in (config := read_json(folder / "config.json")):
         ModelConfig.from_hf(config)
-        quantized_formats.read_format(config, folder)
+        gptq_awq.read_format(config, folder)
     missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=info.sha)]
     check_disk(sum(sizes[name] for name in missing), Path(hub.constants.HF_HUB_CACHE))
     return get(files)

@@ -1,4 +1,4 @@
-"""The ops of kernels.py for CUDA, in Triton. kernels.py imports this file when it meets the first CUDA tensor.
+"""The ops of this folder for CUDA, in Triton. __init__.py imports this file when it meets the first CUDA tensor.
 
     y = linear_int8(x, packed, scales, bias)                     # what torch.ops.brisk.linear_int8 does on CUDA, ...
     y = linear_int4(x, packed, out_features, groupsize, scale_dtype, zero, bias)
@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import kernels
-from kernels import ZERO_BYTES, ZERO_FLOATS, kind_of_zeros
+from kernels.packing import ZERO_BYTES, ZERO_FLOATS, kind_of_zeros
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 CHUNK = tl.constexpr(32)  # int4 weights in 16 bytes; every group is some chunks
@@ -224,7 +223,7 @@ def _block(rows: int, N: int) -> tuple[int, int]:
 def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
 
-    `packed` holds the words of q, the scales, and the zeros if `zero` (as in kernels.pack_int4) says so, one after the
+    `packed` holds the words of q, the scales, and the zeros if `zero` (as in packing.pack_int4) says so, one after the
     other, as `_parts` finds them. 16 bytes hold the same 32 weights as before, in another order: bits 4 e + 8 h + 16 b
     of word j are k = 16 h + 4 j + 2 e + b. So the word j is what one thread feeds to the tensor cores, and the two
     weights of each register (b) lie 16 bits apart. Scales and zeros are turned, [groups, N], for 16-byte copies.
@@ -420,10 +419,3 @@ def decode_attention(
         )  # fmt: skip
         _combine[S * G, B * KV](part, stats, y, S, splits, KV, G, D, triton.next_power_of_2(splits), BD, num_warps=4)
     return y
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("brisk", "IMPL", "CUDA")
-for _function in (linear_int8, linear_int4, decode_attention, kernels.linear_bf16):
-    _library.impl(_function.__name__, _function)
