@@ -4,10 +4,10 @@
     for hypothesis in beam_search(engine, request, BeamParams(num_beams=4, num_return_sequences=2)):
         print(hypothesis.score, tokenizer.decode(hypothesis.tokens))
 
-Each beam is a row of the static KV cache. A step runs the model for one token of every beam and ranks all ways to go
-on; a beam that goes on in one way stays in its row, and one that goes on in two is copied into the row of a beam that
-was given up. Only what the two rows don't share is copied, mostly a few positions. Sequences and scores are those of
-transformers' `generate(num_beams=...)`.
+Each beam is a row of the static KV cache. A step runs the model for one token of every beam and ranks all
+continuations. The first continuation of a beam stays in its row; each further one is copied into the row of a beam that
+was given up. Only the positions that the two rows don't share are copied, mostly a few. Sequences and scores are those
+of transformers' `generate(num_beams=...)`.
 """
 
 import math
@@ -24,12 +24,12 @@ from sampling import Sampler
 
 @dataclass(frozen=True)
 class BeamParams:
-    """How the search goes. A score is a sequence's log-probability / its number of new tokens ** length_penalty."""
+    """How to search. A score is a sequence's log-probability / its number of new tokens ** length_penalty."""
 
     num_beams: int
     length_penalty: float = 1.0  # above 0 prefers long sequences (a log-probability is negative), below 0 short ones
-    # When num_beams sequences have ended. True: stop; False: stop unless a beam as it is now would score better than
-    # the worst of them; "never": unless one might, had it the best length.
+    # Once num_beams sequences have ended. True: stop. False: go on while a running beam, scored as it is now, is better
+    # than the worst of them. "never": go on while one might become better, at the length that favours it most.
     early_stopping: bool | str = False
     num_return_sequences: int = 1
 
@@ -47,9 +47,12 @@ class BeamParams:
             )
 
 
+Candidate = tuple[float, int, int]  # a beam with a token more: log-probability, row of the beam, token id
+
+
 @dataclass(frozen=True)
 class Hypothesis:
-    """One sequence that was found: its new tokens, the end token included."""
+    """One sequence that was found: its new tokens, including the end token."""
 
     tokens: list[int]
     score: float
@@ -58,7 +61,7 @@ class Hypothesis:
 
 @torch.no_grad()
 def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hypothesis]:
-    """The best `num_return_sequences` ways to continue the prompt, best first.
+    """The best `num_return_sequences` continuations of the prompt, best first.
 
     Of request.params the penalties, the bans and min_new_tokens apply, to log-probabilities; nothing is sampled.
     Raises ValueError where engine.setup did not make num_beams rows with room for the request, and UserError when the
@@ -77,14 +80,15 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
             f"{N} beams of {request.start} + {len(prompt)} + {longest} tokens do not fit a cache of "
             f"{model.max_batch_size} rows of {model.max_seq_length}"
         )
-    width = N + len(request.eos_ids)  # among so many ways to continue a beam are N that don't end it
+    width = N + len(request.eos_ids)  # among the best so many tokens after a beam are N that don't end it
     if width > model.config.vocab_size:
         raise UserError(f"num_beams {N} is too many for a vocabulary of {model.config.vocab_size} tokens; use fewer")
     step = engine.compile(beam_step)
     for row in range(N):
         sampler.set_row(row, request.params, prompt)
     logits = model.logits(engine.prefill(0, request)[None, -1:])
-    token, input_pos = torch.tensor([[prompt[-1:]], [[len(prompt) - 1]]], device=device)
+    token = torch.tensor([prompt[-1:]], device=device)
+    input_pos = torch.tensor([[len(prompt) - 1]], device=device)
     first_row = torch.zeros(1, dtype=torch.long, device=device)
     ranked = rank(sampler, logits, token, input_pos, torch.zeros(1, device=device), width, first_row)
 
@@ -92,26 +96,24 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
     shared = torch.zeros(N, N, dtype=torch.long)  # how many positions of the cache two rows have in common
     finished: list[Hypothesis] = []  # at most N, best first
     for length in range(1, longest + 1):
-        running = []
-        for place, (score, row, token_id) in enumerate(in_order(ranked)):
+        running: list[Candidate] = []
+        for rank_of_all, (score, row, token_id) in enumerate(in_order(ranked)):
             ends = token_id in request.eos_ids
             if not ends and length < longest:
                 running.append((score, row, token_id))
                 if len(running) == N:
                     break
-            elif place < N and score > -math.inf:
+            elif rank_of_all < N and score > -math.inf:
                 reason = "stop" if ends else "length"
                 finished.append(Hypothesis([*texts[row], token_id], score / length**beams.length_penalty, reason))
         finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:N]
         if not running or is_done(beams, running[0][0], finished, length, longest):
             break
 
-        # The first way to continue a beam stays in its row, each other one takes the row of a beam that was given up.
-        free = set(range(N)) - {row for _, row, _ in running}
-        placed: dict[int, tuple[float, int, int]] = {}
-        for way in running:
-            placed[free.pop() if way[1] in placed else way[1]] = way
-        scores, sources, tokens = zip(*(placed[row] for row in range(N)), strict=True)
+        by_row = assign_rows(running)
+        scores = [score for score, _, _ in by_row]
+        sources = [source for _, source, _ in by_row]
+        tokens = [token_id for _, _, token_id in by_row]
         end = len(prompt) + length - 1  # the first position that is not in the cache yet
         for row, source in enumerate(sources):
             if row != source:
@@ -120,7 +122,8 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
         source = torch.tensor(sources)
         shared = torch.where(source[:, None] == source, end, shared[source][:, source])
 
-        token, input_pos = torch.tensor([tokens, [end] * N], device=device)[..., None]
+        token = torch.tensor(tokens, device=device)[:, None]
+        input_pos = torch.full_like(token, end)
         key_pos = engine.begin_step(end + 1)
         ranked = step(model, sampler, token, input_pos, key_pos, torch.tensor(scores, device=device), width)
     if not finished:
@@ -128,18 +131,29 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
     return finished[: beams.num_return_sequences]
 
 
-def in_order(ranked: tuple[Tensor, Tensor]) -> list[tuple[float, int, int]]:
-    """What `rank` returned -> (log-probability, row, token id) of all candidates, best first."""
-    scores, tokens = (part.tolist() for part in ranked)
-    if any(math.isnan(of_row[0]) for of_row in scores):  # topk puts them first
-        raise UserError("the model has no next token: its logits are not numbers; the checkpoint may be damaged")
-    rows = enumerate(zip(scores, tokens, strict=True))
-    ways = [(score, row, token_id) for row, ranks in rows for score, token_id in zip(*ranks, strict=True)]
-    return sorted(ways, key=lambda way: -way[0])
+def in_order(ranked: tuple[Tensor, Tensor]) -> list[Candidate]:
+    """All candidates of what `rank` returned, best first."""
+    candidates: list[Candidate] = []
+    for row, (scores, tokens) in enumerate(zip(ranked[0].tolist(), ranked[1].tolist(), strict=True)):
+        if math.isnan(scores[0]):  # topk puts NaN first
+            raise UserError("the model has no next token: its logits are not numbers; the checkpoint may be damaged")
+        candidates += [(score, row, token_id) for score, token_id in zip(scores, tokens, strict=True)]
+    return sorted(candidates, key=lambda candidate: -candidate[0])
+
+
+def assign_rows(running: list[Candidate]) -> list[Candidate]:
+    """The candidates that go on, as many as there are rows, each at the index of the row that it gets: the first one of
+    a beam stays in its row, each further one takes the row of a beam that was given up."""
+    given_up = set(range(len(running))) - {source for _, source, _ in running}
+    by_row: dict[int, Candidate] = {}
+    for candidate in running:
+        source = candidate[1]
+        by_row[given_up.pop() if source in by_row else source] = candidate
+    return [by_row[row] for row in range(len(running))]
 
 
 def is_done(beams: BeamParams, best: float, finished: list[Hypothesis], length: int, longest: int) -> bool:
-    """Whether to stop, though beams of this length run on; `best` is the highest log-probability among them."""
+    """Whether to stop although beams could go on; `length` is theirs, `best` the highest log-probability of one."""
     if len(finished) < beams.num_beams:
         return best == -math.inf
     if beams.early_stopping == "never":
@@ -152,7 +166,7 @@ def is_done(beams: BeamParams, best: float, finished: list[Hypothesis], length: 
 def beam_step(
     model: Transformer, sampler: Sampler, token: Tensor, input_pos: Tensor, key_pos: Tensor, scores: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Takes up the last token of every beam, [B, 1] at its position [B, 1], and ranks what may follow."""
+    """Runs the last token of every beam, [B, 1], at its position [B, 1] -> what `rank` says of the tokens after it."""
     if not sampler.plain:
         sampler.history.scatter_(1, input_pos, token)
         sampler.count(token, torch.ones_like(token[:, 0]))
@@ -168,9 +182,10 @@ def rank(
     width: int,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `width` best tokens for each beam, best first, by logits [B, 1, V] and the beams' log-probabilities [B].
+    """The `width` best tokens after each beam, by its logits [B, 1, V] and the beams' log-probabilities [B].
 
-    Returns the log-probabilities of the beams with them, float32 [B, width], and their ids. `rows` as in Sampler.
+    Returns the log-probabilities of the beams with these tokens, float32 [B, width], best first, and the ids. `rows` as
+    in Sampler.
     """
     logprobs = logits.float().log_softmax(-1)
     if not sampler.plain:
@@ -180,7 +195,7 @@ def rank(
 
 
 def copy_row(engine: Engine, source: int, row: int, begin: int, end: int) -> None:
-    """Makes a row of the caches, from position `begin` up to `end`, and of the sampler what another row is."""
+    """Copies a beam to another row: positions begin:end of the caches, and its text in the sampler."""
     engine.copy_row(source, row, begin, end)
     if not engine.sampler.plain:
         engine.sampler.history[row] = engine.sampler.history[source]
