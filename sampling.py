@@ -21,10 +21,19 @@ from torch import Tensor, nn
 import kernels  # noqa: F401  defines torch.ops.brisk
 from errors import UserError
 
+# The columns of Sampler.settings (float32) and Sampler.integers (int32).
+SETTINGS = ("temperature", "top_k", "top_p", "max_distance", "repetition", "presence", "frequency")
+INTEGERS = ("seed_low", "seed_high", "first_end")  # first_end: the first position where an end token may be
+# Biases and penalties are applied in float32, whose largest number is 3.4e38. With these bounds no product or quotient
+# of the two overflows, which would look like logits of a broken checkpoint. (OpenAI's -100 to 100 for a bias is too
+# narrow: logits of some models lie further apart.)
+MAX_BIAS = 1e30
+MAX_REPETITION_PENALTY = 1e6
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one row is sampled. All applies in the order of transformers: logit_bias, penalties, min_new_tokens,
+    """How one row is sampled. The settings apply in the order of transformers: logit_bias, penalties, min_new_tokens,
     bad_words, temperature, top_k, top_p, min_p."""
 
     temperature: float = 1.0  # 0 is greedy
@@ -33,10 +42,10 @@ class SamplingParams:
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one
     repetition_penalty: float = 1.0  # divides the logits of tokens in the prompt or the output; below 0, multiplies
     presence_penalty: float = 0.0  # subtracted once from the logits of tokens in the output
-    frequency_penalty: float = 0.0  # subtracted as often as they are in the output
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    frequency_penalty: float = 0.0  # subtracted once for each time that they are in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, the number added to its logit)
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed
-    min_new_tokens: int = 0  # no end token before so many others
+    min_new_tokens: int = 0  # no end token before so many other tokens
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,17 +57,19 @@ class SamplingParams:
             raise UserError(f"top_p {self.top_p} is out of range; it must be above 0 and at most 1 (off)")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p {self.min_p} is out of range; it must be between 0 (off) and 1")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
             raise UserError(
-                f"repetition_penalty {self.repetition_penalty} is out of range; it must be above 0 (1 is off)"
+                f"repetition_penalty {self.repetition_penalty} is out of range; it must be between "
+                f"{1 / MAX_REPETITION_PENALTY:g} and {MAX_REPETITION_PENALTY:g} (1 is off)"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; it must be between -2 and 2 (0 is off)")
         for token, bias in self.logit_bias:
-            if token < 0 or not math.isfinite(bias):
+            if token < 0 or not abs(bias) <= MAX_BIAS:
                 raise UserError(
-                    f"logit_bias {token}: {bias} is out of range; it must be a token id and a finite number"
+                    f"logit_bias {token}: {bias} is out of range; it must be a token id and a number between "
+                    f"{-MAX_BIAS:g} and {MAX_BIAS:g}"
                 )
         for word in self.bad_words:
             if not word or min(word) < 0:
@@ -75,7 +86,7 @@ class SamplingParams:
         return not (self.temperature or penalties or self.logit_bias or self.bad_words or self.min_new_tokens)
 
     def check(self, vocab_size: int, eos_ids: Iterable[int]) -> None:
-        """UserError for what no row of this model could do: ids it has not, a ban of all it has."""
+        """UserError for what no row of this model can do: ids beyond its vocabulary, a ban of all tokens."""
         for name, ids in (
             ("logit_bias", [token for token, _ in self.logit_bias]),
             ("bad_words", [token for word in self.bad_words for token in word]),
@@ -91,7 +102,7 @@ class SamplingParams:
 
 
 class Sampler(nn.Module):
-    """What sampling has to know of every row of a batch, and the functions of the compiled step that use it."""
+    """The settings and the text of every row of a batch, and the functions of the compiled step that sample by them."""
 
     def __init__(
         self,
@@ -101,10 +112,10 @@ class Sampler(nn.Module):
         eos_ids: Iterable[int],
         device: torch.device | str,
         plain: bool = False,
-        bad_words: tuple[int, int] = (0, 0),  # room for so many in a row, of so many ids
+        bad_words: tuple[int, int] = (0, 0),  # room for so many a row, of so many ids each
     ):
         super().__init__()
-        self.plain = plain  # every row is: no more than an argmax, and no buffers but the history
+        self.plain = plain  # every row is: then the sampler is an argmax and has no buffers but the history
         self.eos_ids = frozenset(eos_ids)
 
         def buffer(name: str, *shape: int, dtype: torch.dtype, fill: int = 0) -> None:
@@ -119,8 +130,8 @@ class Sampler(nn.Module):
         buffer("counts", batch_size, vocab_size, dtype=torch.int32)  # how often a token is in the output
         buffer("prompted", batch_size, vocab_size, dtype=torch.bool)  # whether it is in the prompt
         buffer("bias", batch_size, vocab_size, dtype=torch.float32)
-        buffer("settings", batch_size, 7, dtype=torch.float32)  # of each row, as `set_row` lists them
-        buffer("integers", batch_size, 3, dtype=torch.int32)
+        buffer("settings", batch_size, len(SETTINGS), dtype=torch.float32)
+        buffer("integers", batch_size, len(INTEGERS), dtype=torch.int32)
         buffer("words", batch_size, *bad_words, dtype=torch.int64, fill=-1)  # aligned to the right
         buffer("eos", vocab_size, dtype=torch.bool)
         self.eos[[token for token in self.eos_ids if token < vocab_size]] = True
@@ -142,20 +153,27 @@ class Sampler(nn.Module):
         self.prompted[row, prompt] = True
         # float32 can't divide by less or more than this; it is greedy, or flat, long before.
         temperature = 0.0 if params.temperature < 1e-37 else min(params.temperature, 1e37)
-        settings = (
-            temperature,
-            params.top_k or math.inf,
-            params.top_p if params.top_p < 1 else math.inf,
-            # The largest distance below the highest logit: greedy keeps the highest only.
-            0.0 if temperature == 0 else -math.log(params.min_p) if params.min_p else math.inf,
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-        )
-        self.settings[row] = torch.tensor(settings, dtype=torch.float32)
-        low = (params.seed & 0xFFFFFFFF) - (params.seed & 0x80000000) * 2  # as int32
-        first_end = min(len(prompt) + params.min_new_tokens, 2**31 - 1)  # the first position of an end token
-        self.integers[row] = torch.tensor((low, params.seed >> 32, first_end), dtype=torch.int32)
+        max_distance = math.inf  # of a logit that is kept, below the highest one
+        if temperature == 0:
+            max_distance = 0.0
+        elif params.min_p:
+            max_distance = -math.log(params.min_p)
+        settings = {
+            "temperature": temperature,
+            "top_k": params.top_k or math.inf,
+            "top_p": params.top_p if params.top_p < 1 else math.inf,
+            "max_distance": max_distance,
+            "repetition": params.repetition_penalty,
+            "presence": params.presence_penalty,
+            "frequency": params.frequency_penalty,
+        }
+        integers = {
+            "seed_low": (params.seed & 0xFFFFFFFF) - (params.seed & 0x80000000) * 2,  # as int32
+            "seed_high": params.seed >> 32,
+            "first_end": min(len(prompt) + params.min_new_tokens, 2**31 - 1),
+        }
+        self.settings[row] = torch.tensor([settings[name] for name in SETTINGS], dtype=torch.float32)
+        self.integers[row] = torch.tensor([integers[name] for name in INTEGERS], dtype=torch.int32)
         self.bias[row] = 0
         if params.logit_bias:
             tokens, values = zip(*params.logit_bias, strict=True)
@@ -198,14 +216,16 @@ class Sampler(nn.Module):
             return possible(*logits.max(-1))
         filtered = self.filtered(self.penalize(logits, tokens, input_pos, rows), rows)
         # The token whose clock rings first: that of rate p rings before all others with probability p.
-        greedy = self._column("settings", 0, rows) == 0
+        greedy = self._setting("temperature", rows) == 0
         times = torch.where(greedy[..., None], 1.0, self.times(input_pos + 1, rows))
         best, token = (filtered.exp() / times).max(-1)
         return torch.where(best > 0, token, -1)
 
     def penalize(self, scores: Tensor, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] -> float32, after everything that depends on the text: transformers' logits processors."""
-        repetition, presence, frequency = (self._column("settings", i, rows)[..., None] for i in (4, 5, 6))
+        repetition = self._setting("repetition", rows)[..., None]
+        presence = self._setting("presence", rows)[..., None]
+        frequency = self._setting("frequency", rows)[..., None]
         counts = self._of("counts", rows)[:, None]
         for i in range(1, tokens.shape[1]):
             later = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= i
@@ -214,7 +234,7 @@ class Sampler(nn.Module):
         seen = self._of("prompted", rows)[:, None] | (counts > 0)
         scores = torch.where(seen, torch.where(scores < 0, scores * repetition, scores / repetition), scores)
         scores = scores - torch.where(counts > 0, presence, 0.0) - frequency * counts
-        early = input_pos + 1 < self._column("integers", 2, rows)
+        early = input_pos + 1 < self._setting("first_end", rows)
         scores = torch.where(early[..., None] & self.eos, -math.inf, scores)
         if self.words.shape[1] == 0:
             return scores
@@ -228,17 +248,18 @@ class Sampler(nn.Module):
 
     def filtered(self, scores: Tensor, rows: Tensor | None = None) -> Tensor:
         """Penalized scores [B, S, V] -> the logits that tokens are drawn from: 0 at most, -inf where a filter cuts."""
-        temperature, top_k, top_p, min_p = (self._column("settings", i, rows)[..., None] for i in range(4))
+        temperature, top_k = self._setting("temperature", rows)[..., None], self._setting("top_k", rows)
+        top_p, max_distance = self._setting("top_p", rows)[..., None], self._setting("max_distance", rows)[..., None]
         # As distances from the highest, a tiny temperature does not overflow.
         distance = (scores.amax(-1, keepdim=True) - scores) / torch.where(temperature > 0, temperature, 1.0)
-        cut = torch.ops.brisk.reach(distance, None, top_k.expand(*distance.shape[:-1], 1))
+        cut = torch.ops.brisk.reach(distance, None, top_k[..., None].expand(*distance.shape[:-1], 1))
         likely = torch.where(distance <= cut, (-distance).exp(), 0.0)
         cut = torch.minimum(cut, torch.ops.brisk.reach(distance, likely, top_p * likely.sum(-1, keepdim=True)))
-        return torch.where(distance <= torch.minimum(cut, min_p), -distance, -math.inf)
+        return torch.where(distance <= torch.minimum(cut, max_distance), -distance, -math.inf)
 
     def times(self, position: Tensor, rows: Tensor | None = None) -> Tensor:
         """Exponentially distributed numbers for all tokens at the positions [B, S], float32 [B, S, V]."""
-        low, high = (self._column("integers", i, rows) for i in (0, 1))
+        low, high = self._setting("seed_low", rows), self._setting("seed_high", rows)
         key = _mix(_mix(_mix(low) ^ high) ^ position.int())[..., None]
         bits = _mix(self.ids ^ key, _mix(key ^ 0x5BD1E995))
         # The smallest numbers win, so these must be fine: 31 bits near 0. Near 1, float32 must not round to 1.
@@ -255,31 +276,41 @@ class Sampler(nn.Module):
         buffer = getattr(self, name)
         return buffer if rows is None else buffer[rows]
 
-    def _column(self, name: str, column: int, rows: Tensor | None) -> Tensor:
+    def _setting(self, name: str, rows: Tensor | None) -> Tensor:
         """One setting of all rows, [B, 1]."""
-        return self._of(name, rows)[:, column : column + 1]
+        buffer, names = ("settings", SETTINGS) if name in SETTINGS else ("integers", INTEGERS)
+        column = names.index(name)
+        return self._of(buffer, rows)[:, column : column + 1]
 
 
 def possible(best: Tensor, token: Tensor) -> Tensor:
-    """The token of the largest logit; -1 where that is no number, or -inf like all others."""
+    """The token of the largest logit; -1 where that is NaN, or -inf like all others."""
     return torch.where(best.isfinite(), token, -1)
 
 
 def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, S, V] -> log probabilities of the tokens [B, S], of the k most likely, [B, S, k], and their ids."""
-    logits = logits.float()
+    """Logits [B, S, V] -> log-probabilities of the tokens [B, S], and of the k most likely ones (of all V if k is more)
+    their log-probabilities and ids, [B, S, min(k, V)]. All are finite: that of an impossible token is -3.4e38."""
+    logits = logits.float().clamp(min=torch.finfo(torch.float32).min)
     total = logits.logsumexp(-1, keepdim=True)
     top, ids = largest(logits, k)
     return (logits.gather(-1, tokens[..., None]) - total)[..., 0], top - total, ids
 
 
 def largest(x: Tensor, k: int, block: int = 256) -> tuple[Tensor, Tensor]:
-    """The k largest of x [B, S, V] and where they are, [B, S, k]: torch.topk, among the blocks with the largest maxima.
-    Of 150,000 numbers that takes a quarter of the time."""
-    blocks = F.pad(x, (0, -x.shape[-1] % block), value=-torch.inf).unflatten(-1, (-1, block))  # [B, S, blocks, block]
-    chosen = blocks.amax(-1).topk(min(k, blocks.shape[-2]), -1).indices
-    top, at = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, block)).flatten(-2).topk(k, -1)
-    return top, (chosen.gather(-1, at // block) * block + at % block).clamp(max=x.shape[-1] - 1)
+    """The k largest of x [B, S, V] (all V if k is more) and their indices, [B, S, min(k, V)], largest first.
+
+    This is torch.topk, but only among the blocks with the largest maxima: of 150,000 numbers it takes a quarter of the
+    time.
+    """
+    k = min(k, x.shape[-1])
+    # No number of x may tie with the padding, which has no index.
+    above = x.clamp(min=torch.finfo(x.dtype).min)
+    blocks = F.pad(above, (0, -x.shape[-1] % block), value=-torch.inf).unflatten(-1, (-1, block))
+    chosen = blocks.amax(-1).topk(min(k, blocks.shape[-2]), -1).indices  # of the blocks
+    within = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, block)).flatten(-2).topk(k, -1).indices
+    ids = chosen.gather(-1, within // block) * block + within % block
+    return x.gather(-1, ids), ids
 
 
 def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:

@@ -517,6 +517,39 @@ def test_the_largest_are_those_of_topk(V, k, seed, block):
     assert all(len(set(row)) == k for row in ids.flatten(0, 1).tolist())
 
 
+@settings(max_examples=100, deadline=None)
+@given(V=st.integers(1, 40), k=st.integers(0, 50), seed=st.integers(0, 9999), block=st.sampled_from([1, 7, 256]))
+def test_more_logprobs_than_tokens(V, k, seed, block):
+    """All tokens once, the impossible ones too, and the chosen one's own value; JSON has no infinity."""
+    logits = random_logits(2, 3, V, seed=seed)
+    logits[torch.rand(2, 3, V, generator=torch.Generator().manual_seed(seed)) < 0.4] = -math.inf
+    logits[..., seed % V] = 1.0  # one is possible
+    values, ids = largest(logits, k, block)
+    assert values.equal(logits.topk(min(k, V)).values) and values.equal(logits.gather(-1, ids))
+    assert all(len(set(row)) == min(k, V) for row in ids.flatten(0, 1).tolist())
+    tokens = torch.randint(V, (2, 3), generator=torch.Generator().manual_seed(seed))
+    chosen, top, ids = logprobs(logits, tokens, k)
+    lowest = torch.finfo(torch.float32).min
+    expected = logits.double().log_softmax(-1).clamp(min=lowest)
+    torch.testing.assert_close(chosen.double(), expected.gather(-1, tokens[..., None])[..., 0], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(top.double(), expected.gather(-1, ids), atol=1e-5, rtol=1e-6)
+    assert top.shape[-1] == min(k, V) and top.isfinite().all() and chosen.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [1e30, -1e30])
+@pytest.mark.parametrize("penalty", [1e-6, 1, 1e6])
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1.0, 1e300])
+def test_the_largest_settings_stay_finite_in_float32(bias, penalty, temperature):
+    params = SamplingParams(temperature, repetition_penalty=penalty, logit_bias=((1, bias), (2, bias)))
+    logits, zero = random_logits(1, 1, 12), torch.zeros(1, 1, dtype=torch.long)
+    sampler = sampler_of([params], 12, [[1, 3]])
+    scores = sampler.penalize(logits, zero, zero)
+    expected = their_penalties(logits[0, 0], params, [1, 3], [], ())
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores[0, 0].double(), expected, atol=1e-4, rtol=1e-5)
+    assert 0 <= sampler(logits, zero, zero).item() < 12
+
+
 @pytest.mark.parametrize(
     "name, values",
     {
@@ -524,10 +557,10 @@ def test_the_largest_are_those_of_topk(V, k, seed, block):
         "top_k": (-1, 2**31),
         "top_p": (0.0, -0.5, 1.5, math.nan),
         "min_p": (-0.1, 1.1, math.nan),
-        "repetition_penalty": (0, -1.0, math.nan, math.inf),
+        "repetition_penalty": (0, -1.0, math.nan, math.inf, 1e300, 1e-300),
         "presence_penalty": (-2.1, 2.1, math.nan, math.inf),
         "frequency_penalty": (-2.1, 2.1, math.nan, -math.inf),
-        "logit_bias": (((1, math.nan),), ((1, math.inf),), ((1, -math.inf),), ((-1, 1.0),)),
+        "logit_bias": (((1, math.nan),), ((1, math.inf),), ((1, -1e308),), ((1, 1e308),), ((-1, 1.0),)),
         "bad_words": (((),), ((1, -1),)),
         "min_new_tokens": (-1, 2**31),
         "seed": (-1, 2**63),
