@@ -10,9 +10,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from engine import Engine, generate
+from engine import Engine
 from errors import UserError, log
 from prompts import SETTINGS, Target, check_settings, make_request
+from scheduler import generate
 
 HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop ["\\n", "User:"]
 /set NAME null    what the setting was when the chat began

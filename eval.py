@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
-from engine import Engine, Request, cache_bytes, generate
+from engine import Engine, Request, cache_bytes
 from errors import ArgumentParser, UserError
 from files import check_memory, read_text
 from generate import pick_device
 from model import Transformer
 from sampling import SamplingParams
+from scheduler import generate
 from tokenizer import Tokenizer, load_tokenizer
 from tp import BACKENDS, Group, join
 

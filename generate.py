@@ -30,7 +30,7 @@ from beam import BeamParams, beam_search
 from chat import converse, write
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
-from engine import Engine, Token, cache_bytes, generate, weight_bytes
+from engine import Engine, cache_bytes, weight_bytes
 from errors import ArgumentParser, UserError, log
 from files import check_memory
 from kernels.build import cpu_library
@@ -45,6 +45,7 @@ from prompts import (
     make_request,
     read_jobs,
 )
+from scheduler import Token, generate
 from tokenizer import Tokenizer, load_tokenizer
 from tp import ALONE, BACKENDS, Group, join
 

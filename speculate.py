@@ -3,13 +3,13 @@
     python generate.py --compile --checkpoint_path P --draft_checkpoint_path SMALL --speculate_k 5 --prompt "..."
     python generate.py --compile --checkpoint_path P --prompt_lookup --prompt "..."                      # or both
 
-Proposals come from a smaller model with the same tokenizer, or from the text itself: what followed the last time that
-its end occurred (prompt lookup). Of both, the text goes first where its last NGRAM tokens have occurred. The model's
-logits after each proposal are sampled as always, with the noise that belongs to that position. A proposal is accepted
-if it is the token drawn; the first that is not ends the step, and the drawn one takes its place. So the output is that
-of plain decoding, greedy or sampled, whatever the filters and penalties are. The draft samples with the same noise,
-which is what makes it agree often: coupled sampling, https://arxiv.org/abs/2408.07978. All of it is one compiled
-function; the host reads a step's tokens at its end.
+Proposals come from a smaller model with the same tokenizer (the draft), or from the text itself: what followed where
+its last tokens occurred before (prompt lookup). With both, the text goes first where its last NGRAM tokens have
+occurred before. The model's logits after each proposal are sampled as always, with the random numbers that belong to
+that position. A proposal is accepted if it is the token drawn; the first that is not ends the step, and the drawn one
+takes its place. So the output is that of plain decoding, greedy or sampled, whatever the filters and penalties are. The
+draft samples with the same random numbers, which is what makes it agree often: coupled sampling,
+https://arxiv.org/abs/2408.07978. All of it is one compiled function; the host reads a step's tokens at its end.
 """
 
 import torch
@@ -20,8 +20,10 @@ from model import Transformer
 from sampling import Sampler, logprobs, possible
 
 AUTO = {"draft": (0, 2, 4), "lookup": (0, 3, 7)}  # what --speculate_k auto chooses from, step by step
-NGRAM = 3  # tokens at the end of the text that prompt lookup looks for, at most
-CAUGHT_UP = 16  # tokens that `catch_up` runs through the draft
+NGRAM = 3  # tokens at the end of the text that prompt lookup compares, at most
+# Tokens that a draft has not seen before a step: the last one, and the one before it if all proposals were accepted.
+DRAFT_LAG = 2
+CATCH_UP = 16  # tokens that `catch_up` runs through the draft: as many queries as the decode kernels take
 
 
 def decode_step(
@@ -33,18 +35,21 @@ def decode_step(
     lookup: bool,
     top: int | None,
 ) -> tuple[Tensor, ...]:
-    """Moves every row on by 1 to k + 1 tokens -> int64 [B, k + 3]: how many of the proposals were right, how many
-    tokens are new, and these; with `top` their log-probabilities as well (see sampling.logprobs).
+    """Moves every row on by 1 to k + 1 tokens -> int64 [B, k + 3]: how many of the k proposals were right, how many
+    tokens are new, and the tokens; with `top` their log-probabilities as well (see sampling.logprobs).
 
-    Prompt lookup alone scores its first proposal also where none is asked for (k = 0): that tells when to start again.
+    Where steps propose nothing (k = 0), prompt lookup still scores a proposal: that tells when it would pay again.
     """
     end = sampler.max_seq_length  # the spare slot: rows that reach it stay there
     position = sampler.position[:, None]
     tokens = sampler.history.gather(1, position)
-    proposed = run_draft(draft, sampler, k, model.config.vocab_size) if draft is not None and k else None
-    if lookup and (count := scored(k, draft, lookup)):
+    proposed = None
+    if draft is not None and k:
+        proposed = run_draft(draft, sampler, k, model.config.vocab_size)
+    count = scored(k, draft, lookup)
+    if lookup and count:
         found, alike = look_up(sampler.history, position, count)
-        # The draft is asked where the text does not repeat itself.
+        # The draft proposes where the text does not repeat itself.
         proposed = found if proposed is None else torch.where(alike == NGRAM, found, proposed)
     if proposed is not None and draft is not None and model.vocabulary is not None and draft.vocabulary is None:
         proposed = model.vocabulary.of_rank_0(proposed)  # each rank has a draft of its own
@@ -70,18 +75,16 @@ def decode_step(
 
 
 def scored(k: int, draft: Transformer | None, lookup: bool) -> int:
-    """Of how many proposals a step with k of them tells whether they are right."""
+    """How many proposals are compared with what the model draws, in a step with k of them."""
     return max(k, 1) if lookup and draft is None else k
 
 
 def run_draft(draft: Transformer, sampler: Sampler, k: int, vocab_size: int) -> Tensor:
-    """The next k tokens by the draft model, [B, k]."""
-    # It has not seen the last token, and where all its proposals were accepted not the one before it either.
-    at = (sampler.position[:, None] + torch.arange(-1, 1, device=sampler.position.device)).clamp(min=0)
-    tokens, proposed = sampler.history.gather(1, at), []
+    """The next k tokens by the draft model, [B, k]. `vocab_size` is the target's."""
+    tokens, at = last_tokens(sampler, DRAFT_LAG)
+    proposed = []
     for _ in range(k):
-        # Models of a family pad their vocabularies differently.
-        logits = draft(tokens.clamp(max=draft.config.vocab_size - 1), at)[:, -1:]
+        logits = draft(in_vocabulary(draft, tokens), at)[:, -1:]
         logits = F.pad(logits, (0, vocab_size - logits.shape[-1]), value=-torch.inf)
         tokens = sampler(logits, tokens[:, -1:], at[:, -1:]).clamp(min=0)
         at = (at[:, -1:] + 1).clamp(max=sampler.max_seq_length)
@@ -89,46 +92,64 @@ def run_draft(draft: Transformer, sampler: Sampler, k: int, vocab_size: int) -> 
     return torch.cat(proposed, 1)
 
 
-def look_up(history: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Where was the text, history [B, T], last like its end, at [B, 1]? -> the tokens that followed there, [B, k], and
-    how many were alike, [B, 1].
+def last_tokens(sampler: Sampler, count: int) -> tuple[Tensor, Tensor]:
+    """The last tokens of every row, [B, count], and their positions; position 0 again where a text has fewer."""
+    back = torch.arange(1 - count, 1, device=sampler.position.device)
+    at = (sampler.position[:, None] + back).clamp(min=0)
+    return sampler.history.gather(1, at), at
 
-    Prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding. Alike are as many of the last NGRAM
-    tokens as can be had. Where too few follow, it is taken that what is between there and the end repeats.
+
+def in_vocabulary(draft: Transformer, tokens: Tensor) -> Tensor:
+    """The target's tokens as input of the draft. Models of a family pad their vocabularies to different sizes; an id
+    that the draft lacks becomes its last one."""
+    return tokens.clamp(max=draft.config.vocab_size - 1)
+
+
+def look_up(history: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Finds the last n-gram of a text, history [B, T] up to position [B, 1], earlier in the same text -> the k tokens
+    that followed there, [B, k], and the length of the n-gram, [B, 1].
+
+    Prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding. The longest n-gram of at most NGRAM
+    tokens counts, and of its occurrences the last. Where fewer than k tokens follow up to the end of the text, they are
+    repeated.
     """
-    places = torch.arange(history.shape[1], device=history.device)
-    alike = (places < position).long()  # 1 + how many of the last tokens are those that end at this place
+    ends = torch.arange(history.shape[1], device=history.device)  # where an occurrence may end
+    matched = (ends < position).long()  # 1 + the length of the n-gram that ends there; 0 at the text's own end
     for back in range(NGRAM):
         last = history.gather(1, (position - back).clamp(min=0))
-        same = (history.roll(back, 1) == last) & (places >= back) & (places < position)
-        alike = alike + (same & (alike == back + 1))
-    place = (alike * history.shape[1] + places).argmax(1, keepdim=True)
-    ahead = torch.arange(k, device=history.device) % (position - place).clamp(min=1)
-    tokens = history.gather(1, (place + 1 + ahead).clamp(max=history.shape[1] - 1))
-    return tokens, alike.gather(1, place) - 1
+        same = (history.roll(back, 1) == last) & (ends >= back) & (ends < position)
+        matched = matched + (same & (matched == back + 1))
+    end = (matched * history.shape[1] + ends).argmax(1, keepdim=True)
+    ahead = torch.arange(k, device=history.device) % (position - end).clamp(min=1)
+    tokens = history.gather(1, (end + 1 + ahead).clamp(max=history.shape[1] - 1))
+    return tokens, matched.gather(1, end) - 1
 
 
 def catch_up(draft: Transformer, sampler: Sampler) -> None:
-    """Runs the last tokens of every row through the draft, which has not seen them while it was not asked."""
-    at = sampler.position[:, None] + torch.arange(1 - CAUGHT_UP, 1, device=sampler.position.device)
-    tokens = sampler.history.gather(1, at.clamp(min=0)).clamp(max=draft.config.vocab_size - 1)
-    draft.hidden(tokens, at.clamp(min=0))
+    """Runs the last CATCH_UP tokens of every row through the draft: steps without proposals have left it behind."""
+    tokens, at = last_tokens(sampler, CATCH_UP)
+    draft.hidden(in_vocabulary(draft, tokens), at)
 
 
 class Pace:
-    """How many tokens to propose a step: what promises the most tokens a second, from what was seen so far."""
+    """Chooses how many tokens to propose a step: what promises the most tokens a second, by what was seen so far."""
 
-    MEMORY = 0.95  # a step's weight in the acceptance rate after the next one
+    FIRST_TRIED, FIRST_RIGHT = 3.0, 2.0  # a first guess of the acceptance rate, which few steps overrule
+    MEMORY = 0.95  # the weight of a step in the acceptance rate falls by this factor with every step after it
+    RETURN = 0.02  # without proposals the rate goes back to the first guess by so much a step
+    NEW_SECONDS = 0.1  # the weight of a step's time in the average
 
     def __init__(self, choices: tuple[int, ...]):
         self.choices = choices
-        self.seconds: dict[int, float] = {}  # a step takes, by the number of tokens proposed
-        self.tried, self.right = 3.0, 2.0  # a first guess that few steps overrule
+        self.seconds: dict[int, float] = {}  # that a step takes, by the number of tokens proposed
+        self.tried, self.right = self.FIRST_TRIED, self.FIRST_RIGHT
 
     def choose(self) -> int:
         """The number for the next step. Each is tried once."""
-        unknown = [k for k in self.choices if k not in self.seconds]
-        return unknown[0] if unknown else max(self.choices, key=lambda k: self.expected_tokens(k) / self.seconds[k])
+        for k in self.choices:
+            if k not in self.seconds:
+                return k
+        return max(self.choices, key=lambda k: self.expected_tokens(k) / self.seconds[k])
 
     def expected_tokens(self, k: int) -> float:
         """Of a step: https://arxiv.org/abs/2211.17192, equation 1."""
@@ -136,12 +157,15 @@ class Pace:
         return (1 - rate ** (k + 1)) / (1 - rate)
 
     def saw(self, k: int, seconds: float, right: list[int], scored: int) -> None:
-        """A step that proposed k tokens took so long; of the `scored` ones the first so many of each row were right."""
+        """A step that proposed k tokens took `seconds`; of its `scored` proposals the first right[i] of row i were
+        right."""
         known = self.seconds.get(k, seconds)
-        self.seconds[k] = known + 0.1 * (min(seconds, 2 * known) - known)  # what else the machine did is no news
+        capped = min(seconds, 2 * known)  # other work on the machine may slow a step, which says nothing about it
+        self.seconds[k] = known + self.NEW_SECONDS * (capped - known)
         if scored and right:
             share = 1 / len(right)
             self.tried = self.tried * self.MEMORY + share * sum(min(n + 1, scored) for n in right)
             self.right = self.right * self.MEMORY + share * sum(right)
-        elif not scored:  # a draft that was not asked: by and by it gets another chance
-            self.tried, self.right = self.tried * 0.98 + 0.02 * 3, self.right * 0.98 + 0.02 * 2
+        elif not scored:  # so that a draft that was given up gets another chance
+            self.tried += self.RETURN * (self.FIRST_TRIED - self.tried)
+            self.right += self.RETURN * (self.FIRST_RIGHT - self.right)

@@ -13,10 +13,11 @@ from typing import Any
 
 from benchmarks.models import rebuild
 from checkpoint import DEMO
-from engine import Engine, Request, generate
+from engine import Engine, Request
 from errors import UserError, log
 from model import Transformer
 from sampling import SamplingParams
+from scheduler import generate
 from tokenizer import Tokenizer
 
 LENGTH = 1024  # of the KV caches

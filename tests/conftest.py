@@ -20,8 +20,9 @@ import errors
 import generate as cli
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
-from engine import Engine, generate
+from engine import Engine
 from sampling import SamplingParams
+from scheduler import generate
 from tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(temperature=0)

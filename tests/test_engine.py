@@ -13,9 +13,10 @@ from conftest import GREEDY, greedy, ids_of, nothing_compiles, run_rows, set_up
 
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
-from engine import Engine, Request, generate
+from engine import Engine, Request
 from errors import UserError
 from sampling import SamplingParams
+from scheduler import generate
 
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=1)
 HOT = SamplingParams(temperature=1.5, seed=7)

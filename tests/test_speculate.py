@@ -21,7 +21,7 @@ from engine import Engine, Request
 from errors import UserError
 from model import Transformer
 from sampling import SamplingParams
-from speculate import AUTO, CAUGHT_UP, NGRAM, Pace, look_up
+from speculate import AUTO, CATCH_UP, NGRAM, Pace, look_up
 
 
 @functools.cache
@@ -167,6 +167,29 @@ def test_plain_greedy_tokens_are_those_of_transformers(reference, speculating, t
         assert ids_of(rows) == expected
 
 
+@pytest.mark.parametrize("sizes", [(400, 390), (390, 400)], ids=["smaller draft", "smaller target"])
+def test_vocabularies_that_are_padded_differently(engine, tokenizer, sizes):
+    """A prompt, a biased token, a conversation may have ids that the draft lacks."""
+    model, draft = (padded(noisy(engine.model, share), size) for size, share in zip(sizes, (0, 0.05), strict=True))
+    last = sizes[0] - 1
+    params = SamplingParams(0.8, logit_bias=((last, 12.0), (20, 12.0)), seed=3)
+    requests = [Request([last, 5, last, *prompt(9)], settings, 40) for settings in (GREEDY, params)]
+    plain, speculating = Engine(model), Engine(model, draft=draft, speculate_k=4)
+    expected = run_rows(set_up(plain, requests), tokenizer, requests)
+    rows = run_rows(set_up(speculating, requests), tokenizer, requests)
+    assert told(rows) == told(expected) and speculating.stats.accepted > 0
+    ids = ids_of(rows)[1]
+    assert ids.count(last) > 3
+    text = requests[1].prompt + ids
+    more = Request([text[-1], last], params, 20, context=tuple(text[:-1]))
+    after = []
+    for runner in (plain, speculating):
+        set_up(runner, requests, 1)
+        run_rows(runner, tokenizer, [requests[1]])
+        after.append(told(run_rows(runner, tokenizer, [more])))
+    assert after[0] == after[1]
+
+
 @pytest.mark.parametrize("proposer", ["copy", "noisy", "lookup"])
 def test_sampled_tokens_to_the_end_of_the_cache(engine, speculating, tokenizer, proposer):
     requests = [Request(prompt(length), replace(NARROW, seed=length), 90 - length) for length in (50, 60, 40, 89)]
@@ -244,7 +267,7 @@ def test_a_conversation_goes_on(engine, speculating, tokenizer):
         assert told(found) == told(expected)
         if runner.draft is not None:
             ids = text + prompt(7, 9) + [token.id for token in found[1]]
-            assert_cached(runner.draft, 0, torch.tensor(ids[:-CAUGHT_UP]))
+            assert_cached(runner.draft, 0, torch.tensor(ids[:-CATCH_UP]))
 
 
 @pytest.mark.parametrize("proposer", ["noisy", "lookup"])
@@ -428,8 +451,8 @@ def test_one_slow_step_does_not_change_the_pace():
 
 
 def test_catch_up_reaches_far_enough():
-    """The kernels for a few queries take that many at most, as they do the longest step."""
-    assert max(AUTO["draft"] + AUTO["lookup"]) + 1 <= CAUGHT_UP == 16
+    """The decode kernels take that many queries at most, as they do of the longest step."""
+    assert max(AUTO["draft"] + AUTO["lookup"]) + 1 <= CATCH_UP == 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
