@@ -10,16 +10,14 @@ A contender, here or in bench.py, has two methods, both greedy, at batch 1:
 
 and a peer keeps the logits its prefill ended in as `last_logits`, float32 [V], so that they can be compared with ours.
 transformers runs on views of our tensors. llama.cpp reads a GGUF file, which is written here and kept for the next run.
+Both llama-cpp-python and gguf bring NumPy, which nothing else here needs.
 """
 
 import ctypes
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -215,7 +213,10 @@ class LlamaCppPeer:
 def llama_cpp_peer(
     model: Transformer, mode: str, folder: Path, max_length: int, threads: int
 ) -> tuple[LlamaCppPeer, Path, str]:
-    """llama.cpp on these unquantized weights in the format that `mode` is compared with; its file, and the format."""
+    """llama.cpp on these unquantized weights in the format that `mode` is compared with; its file, and the format.
+
+    `folder` keeps GGUF files of these weights, and of no others.
+    """
     llama = require("llama-cpp-python", "llama_cpp")
     gpu = model.tok_embeddings.weight.device.type == "cuda"
     if gpu and not llama.llama_supports_gpu_offload():
@@ -225,18 +226,9 @@ def llama_cpp_peer(
     return LlamaCppPeer(llama, path, model.config.vocab_size, max_length, threads, gpu), path, kind
 
 
-def fingerprint(model: Transformer) -> str:
-    """A short name for these weights: a hash of the config and of the start of every tensor."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
-    packed = {name: tensor for name, tensor in model.named_buffers() if name.endswith((".packed", ".scales"))}
-    for name, tensor in {**model.state_dict(), **packed}.items():
-        start = tensor.reshape(-1)[:256].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + start)
-    return digest.hexdigest()[:12]
-
-
 def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
-    """Writes the weights as a GGUF file of the architecture "llama", without a vocabulary; returns its path.
+    """Writes the weights as a GGUF file of the architecture "llama", without a vocabulary, and returns its path; a file
+    of that kind in the folder is kept.
 
     All matrices are of one kind: that of the weights, "Q8_0" or "Q4_0". Norms are float32.
 
@@ -257,7 +249,7 @@ def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
     if kind.startswith("Q") and any(p.ndim == 2 and p.shape[1] % 32 for p in model.parameters()):
         raise Unavailable(f"{kind} needs widths that are multiples of 32")
     tensor_kind, file_types = gguf.GGMLQuantizationType[kind], gguf.LlamaFileType
-    path = folder / f"{fingerprint(model)}-{kind}.gguf"
+    path = folder / f"{kind}.gguf"
     if path.exists():
         return path
     check_disk(sum(tensor.nbytes for tensor in model.parameters()), path)

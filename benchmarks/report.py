@@ -17,7 +17,7 @@ from files import gb, write_atomically
 COLORS = {"gpt-brisk": "#0072B2", "llama.cpp": "#E69F00", "transformers": "#BBBBBB"}
 
 
-# What else was measured: the head of a table, and a line of it.
+# Further measurements: the heading of a table, and a line of it.
 TABLES = {
     "positions": (
         "| decode at position | ms a token | more than at 100, ms | reading the cache in between, ms |",
@@ -98,8 +98,8 @@ def label(report: dict[str, Any], name: str) -> str:
 
 def workers(machine: dict[str, Any]) -> str:
     """What computed: "2 threads", "4 ranks of 8 threads"."""
-    ranks = machine["ranks"]
-    return (f"{ranks} ranks of " if ranks > 1 else "") + f"{machine['threads']} threads"
+    ranks, threads = machine["ranks"], machine["threads"]
+    return (f"{ranks} ranks of " if ranks > 1 else "") + f"{threads} thread{'s' * (threads > 1)}"
 
 
 def markdown(report: dict[str, Any]) -> str:

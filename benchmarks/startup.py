@@ -1,9 +1,9 @@
-"""How soon generate.py speaks and how much memory it takes: the part of bench.py that needs processes of its own.
+"""How soon generate.py writes and how much memory it takes: the part of bench.py that needs processes of its own.
 
-    folder = write_checkpoint(Path("bench_out/weights"), hf_config, model)     # for a model that is made up
+    folder = write_checkpoint(Path("bench_out/weights/1b-cpu/int4-g32"), hf_config, model)    # what is in no file yet
     measure_startup(folder, rounds=3, device=torch.device("cpu"))              # {"first_s": [...], "cold_s": ...}
 
-A file that generate.py has to find is written once and kept for the next run.
+A checkpoint that is written for it is kept for the next run.
 """
 
 import json
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import fingerprint
 from checkpoint import DEMO
 from engine import weight_bytes
 from errors import UserError, log
@@ -32,6 +31,7 @@ from writer import write_safetensors
 HERE = Path(__file__).parent.parent
 GENERATE = HERE / "generate.py"
 MEMORY_PROBE = """
+import errors  # first: it keeps a warning of torch's quiet
 import re, sys, torch
 from pathlib import Path
 from checkpoint import load_model
@@ -56,8 +56,7 @@ print(weight_bytes(model) + embedding, imported, loaded, peak())
 
 
 def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer) -> Path:
-    """The model as a checkpoint in `folder`, with the demo's tokenizer; one that is there already is kept."""
-    folder = folder / fingerprint(model)
+    """Writes the model as a checkpoint, with the demo's tokenizer; one that is in the folder already is kept."""
     if not (folder / "config.json").exists():
         check_disk(weight_bytes(model) + model.tok_embeddings.weight.nbytes, folder)
         folder.mkdir(parents=True, exist_ok=True)

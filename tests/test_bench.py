@@ -21,7 +21,7 @@ import engine
 import files
 import kernels
 import rounding
-from benchmarks import models, peers, report, startup
+from benchmarks import contenders, models, peers, report, startup, turns
 from config import ModelConfig
 from errors import UserError
 from model import Linear, Transformer
@@ -92,20 +92,20 @@ def test_transformers_runs_our_model(name):
     eager = found["transformers, eager"]
     assert their_tokens(eager, PROMPT, 8) == expected
     assert (eager.last_logits - logits).abs().max() < 1e-3
-    assert bench.logits_error(eager, model, PROMPT) < 1e-5
+    assert contenders.logits_error(eager, model, PROMPT) < 1e-5
 
 
 @pytest.mark.slow
 def test_contenders_compute_the_same(monkeypatch):
     model = tiny_model()
     expected, _ = our_tokens(model, PROMPT, 8)
-    assert their_tokens(bench.Ours(model, 128), PROMPT, 8) == expected
+    assert their_tokens(turns.Ours(model, 128), PROMPT, 8) == expected
     # The others eager: to compile them takes a minute.
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(engine, "CompiledFunction", lambda function: function)
     peer = peers.transformers_peers(TINY, model, max_length=64)["transformers, static cache, compiled"]
     assert their_tokens(peer, PROMPT, 8) == expected
-    assert bench.Ours(model, 128, rows=3).decode(PROMPT[0], 0, 4) == our_tokens(model, PROMPT[:1], 4)[0]
+    assert turns.Ours(model, 128, rows=3).decode(PROMPT[0], 0, 4) == our_tokens(model, PROMPT[:1], 4)[0]
 
 
 def test_transformers_shares_our_tensors():
@@ -122,14 +122,12 @@ def test_llama_cpp_runs_our_model(name, tmp_path):
     peer, path, kind = peers.llama_cpp_peer(model, "fp32", tmp_path, max_length=64, threads=1)
     assert kind == "F32"
     assert their_tokens(peer, PROMPT, 8) == our_tokens(model, PROMPT, 8)[0]
-    assert bench.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
-    # The file is kept, and belongs to these weights alone.
+    assert contenders.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
+    # The file is kept, and is of this format alone.
     assert list(tmp_path.iterdir()) == [path]
     written = path.stat().st_mtime_ns
     assert peers.write_gguf(model, tmp_path, "F32") == path and path.stat().st_mtime_ns == written
     assert peers.write_gguf(model, tmp_path, "Q8_0") != path
-    model.norm.weight.mul_(2)
-    assert peers.write_gguf(model, tmp_path, "F32") != path
 
 
 @needs_llama_cpp
@@ -140,8 +138,8 @@ def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, tmp_p
     peer, path, found = peers.llama_cpp_peer(model, mode, tmp_path, max_length=64, threads=1)
     quantized = models.quantize_model(model, mode, 32)
     assert found == kind
-    assert 1e-4 < bench.logits_error(peer, quantized, PROMPT) < limit
-    assert bench.logits_error(peer, model, PROMPT) < limit
+    assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
+    assert contenders.logits_error(peer, model, PROMPT) < limit
     shapes = [tensor.shape for layer, tensor in model.named_parameters() if tensor.ndim == 2]
     matrices = sum(shape.numel() for shape in shapes) - (0 if model.config.tied else shapes[0].numel())
     norms = 5 * 128 * 4
@@ -259,7 +257,7 @@ def test_int4_is_nearly_as_good_as_with_the_search():
 
 def test_rebuilt_models_share_layers_but_no_cache():
     model = tiny_model()
-    first, second = bench.Ours(model, 64), bench.Ours(model, 128)
+    first, second = turns.Ours(model, 64), turns.Ours(model, 128)
     assert not any(layer.attention.kv_cache for layer in model.layers)
     for ours in (first, second):
         weights = {tensor.data_ptr() for tensor in ours.engine.model.parameters()}
@@ -310,7 +308,7 @@ def run_here(monkeypatch, capsys):
     threads = torch.get_num_threads()
 
     def run(*args):
-        monkeypatch.setattr(bench, "BUFFER_BYTES", {"cpu": 2**24})
+        monkeypatch.setattr(turns, "BUFFER_BYTES", {"cpu": 2**24})
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
         monkeypatch.setattr(engine, "CompiledFunction", lambda function: function)
         monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, args)])
@@ -418,8 +416,8 @@ def turns_taking(step_ms: dict[str, float], new_tokens: int):
 def test_what_a_position_costs(monkeypatch):
     model = tiny_model()  # float32: 1 KiB a position
     times = {"int8 at 0": 1.5, "int8 at 100": 2.0, "int8 at 500": 2.25}
-    monkeypatch.setattr(bench, "take_turns", turns_taking(times, 7))
-    found = bench.measure_positions({"int8": bench.Ours(model, 512)}, [500, 0], 7, 3, torch.device("cpu"))
+    monkeypatch.setattr(turns, "take_turns", turns_taking(times, 7))
+    found = turns.measure_positions({"int8": turns.Ours(model, 512)}, [500, 0], 7, 3, torch.device("cpu"))
     assert [row["position"] for row in found] == [0, 100, 500]
     assert [row["extra_ms"] for row in found] == pytest.approx([-0.5, 0, 0.25])
     assert [row["cache_read_ms"] for row in found] == pytest.approx([n * 1024 / 10e9 * 1e3 for n in (-100, 0, 400)])
@@ -427,9 +425,9 @@ def test_what_a_position_costs(monkeypatch):
 
 def test_what_a_batch_brings(monkeypatch):
     times = {"a x 1": 10.0, "a x 8": 20.0, "b x 1": 4.0, "b x 8": 16.0}
-    monkeypatch.setattr(bench, "take_turns", turns_taking(times, 7))
+    monkeypatch.setattr(turns, "take_turns", turns_taking(times, 7))
     models = {"a": tiny_model(), "b": tiny_model()}
-    found = bench.measure_batches(models, [8], 30, 7, 3, torch.device("cpu"))
+    found = turns.measure_batches(models, [8], 30, 7, 3, torch.device("cpu"))
     assert [(row["mode"], row["batch_size"]) for row in found] == [("a", 1), ("a", 8), ("b", 1), ("b", 8)]
     assert [row["decode_tok_s"] for row in found] == pytest.approx([100, 400, 250, 500])
     assert [row["times_one_row"] for row in found] == pytest.approx([1, 4, 1, 2])
@@ -437,9 +435,9 @@ def test_what_a_batch_brings(monkeypatch):
 
 def test_all_take_turns(monkeypatch):
     """Each round in the same order, the bandwidth right before each decode, the warm-up left out."""
-    monkeypatch.setattr(bench, "BUFFER_BYTES", {"cpu": 64})
+    monkeypatch.setattr(turns, "BUFFER_BYTES", {"cpu": 64})
     calls = []
-    monkeypatch.setattr(bench, "read_bandwidth", lambda buffer: calls.append("read") or 1.0)
+    monkeypatch.setattr(turns, "read_bandwidth", lambda buffer: calls.append("read") or 1.0)
 
     class Fake:
         def __init__(self, name):
@@ -453,15 +451,15 @@ def test_all_take_turns(monkeypatch):
             calls.append(f"{self.name} decode {token} {position} {steps}")
             return [token] * steps
 
-    turns = {"a": (Fake("a"), 3), "b": (Fake("b"), 3)}
-    times = bench.take_turns(turns, 2, 2, torch.device("cpu"), [1, 2, 3])
+    fakes = {"a": (Fake("a"), 3), "b": (Fake("b"), 3)}
+    times = turns.take_turns(fakes, 2, 2, torch.device("cpu"), [1, 2, 3])
     assert calls == 3 * ["a prefill 3", "read", "a decode 5 3 2", "b prefill 3", "read", "b decode 5 3 2"]
     assert all(
         [*t] == ["tokens", "prefill_s", "read_gb_s", "decode_s"] and t["tokens"] == [5] * 3 for t in times.values()
     )
     assert all(len(t[key]) == 2 for t in times.values() for key in ("prefill_s", "read_gb_s", "decode_s"))
     calls.clear()
-    times = bench.take_turns({"a": (Fake("a"), 9)}, 2, 1, torch.device("cpu"))
+    times = turns.take_turns({"a": (Fake("a"), 9)}, 2, 1, torch.device("cpu"))
     assert calls == 2 * ["read", "a decode 0 9 2"] and "prefill_s" not in times["a"]
 
 
@@ -476,6 +474,28 @@ def test_a_quantized_file_is_timed_as_it_is(run_here, tmp_path, tiny_checkpoint)
     (report,) = (tmp_path / "out").glob(f"bench-{path.parent.name}-int4.json")
     assert list(json.loads(report.read_text())["contenders"]) == ["gpt-brisk int4-g64"]
     assert out.count("it needs the unquantized weights") == 2
+
+
+def test_files_for_other_programs_belong_to_the_weights(run_here, monkeypatch, tmp_path, tiny_checkpoint):
+    """They are kept for the next run, and those of changed weights are others."""
+    monkeypatch.setattr(bench, "measure_startup", lambda folder, *_: folders.append(folder) or STARTUP)
+    args = ["--prompt_length", 4, "--new_tokens", 1, "--rounds", 1, "--device", "cpu", "--startup", "--out", tmp_path]
+    folders, changed = [], tmp_path / "changed" / tiny_checkpoint.name
+    model = checkpoint.load_model(tiny_checkpoint)
+    model.norm.weight.mul_(2)
+    startup.write_checkpoint(changed, TINY, model)
+    for path in (tiny_checkpoint, tiny_checkpoint, changed):
+        run_here("--checkpoint_path", path, "--mode", "bf16", "int8", *args)
+    first, first_int8, again, again_int8, other, other_int8 = folders
+    assert (first, first_int8) == (again, again_int8) and len(set(folders)) == 4
+    for folder, norm in ((first, 1), (first_int8, 1), (other, 2), (other_int8, 2)):
+        assert (checkpoint.load_model(folder).norm.weight == norm).all()
+    run_here("--checkpoint_path", changed, *args)
+    assert folders[-1] == changed / "model.safetensors"  # it is a checkpoint already
+
+
+STARTUP = {f"{name}_median_s": 1.0 for name in ("first", "cold", "warm")}
+STARTUP |= dict(loaded_to_weights=1.0, used_to_weights=1.0)
 
 
 def test_without_matplotlib_there_is_no_chart(monkeypatch, tmp_path, capsys):
