@@ -4,8 +4,8 @@
     engine.setup(batch_size=1, max_seq_length=1024)
     engine.warm_up()  # compiles; with speculation also times its steps
     request = Request(tokenizer.encode("Hello"), SamplingParams(temperature=0.8), max_new_tokens=100)
-    first, *_ = engine.start(0, request)  # prefill: the first token of row 0
-    (tokens,) = engine.step(0, length=1024)  # the next token of every row
+    first, *_ = engine.start(0, request)  # prefill; the first token of row 0 is first[0, 2]
+    (result,) = engine.step(k=0, length=1024)  # decode; the next token of each row is result[:, 2]
 
 A step is the model's logits of the last tokens, sampled inside the same compiled function: decode_step in speculate.py.
 The engine does as it is told; scheduler.py decides which request is in which row, and makes text of the tokens.
@@ -237,12 +237,14 @@ class Engine:
                 if row != source:
                     self.copy_row(source, row, 0, len(request.prompt))
                 return hidden
+        self._prefilled = None  # Ctrl-C may end this in the middle
         hidden = self._run(self.model, row, request.prompt, request.start, request.echo)
         if self.draft is not None:
-            # It may not have seen the end of the context, if the last steps did not ask it.
+            # It may not have seen the end of the context, if the last steps did not ask it to propose.
             seen = max(request.start - CATCH_UP, 0)
             self._run(self.draft, row, [*request.context[seen:], *request.prompt], seen, every=False)
-        self._prefilled = None if request.context else (request.prompt, row, hidden)
+        if not request.context:
+            self._prefilled = (request.prompt, row, hidden)
         return hidden
 
     def _run(self, model: Transformer, row: int, tokens: list[int], start: int, every: bool) -> Tensor:
@@ -296,7 +298,8 @@ class Engine:
         """Moves all rows on, none of them further than `length`, with k proposed tokens -> what decode_step returns."""
         key_pos = self.begin_step(length)
         if self.draft is not None:
-            # What it has not seen, it sees before it proposes; and before that is more than one catch_up runs.
+            # It has to see the tokens of steps that did not ask it: before it proposes again, and before they are more
+            # than one catch_up runs.
             if self._unseen and (k or self._unseen + DRAFT_LAG == CATCH_UP):
                 self._catch_up(self.draft, self.sampler)
                 self._unseen = 0

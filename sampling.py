@@ -141,7 +141,7 @@ class Sampler(nn.Module):
 
     @torch.no_grad()
     def set_row(self, row: int, params: SamplingParams, prompt: Sequence[int]) -> None:
-        """A row begins. `prompt` is all of its text before the first new token."""
+        """Gives a row to a new text. `prompt` is all of it before the first new token."""
         prompt = torch.tensor(prompt, dtype=torch.int64, device=self.history.device)
         self.history[row, : len(prompt)] = prompt
         if self.plain:
@@ -194,7 +194,7 @@ class Sampler(nn.Module):
 
     @torch.no_grad()
     def begin(self, row: int, token: Tensor, position: int) -> None:
-        """Puts a row's first new token, int64 [1, 1], behind its prompt."""
+        """Appends a row's first new token, int64 [1, 1], to its prompt."""
         token, drawn = token[0].clamp(min=0), token[0] >= 0
         self.position[row] = position
         self.history[row, position] = token[0]
@@ -203,19 +203,20 @@ class Sampler(nn.Module):
 
     @torch.no_grad()
     def park(self, row: int, position: int) -> None:
-        """Takes a row whose text has ended to a position where its steps cost little and do no harm."""
+        """Moves a row whose text has ended to a position where its steps cost little and do no harm."""
         self.position[row] = position
 
     def forward(self, logits: Tensor, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] after the inputs [B, S] at their positions [B, S] -> the tokens that follow, int64 [B, S].
 
-        -1 where no token is possible. Inputs but the first are drafts: in the history, but not counted yet.
-        `rows` int64 [B] are the sampler's rows that these are, by default all of them.
+        -1 where no token is possible. Inputs after the first are proposals: in the history, but not counted yet.
+        `rows` int64 [B] are the rows of the sampler that the logits belong to, by default all.
         """
         if self.plain:
             return possible(*logits.max(-1))
         filtered = self.filtered(self.penalize(logits, tokens, input_pos, rows), rows)
-        # The token whose clock rings first: that of rate p rings before all others with probability p.
+        # An exponential race, as in the Gumbel-max trick: of exponential times with the rates p, the one of token i is
+        # the smallest with probability p[i].
         greedy = self._setting("temperature", rows) == 0
         times = torch.where(greedy[..., None], 1.0, self.times(input_pos + 1, rows))
         best, token = (filtered.exp() / times).max(-1)
@@ -226,21 +227,21 @@ class Sampler(nn.Module):
         repetition = self._setting("repetition", rows)[..., None]
         presence = self._setting("presence", rows)[..., None]
         frequency = self._setting("frequency", rows)[..., None]
-        counts = self._of("counts", rows)[:, None]
+        counts = self._select("counts", rows)[:, None]
         for i in range(1, tokens.shape[1]):
             later = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= i
             counts = counts + ((tokens[:, i, None, None] == self.ids) & later)
-        scores = scores.float() + self._of("bias", rows)[:, None]
-        seen = self._of("prompted", rows)[:, None] | (counts > 0)
+        scores = scores.float() + self._select("bias", rows)[:, None]
+        seen = self._select("prompted", rows)[:, None] | (counts > 0)
         scores = torch.where(seen, torch.where(scores < 0, scores * repetition, scores / repetition), scores)
         scores = scores - torch.where(counts > 0, presence, 0.0) - frequency * counts
         early = input_pos + 1 < self._setting("first_end", rows)
         scores = torch.where(early[..., None] & self.eos, -math.inf, scores)
         if self.words.shape[1] == 0:
             return scores
-        words = self._of("words", rows)[:, None]  # [B, 1, W, L]
+        words = self._select("words", rows)[:, None]  # [B, 1, W, L]
         before = input_pos[..., None] - torch.arange(words.shape[-1] - 2, -1, -1, device=tokens.device)
-        text = self._of("history", rows).gather(1, before.clamp(min=0).flatten(1)).view(before.shape)
+        text = self._select("history", rows).gather(1, before.clamp(min=0).flatten(1)).view(before.shape)
         text = torch.where(before < 0, -2, text)[:, :, None]
         completes = ((words[..., :-1] == text) | (words[..., :-1] < 0)).all(-1) & (words[..., -1] >= 0)  # [B, S, W]
         last = words[..., -1].clamp(min=0).expand(completes.shape)
@@ -248,11 +249,13 @@ class Sampler(nn.Module):
 
     def filtered(self, scores: Tensor, rows: Tensor | None = None) -> Tensor:
         """Penalized scores [B, S, V] -> the logits that tokens are drawn from: 0 at most, -inf where a filter cuts."""
-        temperature, top_k = self._setting("temperature", rows)[..., None], self._setting("top_k", rows)
-        top_p, max_distance = self._setting("top_p", rows)[..., None], self._setting("max_distance", rows)[..., None]
+        temperature = self._setting("temperature", rows)[..., None]
+        top_k = self._setting("top_k", rows)[..., None]
+        top_p = self._setting("top_p", rows)[..., None]
+        max_distance = self._setting("max_distance", rows)[..., None]
         # As distances from the highest, a tiny temperature does not overflow.
         distance = (scores.amax(-1, keepdim=True) - scores) / torch.where(temperature > 0, temperature, 1.0)
-        cut = torch.ops.brisk.reach(distance, None, top_k[..., None].expand(*distance.shape[:-1], 1))
+        cut = torch.ops.brisk.reach(distance, None, top_k.expand(*distance.shape[:-1], 1))
         likely = torch.where(distance <= cut, (-distance).exp(), 0.0)
         cut = torch.minimum(cut, torch.ops.brisk.reach(distance, likely, top_p * likely.sum(-1, keepdim=True)))
         return torch.where(distance <= torch.minimum(cut, max_distance), -distance, -math.inf)
@@ -272,7 +275,7 @@ class Sampler(nn.Module):
             those = (torch.arange(tokens.shape[1], device=tokens.device) < n[:, None]) & (tokens >= 0)
             self.counts.scatter_add_(1, tokens.clamp(min=0), those.int())
 
-    def _of(self, name: str, rows: Tensor | None) -> Tensor:
+    def _select(self, name: str, rows: Tensor | None) -> Tensor:
         buffer = getattr(self, name)
         return buffer if rows is None else buffer[rows]
 
@@ -280,7 +283,7 @@ class Sampler(nn.Module):
         """One setting of all rows, [B, 1]."""
         buffer, names = ("settings", SETTINGS) if name in SETTINGS else ("integers", INTEGERS)
         column = names.index(name)
-        return self._of(buffer, rows)[:, column : column + 1]
+        return self._select(buffer, rows)[:, column : column + 1]
 
 
 def possible(best: Tensor, token: Tensor) -> Tensor:

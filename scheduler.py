@@ -146,9 +146,9 @@ class Scheduler:
         begun = time.perf_counter()
         row = Row(number, request, StreamingDetokenizer(self.tokenizer), StopStrings(request.stop))
         row.stats.speculates = self.engine.speculates
-        self.rows[at] = row
         first, *top, hidden = self.engine.start(at, request)
         token_id = int(first[0, -1])
+        self.rows[at] = row
         seconds = time.perf_counter() - begun
         for stats in (row.stats, self.stats):
             stats.add_prefill(len(request.prompt), seconds)

@@ -219,6 +219,24 @@ def test_samples_of_one_prompt_prefill_it_once(engine, tokenizer, monkeypatch):
     assert len(set(map(tuple, expected))) == 5
 
 
+def test_a_prefill_that_was_interrupted_leaves_nothing_to_copy(engine, tokenizer, monkeypatch):
+    """Ctrl-C in the second chunk of a prompt, in the row that held another."""
+    first, second = (Request(prompt(length, seed), GREEDY, 10) for length, seed in ((600, 0), (700, 1)))
+    (expected,) = ids_of(run(engine, tokenizer, [first]))
+    hidden, calls = engine.model.hidden, []
+
+    def interrupted(*inputs):
+        calls.append(inputs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return hidden(*inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(engine._hidden, engine.model, interrupted)
+        run_rows(engine, tokenizer, [second])
+    assert ids_of(run_rows(engine, tokenizer, [first])) == [expected]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a text ends
 
