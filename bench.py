@@ -130,7 +130,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, nargs="+", default=[], help="measure decoding so many rows at once as well")
     add("--positions", type=int, nargs="+", default=[], help="measure decoding at these positions as well")
     add("--speculate", type=Path, metavar="DRAFT", help="measure a draft model and prompt lookup on the demo's texts")
-    add("--ragged", type=int, metavar="PLACES", help="measure a batch whose places are refilled, against one by one")
+    add("--ragged", type=int, metavar="ROWS", help="measure a batch whose rows are refilled, against one by one")
     add("--sampling", action="store_true", help="measure what filters, penalties and log-probabilities cost")
     add("--startup", action="store_true", help="measure the time to the first token and the memory of generate.py")
     add("--long_cache", action="store_true", help="measure decoding at position 100 in caches of 256 and 8192")

@@ -1,7 +1,7 @@
 """What ways to decode gain or cost, beside plain decoding in the same rounds: for bench.py.
 
 measure_speculation(models, draft, tokenizer, new_tokens=128, rounds=3)   # draft model, prompt lookup
-measure_ragged(models, tokenizer, places=16, rounds=3)                    # a batch with refilled places
+measure_ragged(models, tokenizer, rows=16, rounds=3)                      # a batch whose rows are refilled
 measure_sampling(models, new_tokens=32, rounds=5)                         # filters, penalties, log-probabilities
 """
 
@@ -57,14 +57,14 @@ def make_engine(
 
 
 def held_out_prompts(tokenizer: Tokenizer, count: int = 10, length: int = 96) -> list[list[int]]:
-    """Pieces of the demo's held-out text, evenly spread, that begin at a line's beginning."""
+    """Pieces of the demo's held-out text, evenly spread, each from the start of a line."""
     lines = (DEMO.parent / "heldout.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     firsts = (i * len(lines) // count for i in range(count))
     return [tokenizer.encode("".join(lines[first : first + 60]))[:length] for first in firsts]
 
 
 def editing_prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """Each a class of the held-out text, and the first lines of a copy under another name."""
+    """A class of the held-out text each, and the first lines of a copy under another name."""
     text, prompts = (DEMO.parent / "heldout.txt").read_text(encoding="utf-8"), []
     for name, other in RENAMED.items():
         begin = text.index(f"class {name}")
@@ -77,7 +77,7 @@ def editing_prompts(tokenizer: Tokenizer) -> list[list[int]]:
 def measure_speculation(
     models: Mapping[str, Transformer], draft: Transformer, tokenizer: Tokenizer, new_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Greedy tokens a second of a row by each way, and how many times plain decoding that is."""
+    """Greedy tokens a second of one row, each way to speculate, and how many times plain decoding that is."""
     tasks = {"held-out text": held_out_prompts(tokenizer), "editing": editing_prompts(tokenizer)}
     longest = max(len(prompt) for prompts in tasks.values() for prompt in prompts)
     if longest + new_tokens > LENGTH:
@@ -119,28 +119,28 @@ def measure_speculation(
 
 
 def measure_ragged(
-    models: Mapping[str, Transformer], tokenizer: Tokenizer, places: int, rounds: int
+    models: Mapping[str, Transformer], tokenizer: Tokenizer, rows: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Tokens a second, prefills included, of twice as many prompts as there are places, against one after another."""
+    """Tokens a second, prefills included, of twice as many prompts as there are rows, against one after another."""
     draw = random.Random(0)
     vocabulary = min(model.config.vocab_size for model in models.values())
     requests = [
         Request([draw.randrange(vocabulary) for _ in range(draw.randint(8, 64))], GREEDY, draw.randint(32, 128))
-        for _ in range(2 * places)
+        for _ in range(2 * rows)
     ]
     total = sum(request.max_new_tokens for request in requests)
     found = []
     for mode, model in models.items():
-        rates: dict[int, list[float]] = {1: [], places: []}
-        engines = {rows: make_engine(model, rows) for rows in rates}
+        rates: dict[int, list[float]] = {1: [], rows: []}
+        engines = {count: make_engine(model, count) for count in rates}
         for number in range(rounds):
-            for rows, engine in engines.items():
+            for count, engine in engines.items():
                 for _ in generate(engine, tokenizer, requests):
                     pass
-                rates[rows].append(total / (engine.stats.prefill_seconds + engine.stats.decode_seconds))
-                log(f"{mode}, round {number + 1} of {rounds}: {rows} at a time {rates[rows][-1]:.1f} tok/s")
+                rates[count].append(total / (engine.stats.prefill_seconds + engine.stats.decode_seconds))
+                log(f"{mode}, round {number + 1} of {rounds}: {count} at a time {rates[count][-1]:.1f} tok/s")
         one, many = (statistics.median(values) for values in rates.values())
-        found.append({"mode": mode, "prompts": len(requests), "places": places, "tok_s": rates[places],
+        found.append({"mode": mode, "prompts": len(requests), "rows": rows, "tok_s": rates[rows],
                       "single_tok_s": one, "decode_tok_s": many, "times_one": many / one})  # fmt: skip
     return found
 

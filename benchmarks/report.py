@@ -33,7 +33,7 @@ TABLES = {
     ),
     "ragged": (
         "| prompts of all lengths | tok/s, prefill included | one by one | times that |",
-        "| {mode}, {prompts} prompts, {places} at a time | {decode_tok_s:.1f} | {single_tok_s:.1f} | {times_one:.2f} |",
+        "| {mode}, {prompts} prompts, {rows} at a time | {decode_tok_s:.1f} | {single_tok_s:.1f} | {times_one:.2f} |",
     ),
     "sampling": (
         "| a decode step | ms | added, ms | added |",
