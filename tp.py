@@ -43,7 +43,7 @@ from slices import Slices, inputs_shared
 
 T = TypeVar("T")
 BACKENDS = ("auto", "shm", "gloo", "nccl")
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # ranks may compile for minutes; those that died the lifeline finds sooner
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # ranks may compile for minutes; the lifeline notices dead ones sooner
 JOIN_TIMEOUT = timedelta(seconds=START)
 PIECE_BYTES = 2**22  # what rank 0 sends at a time: a store takes 8 MiB
 SYMMETRIC_BYTES = 2**17  # the largest one-shot all-reduce: one kernel, no copies, as in a decode step
@@ -304,7 +304,7 @@ def join(device: str = "auto", backend: str = "auto", threads: int | None = None
         raise UserError(
             f"cannot reach the other ranks at {where} ({error}); check the address and start all"
         ) from error
-    with Lifeline(store.clone(), rank, size), only_rank_0_speaks(rank):
+    with Lifeline(store.clone(), rank, size), only_rank_0_prints(rank):
         if backend == "shm":
             share_memory(store, rank, size)
             all_reduce = AllReduce("")
@@ -375,7 +375,7 @@ def core_location(core: int) -> tuple[int, int, int]:
 
 
 def share_memory(store: dist.Store, rank: int, size: int) -> None:
-    """Gives brisk::all_reduce a piece of memory that all ranks have mapped. It has no name, so none is left behind."""
+    """Gives brisk::all_reduce memory that all ranks have mapped, from a file without a name: none is left behind."""
     if rank == 0:
         file = os.memfd_create("gpt-brisk")
         store.set("memory", f"/proc/{os.getpid()}/fd/{file}")
@@ -414,8 +414,8 @@ def all_have(buffer: Tensor | None, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def only_rank_0_speaks(rank: int) -> Iterator[None]:
-    """The other ranks' output goes nowhere, but for their errors."""
+def only_rank_0_prints(rank: int) -> Iterator[None]:
+    """Discards the output of the other ranks, except their errors."""
     if rank == 0:
         yield
         return

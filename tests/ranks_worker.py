@@ -257,7 +257,7 @@ def resident(field):
 
 
 def backend(group):
-    return [group.rank, group.size, group.backend, sorted(os.sched_getaffinity(0))]
+    return [group.rank, group.size, group.backend, sorted(os.sched_getaffinity(0)), torch.get_num_threads()]
 
 
 def digest(x):
@@ -313,7 +313,7 @@ def main():
     (out / f"{rank}.pid").write_text(f"{os.getpid()} {os.environ['MASTER_PORT']}")
     if "tasks" in spec:
         results = []
-        with tp.join("cpu", spec.get("backend", "auto")) as group:
+        with tp.join("cpu", threads=spec.get("threads")) as group:
             for name, args in spec["tasks"]:
                 results.append(TASKS[name](group, *args))
         (out / f"{rank}.json").write_text(json.dumps(results))

@@ -497,6 +497,43 @@ def test_shared_memory_is_what_cpus_use(two):
         assert not cores[0] & cores[1]
 
 
+@pytest.mark.parametrize(
+    ("variable", "threads", "chosen"),
+    [
+        (None, None, True),
+        ("1", None, True),  # as torchrun sets it
+        ("3", None, False),
+        ("1", 2, False),
+        ("3", 1, False),
+    ],
+)
+def test_threads_of_a_rank(monkeypatch, variable, threads, chosen):
+    """One a physical core, unless the user has said how many."""
+    set_to = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: set_to.append(cores), raising=False)
+    monkeypatch.setattr(tp, "core_location", lambda core: (0, core // 2, core))  # two threads a core
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    tp.take_cores(1, 2, threads)
+    assert set_to == [[2, 3], *([1] if chosen else [])]
+
+
+def test_join_alone(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    with tp.join("cpu", threads=3) as group:
+        assert (group.size, group.device) == (1, torch.device("cpu"))
+    with tp.join("cpu"):
+        pass
+    assert set_to == [3]
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"--device cuda is not available here; use one of .*cpu"), tp.join("cuda"):
+            pass
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -545,7 +582,7 @@ def test_two_machines(ways, script, tmp_path):
     ]
     for out in outs:
         out.mkdir()
-    specs = [{"out": str(out), "tasks": tasks} for out in outs]
+    specs = [{"out": str(out), "tasks": tasks, "threads": 2} for out in outs]
     with (
         torchrun(1, ranks_worker.__file__, specs[0], nodes=(2, port)) as one,
         torchrun(1, ranks_worker.__file__, specs[1], nodes=(2, port)) as other,
@@ -556,7 +593,7 @@ def test_two_machines(ways, script, tmp_path):
     (file_0,), (file_1,) = (list(out.glob("*.json")) for out in sorted(outs, key=lambda out: (out / "1.json").exists()))
     assert (file_0.name, file_1.name) == ("0.json", "1.json")
     ranks = [json.loads(file.read_text()) for file in (file_0, file_1)]
-    assert [rank[0][2] for rank in ranks] == ["gloo", "gloo"]
+    assert [(rank[0][2], rank[0][4]) for rank in ranks] == [("gloo", 2), ("gloo", 2)]
     assert ranks[0][1][0] == ranks[1][1][0] and max(rank[1][1] for rank in ranks) <= 1
     assert ranks[1][2][3].startswith("UserError: --top_k")
     check_ways({name: ways[name] for name in names}, list(zip(*(rank[3:] for rank in ranks), strict=True)), script)
