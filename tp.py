@@ -230,7 +230,7 @@ class RowParallel(nn.Module):
         super().__init__()
         self.linear, self.all_reduce = linear, group.all_reduce
         # Where the layer has a slice of other inputs it takes them from all: act-order, groups that go on past a rank.
-        ordered = isinstance(linear, kernels.Int4Linear) and linear.order is not None
+        ordered = getattr(linear, "order", None) is not None
         other = ordered or linear.in_features != width
         self.gather = AllGather(size, width, group) if other else None
         own = group.rank * linear.in_features + torch.arange(linear.in_features, device=group.device)

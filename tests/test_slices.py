@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import ModelConfig
-from layout import quantized_shapes
 from model import expected_shapes
 from slices import Slices
 from tp import Group
@@ -149,13 +148,17 @@ QWEN_05B = ModelConfig(896, 2, 14, 2, 64, ffn_dim=4864, vocab_size=151646, conte
 @pytest.mark.parametrize("groupsize", [None, 0, 128])
 @pytest.mark.parametrize(("config", "ranks"), [(LLAMA_7B, 2), (LLAMA_7B, 8), (LLAMA_1B, 4), (QWEN_05B, 2)])
 def test_a_rank_holds_its_share(config, ranks, groupsize):
-    """Bytes of all matrices, unquantized, in int8 and in int4 of 128; each has a slice, and one of the same size."""
-    layers = [name.removesuffix(".weight") for name, shape in expected_shapes(config).items() if len(shape) == 2]
-    layers.remove("tok_embeddings")
-    quantized = {} if groupsize is None else dict.fromkeys(layers, groupsize)
-    Group(0, ranks).check(config, quantized)
-    members = [Slices(rank, ranks, config, quantized) for rank in range(ranks)]
-    matrices = {name: shape for name, shape in quantized_shapes(config, quantized).items() if len(shape) == 2}
+    """The elements of all matrices, unquantized, in int8 and in int4 of 128, and between them nothing is left out."""
+    matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
+    layers = [name.removesuffix(".weight") for name in matrices if name != "tok_embeddings.weight"]
+    sizes = {} if groupsize is None else dict.fromkeys(layers, groupsize)
+    for layer, groupsize in sizes.items():
+        rows, inputs = matrices[f"{layer}.weight"]
+        if groupsize:
+            matrices[f"{layer}.weight"] = rows, inputs // 2
+            matrices |= {f"{layer}.{kind}": (rows, inputs // groupsize) for kind in ("scales", "zeros")}
+    Group(0, ranks).check(config, sizes)
+    members = [Slices(rank, ranks, config, sizes) for rank in range(ranks)]
     whole = sum(map(math.prod, matrices.values()))
     for member in members:
         own = sum(member.numel(name, shape) for name, shape in matrices.items())
@@ -163,6 +166,18 @@ def test_a_rank_holds_its_share(config, ranks, groupsize):
     for name, shape in matrices.items():
         ends = [end for member in members for _, end, _ in member.runs(name, shape)[1]]
         assert max(ends) == shape[member.runs(name, shape)[0]], name
+
+
+def test_layers_of_several_group_sizes():
+    """Feed-forwards are cut alike, in the largest of the groups."""
+    config = ModelConfig(8, 3, 2, 2, 4, ffn_dim=640, vocab_size=8, context_length=8)
+    sizes = {"layers.0.feed_forward.w2": 32, "layers.1.feed_forward.w2": 128, "layers.0.feed_forward.w13": 64}
+    members = [Slices(rank, 2, config, sizes) for rank in (0, 1)]
+    assert members[0].config.ffn_dim == 384
+    for layer, groupsize in ((0, 32), (1, 128), (2, 1)):
+        name, scales = f"layers.{layer}.feed_forward.w2.scales", numbered(3, 640 // groupsize)
+        parts = [member.slice(name, scales) for member in members]
+        assert torch.equal(unpadded(parts, 640 // groupsize, 1), scales) and parts[0].shape[1] == 384 // groupsize
 
 
 def test_views():

@@ -21,6 +21,7 @@ from conftest import TEXT, assert_refused, converse, greedy, make_tokenizer
 from ranks_worker import ROOT, free_port, run_tasks, torchrun
 from test_gptq_awq import Maker, make
 
+import checkpoint
 import quantize
 import tp
 from checkpoint import load_config, load_model
@@ -396,6 +397,14 @@ def test_ranks_in_one_process(uneven, name):
     for logits in threads(ranks, partial(logits_of, path, ids, dtype)):
         assert logits.shape == expected.shape
         assert (logits - expected).square().mean().sqrt() < allowed * expected.std()
+
+
+def test_memory_that_ranks_need(uneven, monkeypatch):
+    """It is counted from the shapes, before anything is loaded, for all ranks of a machine."""
+    needed = []
+    monkeypatch.setattr(checkpoint, "check_memory", lambda count, *_: needed.append(count))
+    model = load_model(uneven["biased"][0], group=tp.Group(3, 4, sharing=4))
+    assert needed == [4 * sum(parameter.nbytes for parameter in model.parameters())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
