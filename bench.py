@@ -69,7 +69,6 @@ from config import ModelConfig
 from engine import cache_bytes, weight_bytes
 from errors import ArgumentParser, UserError, log, world_size
 from files import check_memory, read_json, write_atomically
-from generate import pick_device
 from kernels.packing import GROUPSIZES
 from model import Transformer
 from prompts import check_draft
@@ -200,7 +199,7 @@ def make_models(
 
 def main() -> None:
     args = parse_args()
-    device = pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
+    device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
     with join(device, args.backend) as group:
         if group.size > 1 and (args.against or args.startup):
             raise UserError("--against and --startup are for one process; leave them out, or torchrun")

@@ -9,7 +9,6 @@ Weights are loaded tensor by tensor, so there is never a second copy of a model 
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +113,21 @@ def load_model(
     quantized = quantized_layers(path, metadata)
     check_tensors(config, stored, path, quantized)
     group.check(config, quantized)
+    slices = group.slices(config, quantized)
 
     dtype = dtype or stored["tok_embeddings.weight"].dtype
     parts = {layer: [f"{layer}.{part}" for part in ("weight", "scales", "zeros")[: 3 if groupsize else 2]]
              for layer, groupsize in quantized.items()}  # fmt: skip
     orders = {layer: f"{layer}.order" for layer in quantized if f"{layer}.order" in stored}
     packed = {name for names in parts.values() for name in names} | set(orders.values())
-    sizes = (t.nbytes if name in packed else math.prod(t.shape) * dtype.itemsize for name, t in stored.items())
-    check_memory(sum(sizes) // group.size * group.sharing, f"the weights of {path.parent}", device)
+    sizes = (
+        slices.numel(name, tensor.shape) * (tensor.dtype if name in packed else dtype).itemsize
+        for name, tensor in stored.items()
+    )
+    check_memory(sum(sizes) * group.sharing, f"the weights of {path.parent}", device)
 
     def part(name: str) -> Tensor:
-        return group.part(config, name, mapped(stored[name]))
+        return slices.slice(name, mapped(stored[name]))
 
     state = {}
     for name in stored:
@@ -138,7 +141,7 @@ def load_model(
         else:
             state[name] = allocate(source.shape, dtype, device).copy_(source)
     with torch.device("meta"):
-        model = Transformer(group.local(config))
+        model = Transformer(slices.config)
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next
     for layer, groupsize in quantized.items():
         weight, *grid = (part(name).to(device) for name in parts[layer])  # packing copies them

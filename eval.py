@@ -29,7 +29,6 @@ from checkpoint import DEMO, checksum, load_config, load_generation_config, load
 from engine import Engine, Request, cache_bytes
 from errors import ArgumentParser, UserError
 from files import check_memory, read_text
-from generate import pick_device
 from model import Transformer
 from sampling import SamplingParams
 from scheduler import generate
@@ -290,7 +289,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with join(pick_device(args.device), args.backend) as group:
+    with join(args.device, args.backend) as group:
         evaluate(args, group)
 
 

@@ -34,6 +34,7 @@ from engine import Engine, cache_bytes, weight_bytes
 from errors import ArgumentParser, UserError, log
 from files import check_memory
 from kernels.build import cpu_library
+from model import DECODE_QUERIES
 from prompts import (
     NO_BEAMS,
     SETTINGS,
@@ -67,7 +68,7 @@ NEEDS = {  # what has a meaning only beside one of these
 }
 ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "prompt_file", "profile")  # may be on another machine
 RANGES = {name: (1, 2**31 - 1) for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_length")}
-RANGES |= {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, 15)}  # attention takes 16 queries
+RANGES |= {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, DECODE_QUERIES - 1)}
 
 
 def token_bias(text: str) -> tuple[str, float]:
@@ -160,15 +161,6 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
             raise UserError(f"--profile {args.profile} cannot be written; name a file in a folder that can")
 
 
-def pick_device(name: str) -> torch.device:
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available[name]:
-        raise UserError(f"--device {name} is not available here; use one of {[d for d in available if available[d]]}")
-    return torch.device(name)
-
-
 def round_up(length: int, context: int) -> int:
     """A length for the cache. There are few of them, because compiled code is cached by shape."""
     return min(context, max(1024, 1 << (length - 1).bit_length()))
@@ -178,7 +170,7 @@ def main() -> None:
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # the tokenizer says what is not UTF-8
-    with join(pick_device(args.device), args.backend) as group:
+    with join(args.device, args.backend) as group:
         run(args, group)
 
 

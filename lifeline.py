@@ -3,10 +3,10 @@
     with Lifeline(store, rank, size):
         ...
 
-A thread writes into the store that its rank is alive, twice a second, and reads the same of the others. So a rank that
-died, was stopped or failed is found out whatever the main thread is waiting for, mostly a collective that will never
-end. Ctrl-C ends all ranks without a word. (A rank whose main thread hangs, but not its process, shows only by the
-timeout of a collective.)
+A thread writes a heartbeat of its rank into the store, twice a second, and reads those of the others. So it notices a
+rank that died, was stopped or failed, whatever the main thread is waiting for: mostly a collective that will never end.
+Ctrl-C ends all ranks without a message. (A rank whose main thread hangs while its process goes on is noticed only by
+the timeout of a collective.)
 """
 
 import os
@@ -22,23 +22,24 @@ import torch.distributed as dist
 
 from errors import UserError
 
-PERIOD = 0.5  # seconds between two signs of life
-START = 120.0  # seconds between the first rank that is there and the last
-SILENCE = 15.0  # after so many seconds without one a rank is given up,
-SUSPICION = 3.0  # or after so many when something is wrong: a connection was closed, torchrun ends everything
-FAILED, ENDED, INTERRUPTED = "failed: ", "ended", "interrupted"  # instead of a sign of life
+PERIOD = 0.5  # seconds between two heartbeats
+START = 120.0  # seconds, at most, between the start of the first rank and of the last
+SILENCE = 15.0  # seconds without a heartbeat after which a rank counts as dead;
+SUSPICION = 3.0  # this many when something is wrong: a connection was closed, torchrun ends everything
+FAILED, ENDED, INTERRUPTED = "failed: ", "ended", "interrupted"  # written instead of a heartbeat
+GRACE = 2.0  # seconds in which the main thread may end by Ctrl-C itself, unless it is in a collective
 
 
 class Lifeline:
     """While the context lasts this rank watches the others. `store`: a torch.distributed.Store with a connection of its
-    own, since on others there is waiting for minutes."""
+    own, since the main thread may block another for minutes."""
 
     def __init__(self, store: Any, rank: int, size: int):
         self.store, self.rank, self.others = store, rank, [other for other in range(size) if other != rank]
         self.size, self.beat = size, 0
-        # What each of the others wrote last, and when that was seen.
+        # What each of the others wrote last, and when this rank first read it.
         self.state: dict[int, tuple[str, float]] = dict.fromkeys(self.others, ("", time.monotonic()))
-        self.leaving = threading.Lock()  # who holds it ends this rank
+        self.leaving = threading.Lock()  # the thread that holds it ends this rank
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -72,7 +73,7 @@ class Lifeline:
             raise UserError(f"{reason} (here: {here})") from error
 
     def find_culprit(self) -> str:
-        """Why something went wrong: what another rank says of it, or which one is silent; "" if neither."""
+        """Why something went wrong: another rank's reason, or which rank is silent; "" if neither is known."""
         end = time.monotonic() + SUSPICION + 4 * PERIOD
         while time.monotonic() < end:
             if reason := self._look(SUSPICION, SUSPICION):
@@ -85,7 +86,7 @@ class Lifeline:
             if select.select([self.awake], [], [], PERIOD)[0]:
                 received = self.awake.recv(64)
                 if signal.SIGINT in received:
-                    time.sleep(2)  # for the main thread, unless that is in a collective
+                    time.sleep(GRACE)
                     self._end(130)
                 if signal.SIGTERM in received:
                     self._end(1, self.find_culprit() or "was told to end (SIGTERM)")
@@ -93,9 +94,9 @@ class Lifeline:
                 self._end(1, reason)
 
     def _look(self, silence: float = SILENCE, unseen: float = START) -> str:
-        """Gives a sign of life, and looks for those of the others -> what is wrong, or "".
+        """Writes a heartbeat and reads those of the others -> what is wrong, or "".
 
-        A rank is given up after so many seconds without one, or before its first.
+        A rank counts as dead after `silence` seconds without one, or after `unseen` seconds before its first.
         """
         self.beat += 1
         if not self._tell(str(self.beat)):

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from config import ModelConfig, RopeConfig
 from kernels import packing
 
+DECODE_QUERIES = 16  # tokens of a row: up to so many, as decode steps have them, attention is that of the decode kernel
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary position embedding
 
@@ -50,7 +53,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device | str
 
 
 def rope_angles(rope: RopeConfig, freqs: Tensor, input_pos: Tensor, padding: int = -1) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [B, S, 1, head_dim / 2], of positions [B, S]; `padding` is the position of what is none."""
+    """cos and sin, float32 [B, S, 1, head_dim / 2], of positions [B, S]; `padding` is the padding position."""
     if rope.type == "dynamic":
         # NTK scaling: past the trained length the base grows with the length that each row has reached.
         half = freqs.shape[0]
@@ -78,6 +81,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
+        self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
@@ -177,7 +181,7 @@ def attention(
 ) -> Tensor:
     """Queries [B, S, heads, D] over the first L = len(key_pos) entries of caches [max_B, kv_heads, T, D] -> like q."""
     B, S, n_heads, D = q.shape
-    if q.device.type in ("cpu", "cuda") and S <= 16 and rows is None:
+    if q.device.type in ("cpu", "cuda") and S <= DECODE_QUERIES and rows is None:
         # Reads what each row's positions allow, so its cost follows them and not key_pos.
         return torch.ops.brisk.decode_attention(q, k, v, input_pos, window)
     n_kv_heads, L = k.shape[1], key_pos.shape[0]
@@ -248,7 +252,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied else Linear(config.dim, config.vocab_size)
-        self.vocabulary: nn.Module | None = None  # where this process has a part of it: tp.Sliced
+        self.vocabulary: nn.Module | None = None  # where this process has a slice of it: tp.AllGather
         self.max_batch_size = self.max_seq_length = 0
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
@@ -268,8 +272,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, input_pos: Tensor, key_pos: Tensor | None = None) -> Tensor:
         """Tokens and their positions, int64 [B, S] -> logits [B, S, V] in the weights' dtype.
 
-        `key_pos` [L] is a head of `self.key_pos`: attention reads that much of the cache, by default all of it. It must
-        reach past every position, and the cost of a step follows it.
+        `key_pos` [L] is a prefix of `self.key_pos`: attention reads that much of the cache, by default all of it. It
+        must reach past every position, and the cost of a step follows it.
         """
         return self.logits(self.hidden(tokens, input_pos, key_pos))
 
@@ -298,10 +302,11 @@ class Transformer(nn.Module):
         logits = self._own_logits(hidden)
         return logits if self.vocabulary is None else self.vocabulary(logits)
 
-    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., dim] -> the largest logit [...] and its token, which is less work where the vocabulary is in parts."""
-        value, token = self._own_logits(hidden).max(-1)
-        return (value, token) if self.vocabulary is None else self.vocabulary.best(value, token)
+    def max_logit(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., dim] -> the largest logit [...] and its token; several ranks find it without gathering all logits."""
+        logits = self._own_logits(hidden)
+        value, token = logits.max(-1) if self.vocabulary is None else self.vocabulary.max(logits)
+        return value, token
 
     def _own_logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.tok_embeddings.weight) if self.output is None else self.output(hidden)

@@ -52,14 +52,14 @@ def decode_step(
         # The draft proposes where the text does not repeat itself.
         proposed = found if proposed is None else torch.where(alike == NGRAM, found, proposed)
     if proposed is not None and draft is not None and model.vocabulary is not None and draft.vocabulary is None:
-        proposed = model.vocabulary.of_rank_0(proposed)  # each rank has a draft of its own
+        proposed = model.vocabulary.broadcast(proposed)  # each rank has a draft of its own
     if k:
         tokens = torch.cat((tokens, proposed), 1)
     at = (position + torch.arange(k + 1, device=position.device)).clamp(max=end)
     sampler.history.scatter_(1, at, tokens)
     hidden = model.hidden(tokens, at, key_pos)
     if sampler.plain and top is None:
-        drawn = possible(*model.best(hidden))
+        drawn = possible(*model.max_logit(hidden))
     else:
         logits = model.logits(hidden)
         drawn = sampler(logits, tokens, at)

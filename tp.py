@@ -2,15 +2,15 @@
 
     torchrun --standalone --nproc_per_node 2 generate.py --compile --prompt "def read_lines(path):"
 
-    with tp.join(device) as group:                      # the ranks of a torchrun, or this process alone
+    with tp.join("auto") as group:                      # the ranks of a torchrun, or this process alone
         model = load_model(path, group.device, group=group)
 
 The cut is Megatron-LM's, https://arxiv.org/abs/1909.08053. wqkv and w13 are cut by their outputs (q, k, v, gate and up
 each by itself, so a rank has whole heads), wo and w2 by their inputs, so that what the ranks compute adds up: two
 all-reduces a layer, inside the compiled graph. The embedding and the output projection are cut by the vocabulary.
-Scales, groups, biases and the order of act-order go with their slices.
+slices.py says which slice of a tensor is whose, and what pads the last ones where the ranks do not divide a width.
 
-model.py knows nothing of this but that its logits may be a part of the vocabulary: a rank's model is an ordinary one
+model.py knows nothing of this but that its logits may be a slice of the vocabulary: a rank's model is an ordinary one
 of fewer heads and a narrower feed-forward, in which `parallelize` wraps the layers whose outputs have to be added up.
 All ranks have the same logits to the last bit, since each logit is computed by one of them, and so, on equal machines,
 draw the same tokens. Lifeline (lifeline.py) ends all of them when one has failed.
@@ -22,7 +22,7 @@ import itertools
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,13 +39,14 @@ from errors import UserError, log, world_size
 from kernels import build
 from lifeline import START, Lifeline
 from model import Transformer
+from slices import Slices, inputs_shared
 
 T = TypeVar("T")
 BACKENDS = ("auto", "shm", "gloo", "nccl")
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # ranks may compile for minutes; those that died the lifeline finds sooner
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # ranks may compile for minutes; the lifeline notices dead ones sooner
 JOIN_TIMEOUT = timedelta(seconds=START)
-PIECE_BYTES = 2**22  # what rank 0 tells at a time: a store takes 8 MiB
-SYMMETRIC_BYTES = 2**17  # the largest sum that takes one shot
+PIECE_BYTES = 2**22  # what rank 0 sends at a time: a store takes 8 MiB
+SYMMETRIC_BYTES = 2**17  # the largest one-shot all-reduce: one kernel, no copies, as in a decode step
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,12 @@ class Group:
     backend: str = ""
     all_reduce: "AllReduce | None" = None
     store: dist.Store | None = None
-    counter: Iterator[int] | None = None  # numbers what rank 0 tells the others
+    counter: Iterator[int] | None = None  # numbers the messages of rank 0
 
     def __deepcopy__(self, memo: dict) -> "Group":
         return self
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Between the hosts' programs
+    # Messages
 
     def from_rank_0(self, produce: Callable[[], T]) -> T:
         """What `produce` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank.
@@ -74,7 +74,7 @@ class Group:
         """
         if self.size == 1:
             return produce()
-        key = f"told/{next(self.counter)}"
+        key = f"message/{next(self.counter)}"
         if self.rank == 0:
             try:
                 result = (produce(), None)
@@ -97,7 +97,7 @@ class Group:
         return result[0]
 
     def check_same(self, about: dict[str, Any]) -> None:
-        """UserError on a rank for which one of these values is another than on rank 0."""
+        """UserError on a rank where one of these values differs from rank 0's."""
         for name, value in self.from_rank_0(lambda: about).items():
             if about[name] != value:
                 raise UserError(f"{name} is {about[name]} here and {value} on rank 0; give all ranks the same")
@@ -105,86 +105,48 @@ class Group:
     def check_flags(
         self, args: argparse.Namespace, elsewhere: tuple[str, ...] = (), checksums: Callable[[], list[str]] = list
     ) -> None:
-        """check_same of a script's flags, but for those that differ from machine to machine, and of its checkpoints."""
+        """check_same of a script's flags, except those that may differ `elsewhere`, and of its checkpoints."""
         if self.size > 1:
             flags = {f"--{name}": value for name, value in vars(args).items() if name not in elsewhere}
             self.check_same(flags | {f"the checksum of checkpoint {i}": text for i, text in enumerate(checksums())})
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Which slice of which tensor
+    # Sharing a model. `groupsizes`: see slices.py
 
-    def check(self, config: ModelConfig, groupsizes: dict[str, int]) -> None:
-        """UserError where the sizes don't divide; `groupsizes` are those of the layers that are int4."""
-        sizes = {
-            "attention heads": config.n_heads,
-            "feed-forward channels": config.ffn_dim,
-            "tokens of the vocabulary": config.vocab_size,
-        }
-        for what, size in sizes.items():
-            if size % self.size:
-                raise UserError(f"{self.size} ranks cannot share {size} {what}; use a number that divides them")
-        if config.n_kv_heads % self.size and self.size % config.n_kv_heads:
+    def check(self, config: ModelConfig, groupsizes: Mapping[str, int]) -> None:
+        """UserError where the ranks cannot share the heads, or a layer has fewer groups of inputs than ranks."""
+        heads, kv_heads = config.n_heads, config.n_kv_heads
+        if heads % self.size or (kv_heads % self.size and self.size % kv_heads):
             raise UserError(
-                f"{self.size} ranks cannot share {config.n_kv_heads} key-value heads; "
-                "use a number that divides them, or a multiple of them"
+                f"{self.size} ranks cannot share {heads} attention heads with {kv_heads} key-value heads; use a number "
+                "that divides the former, and that divides the latter or is a multiple of it"
             )
-        inputs = {"wo": config.n_heads * config.head_dim, "w2": config.ffn_dim}
         for layer, groupsize in groupsizes.items():
-            size = inputs.get(layer.rpartition(".")[2], 0)
-            if groupsize and size % (self.size * groupsize):
+            inputs = inputs_shared(config, layer)
+            if groupsize and inputs and inputs < self.size * groupsize:
                 raise UserError(
-                    f"{self.size} ranks cannot share the {size} inputs of {layer} in groups of {groupsize}; "
+                    f"{self.size} ranks cannot share the {inputs} inputs of {layer} in groups of {groupsize}; "
                     "use fewer ranks or smaller groups"
                 )
 
-    def local(self, config: ModelConfig) -> ModelConfig:
-        """The shape of a rank's model. More ranks than key-value heads: each of these is on several ranks."""
-        return replace(
-            config,
-            n_heads=config.n_heads // self.size,
-            n_kv_heads=max(config.n_kv_heads // self.size, 1),
-            ffn_dim=config.ffn_dim // self.size,
-            vocab_size=config.vocab_size // self.size,
-        )
-
-    def part(self, config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
-        """This rank's slice of a tensor of the checkpoint, a view where that is possible."""
-        layer, _, kind = name.rpartition(".")
-        layer = layer.rpartition(".")[2]
-        if self.size == 1 or layer not in ("wqkv", "w13", "wo", "w2", "tok_embeddings", "output"):
-            return tensor
-        if layer in ("wo", "w2"):
-            if kind == "bias":  # it is added once
-                return tensor if self.rank == 0 else torch.zeros_like(tensor)
-            if kind == "scales" and tensor.ndim == 1:
-                return tensor
-            return tensor.chunk(self.size, 0 if kind == "order" else 1)[self.rank]
-        if kind == "order":
-            return tensor
-        if layer == "w13":
-            return torch.cat([half.chunk(self.size)[self.rank] for half in tensor.chunk(2)])
-        if layer == "wqkv":
-            heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-            slices = []
-            for count, part in zip(heads, tensor.split([count * config.head_dim for count in heads]), strict=True):
-                own = max(count // self.size, 1)
-                slices.append(part.narrow(0, self.rank * count // self.size * config.head_dim, own * config.head_dim))
-            return torch.cat(slices)
-        return tensor.chunk(self.size)[self.rank]
+    def slices(self, config: ModelConfig, groupsizes: Mapping[str, int]) -> Slices:
+        """Which slice of each tensor this rank holds, of a model that `check` has passed."""
+        return Slices(self.rank, self.size, config, groupsizes)
 
     def parallelize(self, model: Transformer, config: ModelConfig) -> Transformer:
-        """Makes a model of `local(config)` a rank's share of one of `config`: its outputs become those of all.
+        """Makes a model of `slices(config).config` a rank's share of one of `config`: its outputs become those of all.
 
         Its config keeps the rank's own heads and widths, since so are its caches; the vocabulary is the whole one.
         """
         if self.size == 1:
             return model
+        own, head_dim = model.config, config.head_dim
         for block in model.layers:
-            block.attention.wo = RowParallel(block.attention.wo, self)
-            block.feed_forward.w2 = RowParallel(block.feed_forward.w2, self)
-        model.vocabulary = Sliced(config.vocab_size, self)
+            attention, feed_forward = block.attention, block.feed_forward
+            attention.wo = RowParallel(attention.wo, config.n_heads * head_dim, own.n_heads * head_dim, self)
+            feed_forward.w2 = RowParallel(feed_forward.w2, config.ffn_dim, own.ffn_dim, self)
+        model.vocabulary = AllGather(config.vocab_size, own.vocab_size, self)
         model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings.weight, self)
-        model.config = replace(model.config, vocab_size=config.vocab_size)
+        model.config = replace(own, vocab_size=config.vocab_size)
         return model
 
 
@@ -225,52 +187,64 @@ def one_shot_all_reduce(buffer: Tensor, x: Tensor, name: str) -> Tensor:
 one_shot_all_reduce.register_fake(lambda buffer, x, name: torch.empty_like(x))
 
 
+class AllGather(nn.Module):
+    """A last dimension of which each rank has a slice: puts the slices together, or finds the largest element."""
+
+    def __init__(self, size: int, width: int, group: Group):
+        """`size` without the padding that slices of this width end in."""
+        super().__init__()
+        self.size, self.width, self.group, self.all_reduce = size, width, group, group.all_reduce
+        # Tensors, not numbers: so all ranks compile the same code.
+        rank = torch.tensor(group.rank, device=group.device)
+        own = rank * width + torch.arange(width, device=group.device)
+        self.register_buffer("first", rank * width, persistent=False)
+        self.register_buffer("is_own", torch.arange(group.size, device=group.device) == rank, persistent=False)
+        self.register_buffer("is_padding", own >= size if size < group.size * width else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., size]."""
+        slices = torch.where(self.is_own[:, None], x[..., None, :], 0)
+        return self.all_reduce(slices.flatten(-2)[..., : self.size])
+
+    def max(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., width] -> the largest element of all ranks, float32 [...], and its index."""
+        if self.is_padding is not None:
+            x = x.masked_fill(self.is_padding, -torch.inf)
+        value, index = x.max(-1)
+        # As float32, which is exact up to 2^24, the largest vocabulary that config.py takes.
+        found = torch.stack((value.float(), (index + self.first).float()), -1)
+        value, index = self.all_reduce(torch.where(self.is_own, found[..., None], 0)).unbind(-2)  # [..., ranks]
+        rank = value.argmax(-1, keepdim=True)
+        return value.gather(-1, rank)[..., 0], index.gather(-1, rank)[..., 0].long()
+
+    def broadcast(self, tokens: Tensor) -> Tensor:
+        """Rank 0's token ids."""
+        return self.all_reduce(torch.where(self.is_own[0], tokens, 0).float()).long()
+
+
 class RowParallel(nn.Module):
     """A linear layer of which this rank has a slice of the inputs."""
 
-    def __init__(self, linear: nn.Module, group: Group):
+    def __init__(self, linear: nn.Module, size: int, width: int, group: Group):
+        """`size` inputs of all ranks, of which this one computes a slice of `width`."""
         super().__init__()
         self.linear, self.all_reduce = linear, group.all_reduce
-        # Act-order takes its inputs from all ranks.
-        ordered = isinstance(linear, kernels.Int4Linear) and linear.order is not None
-        self.whole = Sliced(linear.in_features * group.size, group) if ordered else None
+        # Where the layer has a slice of other inputs it takes them from all: act-order, groups that go on past a rank.
+        ordered = getattr(linear, "order", None) is not None
+        other = ordered or linear.in_features != width
+        self.gather = AllGather(size, width, group) if other else None
+        own = group.rank * linear.in_features + torch.arange(linear.in_features, device=group.device)
+        index = own.clamp(max=size - 1) if other and not ordered else None  # any input for padding
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.all_reduce(self.linear(x if self.whole is None else self.whole(x)))
-
-
-class Sliced(nn.Module):
-    """A last dimension of which each rank has a part: puts the parts together, or finds the best of them."""
-
-    def __init__(self, size: int, group: Group):
-        super().__init__()
-        self.group, self.all_reduce, self.part = group, group.all_reduce, size // group.size
-        # Tensors, not numbers: so all ranks compile the same code.
-        rank = torch.tensor(group.rank, device=group.device)
-        self.register_buffer("first", rank * self.part, persistent=False)
-        self.register_buffer("mine", torch.arange(group.size, device=group.device) == rank, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size / ranks] -> [..., size]."""
-        return self.all_reduce(torch.where(self.mine[:, None], x[..., None, :], 0).flatten(-2))
-
-    def best(self, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest value of all ranks and its index, from those of this rank's part."""
-        index = index + self.first
-        # float32 counts to 2^24 only.
-        found = torch.stack((value.float(), (index >> 16).float(), (index & 0xFFFF).float()), -1)
-        value, high, low = self.all_reduce(torch.where(self.mine, found[..., None], 0)).unbind(-2)  # [..., ranks]
-        rank = value.argmax(-1, keepdim=True)
-        value, high, low = (part.gather(-1, rank)[..., 0] for part in (value, high, low))
-        return value, (high.long() << 16) + low.long()
-
-    def of_rank_0(self, tokens: Tensor) -> Tensor:
-        """Rank 0's token ids, below 2^24."""
-        return self.all_reduce(torch.where(self.mine[0], tokens, 0).float()).long()
+        x = x if self.gather is None else self.gather(x)
+        x = x if self.index is None else x[..., self.index]
+        return self.all_reduce(self.linear(x))
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Takes the place of model.Embedding, with the rows of this rank's part of the vocabulary."""
+    """Takes the place of model.Embedding, with the rows of this rank's slice of the vocabulary."""
 
     def __init__(self, weight: nn.Parameter, group: Group):
         super().__init__()
@@ -279,24 +253,37 @@ class VocabParallelEmbedding(nn.Module):
         self.register_buffer("first", first, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        local = tokens - self.first
-        mine = (local >= 0) & (local < len(self.weight))
-        x = F.embedding(torch.where(mine, local, 0), self.weight)
-        return self.all_reduce(torch.where(mine[..., None], x, 0))
+        row = tokens - self.first
+        is_own = (row >= 0) & (row < len(self.weight))
+        x = F.embedding(torch.where(is_own, row, 0), self.weight)
+        return self.all_reduce(torch.where(is_own[..., None], x, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Joining
 
 
+def pick_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda" or "mps" -> the device. UserError when it is not available."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise UserError(f"--device {name} is not available here; use one of {[d for d in available if available[d]]}")
+    return torch.device(name)
+
+
 @contextlib.contextmanager
-def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
+def join(device: str = "auto", backend: str = "auto", threads: int | None = None) -> Iterator[Group]:
     """Meets the other ranks of a torchrun -> the group, for as long as the context lasts.
 
-    Backends: NCCL on GPUs; on CPUs shared memory among the ranks of one machine, gloo otherwise. Only rank 0 has an
-    output. When a rank fails or dies all end within seconds, each with an `error:` line.
+    `device`: see pick_device. Backends: NCCL on GPUs; on CPUs shared memory among the ranks of one machine, gloo
+    otherwise. `threads` of a rank, by default one a core, or OMP_NUM_THREADS above 1. Only rank 0 has an output. When a
+    rank fails or dies all end within seconds, each with an `error:` line.
     """
-    size = world_size()
+    device, size = pick_device(device), world_size()
+    if threads is not None:
+        torch.set_num_threads(threads)
     if size == 1:
         if backend != "auto" and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise UserError("--backend is for several ranks; start them by torchrun, or leave it out")
@@ -309,7 +296,7 @@ def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
-        take_cores(local_rank, on_this_machine)
+        take_cores(local_rank, on_this_machine, threads)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     except dist.DistError as error:
@@ -317,7 +304,7 @@ def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
         raise UserError(
             f"cannot reach the other ranks at {where} ({error}); check the address and start all"
         ) from error
-    with Lifeline(store.clone(), rank, size), only_rank_0_speaks(rank):
+    with Lifeline(store.clone(), rank, size), only_rank_0_prints(rank):
         if backend == "shm":
             share_memory(store, rank, size)
             all_reduce = AllReduce("")
@@ -345,13 +332,11 @@ def join(device: torch.device, backend: str = "auto") -> Iterator[Group]:
 
 
 def choose_backend(backend: str, device: torch.device, one_machine: bool, on_this_machine: int) -> str:
-    """UserError for one that can't be."""
+    """The backend that "auto" means. UserError for one that cannot be used here."""
     can_share = device.type == "cpu" and one_machine and hasattr(os, "memfd_create")
     if backend == "auto":
-        if device.type == "cuda":
-            backend = "nccl"
-        else:
-            backend = "shm" if can_share and kernels.cpu_library() is not None else "gloo"
+        on_cpu = "shm" if can_share and kernels.cpu_library() is not None else "gloo"
+        backend = "nccl" if device.type == "cuda" else on_cpu
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"several ranks on {device.type} are not supported; add --device cpu")
     if backend == "shm" and not can_share:
@@ -367,19 +352,20 @@ def choose_backend(backend: str, device: torch.device, one_machine: bool, on_thi
     return backend
 
 
-def take_cores(local_rank: int, ranks: int) -> None:
-    """Each rank of a machine computes on cores of its own."""
+def take_cores(local_rank: int, ranks: int, threads: int | None) -> None:
+    """Each rank of a machine computes on cores of its own, by default with a thread on each physical one."""
     if not hasattr(os, "sched_setaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0), key=place)
+    cores = sorted(os.sched_getaffinity(0), key=core_location)
     count = len(cores) // ranks  # as many for each: the last bits of sums depend on the number of threads
     if own := cores[local_rank * count : (local_rank + 1) * count]:
         os.sched_setaffinity(0, own)
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets it, where the user does not say more
-            torch.set_num_threads(len({place(core)[:2] for core in own}))
+        # Torchrun sets the variable to 1 where the user has not set it.
+        if threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(len({core_location(core)[:2] for core in own}))
 
 
-def place(core: int) -> tuple[int, int, int]:
+def core_location(core: int) -> tuple[int, int, int]:
     """Where a logical core is: socket, physical core, itself."""
     topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
     try:
@@ -389,7 +375,7 @@ def place(core: int) -> tuple[int, int, int]:
 
 
 def share_memory(store: dist.Store, rank: int, size: int) -> None:
-    """Gives brisk::all_reduce a piece of memory that all ranks have mapped. It has no name, so none is left behind."""
+    """Gives brisk::all_reduce memory that all ranks have mapped, from a file without a name: none is left behind."""
     if rank == 0:
         file = os.memfd_create("gpt-brisk")
         store.set("memory", f"/proc/{os.getpid()}/fd/{file}")
@@ -403,8 +389,7 @@ def share_memory(store: dist.Store, rank: int, size: int) -> None:
 
 
 def symmetric_buffer(device: torch.device) -> Tensor | None:
-    """Memory that the GPUs of one machine read from each other, where they can: for sums as small as a decode step's,
-    which then take one kernel and no copies."""
+    """Memory that the GPUs of one machine read from each other, None where they cannot: for one-shot all-reduces."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
     buffer, peers = None, set(range(torch.cuda.device_count())) - {device.index}
@@ -415,7 +400,7 @@ def symmetric_buffer(device: torch.device) -> Tensor | None:
         try:
             symmetric_memory.rendezvous(buffer, dist.group.WORLD)
         except RuntimeError as error:
-            log(f"no symmetric memory ({str(error).splitlines()[0]}); NCCL does all")
+            log(f"warning: no symmetric memory ({str(error).splitlines()[0]}), so decoding on these GPUs is slower")
             buffer = None
         if all_have(buffer, device):
             return buffer
@@ -429,8 +414,8 @@ def all_have(buffer: Tensor | None, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def only_rank_0_speaks(rank: int) -> Iterator[None]:
-    """The other ranks' output goes nowhere, but for their errors."""
+def only_rank_0_prints(rank: int) -> Iterator[None]:
+    """Discards the output of the other ranks, except their errors."""
     if rank == 0:
         yield
         return

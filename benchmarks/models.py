@@ -52,7 +52,7 @@ def random_model(
 ) -> Transformer:
     """The same model each time: norms of 1, no biases, the rest uniform so that activations keep their size. Each rank
     of a group has parts of the right shapes."""
-    whole, config = config, group.local(config)
+    whole, config = config, group.slices(config, {}).config
     needed = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * dtype.itemsize
     check_memory(needed, "a model of this shape", device)
     with torch.device("meta"):

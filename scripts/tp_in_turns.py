@@ -17,8 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.models import MODES, SHAPES, quantize_model, random_model  # noqa: E402
@@ -31,7 +29,7 @@ STEPS = 20  # of a turn; the first two are left out
 
 def take_turns(args: argparse.Namespace, folder: Path) -> None:
     """What the one process and each rank do."""
-    with join(torch.device("cpu")) as group:
+    with join("cpu") as group:
         model = random_model(ModelConfig.from_hf(SHAPES[args.shape]), "cpu", group=group)
         if args.mode != "bf16":
             model = quantize_model(model, args.mode, 32)

@@ -129,7 +129,7 @@ def logits(group, path, ids, dtype, file):
         steps = zip(*(x.split([S - 6] + [1] * 6, 1) for x in (tokens, positions)), strict=True)
         parts = [model(part, at) for part, at in steps]
         hidden = model.hidden(tokens, positions)
-        (value, token), (largest, index) = model.best(hidden), model.logits(hidden).max(-1)
+        (value, token), (largest, index) = model.max_logit(hidden), model.logits(hidden).max(-1)
     result = torch.cat(parts, 1)
     if group.rank == 0:
         torch.save(result, file)
@@ -137,20 +137,23 @@ def logits(group, path, ids, dtype, file):
 
 
 def layers(group, path):
-    """The largest difference that a quantized layer makes in parts and whole, as a share of what it computes."""
+    """The largest difference between a quantized layer in slices and whole, as a share of what it computes."""
     config = load_config(path if os.path.isdir(path) else os.path.dirname(path))
-    whole, part = (load_model(path, dtype=torch.float32, group=each) for each in (tp.ALONE, group))
+    whole, model = (load_model(path, dtype=torch.float32, group=each) for each in (tp.ALONE, group))
+    quantized = (kernels.Int4Linear, kernels.Int8Linear)
+    quantized = {name: layer for name, layer in whole.named_modules() if isinstance(layer, quantized)}
+    slices = group.slices(config, {name: getattr(layer, "groupsize", 0) for name, layer in quantized.items()})
+    widths = {"wo": model.config.n_heads * config.head_dim, "w2": model.config.ffn_dim}
     found = {}
-    for name, layer in whole.named_modules():
-        if not isinstance(layer, (kernels.Int4Linear, kernels.Int8Linear)):
-            continue
+    for name, layer in quantized.items():
         x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(len(found)))
         expected = layer(x)
-        if name.endswith(("wo", "w2")):
-            own = part.get_submodule(name)(x.chunk(group.size, -1)[group.rank])
+        if width := widths.get(name.rpartition(".")[2]):
+            x = torch.nn.functional.pad(x, (0, group.size * width - x.shape[1]))
+            own = model.get_submodule(name)(x.chunk(group.size, -1)[group.rank])
         else:  # a rank has some of the outputs
-            own = part.get_submodule(name)(x)
-            expected = torch.stack([group.part(config, f"{name}.bias", row) for row in expected])
+            own = model.get_submodule(name)(x)
+            expected = torch.stack([slices.slice(f"{name}.bias", row) for row in expected])
         found[name] = ((own - expected).abs().max() / expected.std()).item()
     return found
 
@@ -232,7 +235,7 @@ def told(group):
 
 
 def memory(group, path):
-    """The most bytes that loading takes, in parts and whole, and the bytes of the weights in parts and whole."""
+    """The most bytes that loading takes, of a rank and whole, and the bytes of the weights, of a rank and whole."""
     peaks, sizes = [], []
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)  # what is freed is gone, and not used again without being seen
@@ -254,7 +257,7 @@ def resident(field):
 
 
 def backend(group):
-    return [group.rank, group.size, group.backend, sorted(os.sched_getaffinity(0))]
+    return [group.rank, group.size, group.backend, sorted(os.sched_getaffinity(0)), torch.get_num_threads()]
 
 
 def digest(x):
@@ -310,7 +313,7 @@ def main():
     (out / f"{rank}.pid").write_text(f"{os.getpid()} {os.environ['MASTER_PORT']}")
     if "tasks" in spec:
         results = []
-        with tp.join(torch.device("cpu"), spec.get("backend", "auto")) as group:
+        with tp.join("cpu", threads=spec.get("threads")) as group:
             for name, args in spec["tasks"]:
                 results.append(TASKS[name](group, *args))
         (out / f"{rank}.json").write_text(json.dumps(results))
