@@ -34,6 +34,7 @@ from checkpoint import load_config, load_model
 from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
+from formats import minimind, names
 from weights import StoredTensor, read_header
 
 ROOT = Path(__file__).parent.parent
@@ -293,7 +294,7 @@ def test_minimind_v1(tmp_path, heads, kv_heads, theta):
         "max_seq_len": 1024, "dropout": 0.0, "flash_attn": True, "use_moe": False,
     }  # fmt: skip
     (tmp_path / "in" / "config.json").write_text(json.dumps(lm_config))
-    convert(tmp_path / "in", tmp_path / "out")
+    convert(tmp_path / "in", tmp_path / "out", overwrite=True)  # other heads, so another order of the rows
     config = load_config(tmp_path / "out")
     assert (config.n_heads, config.norm_eps, config.context_length, config.rope.theta) == (4, 1e-6, 1024, 1e4)
     (tmp_path / "in" / "config.json").write_text(json.dumps(lm_config | {"n_layers": 3}))
@@ -321,11 +322,9 @@ def test_fuzz_config_beside_weights(tmp_path_factory, config):
     _, state = minimind_v1(16, 8)
     tensors = {name: StoredTensor(path, tensor.dtype, tuple(tensor.shape), 0) for name, tensor in state.items()}
     try:
-        read = ModelConfig.from_hf(convert_hf_checkpoint.read_config(path, tensors))
+        read = ModelConfig.from_hf(minimind.read_config(path, tensors))
         if read.n_layers < 100:  # thousands are allowed, and take seconds
-            convert_hf_checkpoint.plan_tensors(
-                read, {n: t for n, t in tensors.items() if n != "output.weight"}, is_v1=True
-            )
+            names.plan_tensors(read, {n: t for n, t in tensors.items() if n != "output.weight"}, minimind.V1)
     except UserError as error:
         assert str(error)
 
@@ -363,9 +362,7 @@ def test_minimind_v1_that_cannot_be(tmp_path):
     refused({n: t for n, t in state.items() if "w1" not in n}, r"'layers\.0\.feed_forward\.w1\.weight' is missing")
     refused(state | {"layers.0.feed_forward.experts.0.w1.weight": torch.ones(1)}, "mixture of experts")
     refused(state | {"layers.0.attention.wk.weight": torch.ones(20, 64)}, "put its config.json beside")
-    refused(
-        state | {"output.weight": state["output.weight"] + 1}, "'output.weight' differs from 'tok_embeddings.weight'"
-    )
+    refused(state | {"output.weight": torch.ones(299, 64)}, r"'output.weight' has the shape \[299, 64\]")
     refused(state | {"extra.weight": torch.ones(1)}, r"'extra\.weight' is unexpected")
 
 
@@ -395,15 +392,42 @@ def test_first_wrong_tensor_is_named(tmp_path):
     safetensors.torch.save_file(state | harmless, weights)
     convert(tmp_path / "in", tmp_path / "out")
 
+    shutil.rmtree(tmp_path / "out")
     config = tmp_path / "in" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
-    with pytest.raises(
-        UserError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'.*tie_word_embeddings"
-    ):
-        convert(tmp_path / "in", tmp_path / "out")
-    safetensors.torch.save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, weights)
-    convert(tmp_path / "in", tmp_path / "out")
-    assert load_config(tmp_path / "out").tied
+    refused({"lm_head.weight": torch.ones(299, 64)}, r"'lm_head.weight' has the shape \[299, 64\].* \[300, 64\]")
+    refused({"model.embed_tokens.weight": torch.ones(64)}, r"'model.embed_tokens.weight' has the shape \[64\]")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tied_embeddings(tmp_path, capfd, nested):
+    """What transformers makes of tie_word_embeddings: an output of its own is kept, one that is missing is tied."""
+    model = save(tmp_path / "in", "llama")
+    state, weights, config = model.state_dict(), tmp_path / "in" / "model.safetensors", tmp_path / "in" / "config.json"
+    fields = json.loads(config.read_text())
+    del fields["tie_word_embeddings"]
+    fields |= {"text_config": {"tie_word_embeddings": True}} if nested else {"tie_word_embeddings": True}
+    config.write_text(json.dumps(fields))
+    tokens = torch.arange(12)[None]
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    for name, changes, tied in [
+        ("differ", {}, False),
+        ("same", {head: state[embedding].clone()}, True),
+        ("embedding only", {head: None}, True),
+        ("output only", {embedding: None}, True),
+    ]:
+        changed = {name: tensor for name, tensor in (state | changes).items() if tensor is not None}
+        safetensors.torch.save_file(changed, weights, {"format": "pt"})
+        capfd.readouterr()
+        convert(tmp_path / "in", tmp_path / name)
+        warnings = capfd.readouterr().err.splitlines()
+        assert len(warnings) == (not tied) and all("'lm_head.weight'" in line for line in warnings)
+        ours = load_model(tmp_path / name)
+        assert load_config(tmp_path / name).tied == tied and (ours.output is None) == tied
+        if not nested:  # a Llama of transformers itself has no nested config
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
+            ours.setup_caches(1, 12)
+            torch.testing.assert_close(ours(tokens, tokens), theirs(tokens).logits, atol=1e-3, rtol=1e-4)
 
 
 class Harmful:
@@ -467,7 +491,10 @@ def test_what_is_no_checkpoint(tmp_path):
         index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {first: name}}))
         refused("which is no plain file name", source)
     index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {first: "gone.safetensors"}}))
-    refused("gone.safetensors is missing", source)
+    convert(source, tmp_path / "out")  # the shards are complete all the same
+    shutil.rmtree(tmp_path / "out")
+    os.rename(source / "model-00002-of-00005.safetensors", source / "elsewhere")
+    refused(r"in has no gone\.safetensors, though its model\.safetensors\.index\.json names it", source)
     index.write_text("{")
     refused("index.json is not valid JSON", source)
     shutil.rmtree(source)
@@ -537,8 +564,9 @@ FORKS = """
 import itertools, os, sys
 from pathlib import Path
 import torch
-from convert_hf_checkpoint import convert, expected_shapes, load_tokenizer
+from convert_hf_checkpoint import convert, load_tokenizer
 from checkpoint import load_config
+from model import expected_shapes
 torch.set_num_threads(1)
 first, second, out = map(Path, sys.argv[1:])
 load_tokenizer(first), expected_shapes(load_config(first))  # what is imported on first use
@@ -547,7 +575,7 @@ for _ in sys.stdin:
         os.waitpid(child, 0)
         print("ended", flush=True)
     for source in [] if child else itertools.cycle([first, second]):
-        convert(source, out)
+        convert(source, out, overwrite=True)
         print(os.getpid(), flush=True)
 """
 
@@ -574,7 +602,7 @@ def test_kill_leaves_the_old_checkpoint_or_the_new_or_none(tmp_path):
         left |= {path.name for path in tmp_path.iterdir()} - {"a", "b", "out"}
     forks.communicate(timeout=60)
     assert ".out.converting" in left  # the kills did strike while a conversion was under way
-    convert(sources[0], out)  # clears away what the killed runs left
+    convert(sources[0], out, overwrite=True)  # clears away what the killed runs left
     same(out, states[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
 
