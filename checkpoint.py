@@ -89,21 +89,23 @@ def weights_path(path: Path | str) -> Path:
             raise UserError(f"{path} is no safetensors file; name the folder of a converted checkpoint")
         return path
     if not path.is_dir():
-        raise UserError(f"{path} is not there; run `{conversion_of(path)}` first")
+        raise UserError(f"{path} is not there; run {conversion_of(path)} first")
     for name in ("model.safetensors", "model.safetensors.index.json"):
         if (path / name).is_file():
             return path / name
     if any(path.glob("*.bin")) or any(path.glob("*.pth")):
         command = f"python convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(path))}"
         raise UserError(f"{path} is not converted; run `{command}` first")
-    raise UserError(f"{path} holds no model.safetensors; run `{conversion_of(path)}` first")
+    raise UserError(f"{path} holds no model.safetensors; run {conversion_of(path)} first")
 
 
 def conversion_of(path: Path) -> str:
     """The command that makes the checkpoint at a path, as far as the path tells."""
+    script = "python convert_hf_checkpoint.py"
     parts = path.relative_to(CHECKPOINTS).parts if path.is_relative_to(CHECKPOINTS) else path.parts
-    is_repo = len(parts) == 2 and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts) and parts[0] != "local"
-    return "python convert_hf_checkpoint.py " + (f"--repo {'/'.join(parts)}" if is_repo else "--checkpoint_dir DIR")
+    if len(parts) == 2 and parts[0] != "local" and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
+        return f"`{script} --repo {'/'.join(parts)}`"
+    return f"`{script} --checkpoint_dir DIR` (or --repo ORG/NAME)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,38 +76,41 @@ def download(repo: str, revision: str | None) -> Path:
 def fetch(repo: str, revision: str | None) -> Path:
     """The config first, so that an unsupported model is refused before gigabytes are fetched, then the weights."""
     import huggingface_hub as hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
+        config = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+        at = f"{repo} at {revision!r}" if revision else repo
+        if not isinstance(config, str):
+            raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
+        folder = Path(config).parent
         try:
-            return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        except errors.LocalEntryNotFoundError as error:
-            raise UserError(
-                f"the cache in {constants.HF_HUB_CACHE} does not hold {repo}"
-                + (f" at {revision!r}" if revision else "")
-                + "; unset HF_HUB_OFFLINE to download it"
-            ) from error
+            choose_weights([path.name for path in folder.iterdir()], at, lambda index: read_index(folder / index))
+        except UserError as error:
+            raise UserError(f"the cache does not hold all of {at} ({error}); unset HF_HUB_OFFLINE") from error
+        return folder
     hub.logging.set_verbosity_error()  # its retries go unmentioned, its failures are raised
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
     info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
 
-    def get(names: list[str]) -> Path:
+    def get(names: list[str], revision: str | None) -> Path:
         patterns = [glob.escape(name) for name in names]
-        return Path(hub.snapshot_download(repo, revision=info.sha, allow_patterns=patterns, max_workers=4))
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=4))
 
     small = [*CONFIG_FILES, *gptq_awq.CONFIG_FILES, *TOKENIZER_FILES]
     indexes = [name for name in sizes if any(fnmatch.fnmatchcase(name, f"{form}.index.json") for form in WEIGHT_FILES)]
     refuse_other_kinds(sizes, repo)
-    folder = get([name for name in (*small, *indexes) if name in sizes])
+    # By the name of the branch, which the cache then knows offline as well; what follows is of the same commit.
+    folder = get([name for name in (*small, *indexes) if name in sizes], revision)
     files = choose_weights(sizes, repo, lambda index: read_index(folder / index)).files
-    if "config.json" in sizes and "hidden_size" in (config := read_json(folder / "config.json")):
+    if "config.json" in sizes and "dim" not in (config := read_json(folder / "config.json")):  # MiniMind's first has it
         ModelConfig.from_hf(config)
         gptq_awq.read_format(config, folder)
-    missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=info.sha)]
+    missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=folder.name)]
     check_disk(sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
-    return get(files)
+    return get(files, folder.name)
 
 
 def what_the_hub_says(error: Exception, repo: str, revision: str | None) -> str | None:

@@ -63,7 +63,9 @@ class PickledFiles:
 def reason(error: Exception) -> str:
     """What torch.load says is wrong, without its advice to run the code in the file."""
     text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
-    unsafe = re.compile("weights_only|safe_globals|documentation")
+    if "TorchScript" in text:
+        return "it is a TorchScript program"
+    unsafe = re.compile("weights_only|safe_globals|trusted source|documentation")
     sentences = [part for part in re.split(r"(?<=[.?!]) |(?= Check )", text) if not unsafe.search(part)]
     return " ".join(sentences)[:200].strip() or type(error).__name__
 
