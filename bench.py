@@ -200,7 +200,7 @@ def make_models(
 def main() -> None:
     args = parse_args()
     device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
-    with join(device, args.backend) as group:
+    with join(device, args.backend, args.threads) as group:
         if group.size > 1 and (args.against or args.startup):
             raise UserError("--against and --startup are for one process; leave them out, or torchrun")
         group.check_flags(args)
@@ -210,8 +210,6 @@ def main() -> None:
 def benchmark(args: argparse.Namespace, group: Group) -> None:
     """What every rank of a torchrun does, or this process alone."""
     device = group.device
-    if args.threads:
-        torch.set_num_threads(args.threads)
     made_up = not args.checkpoint_path and args.shape != "demo"
     path = None if made_up else weights_path(args.checkpoint_path or DEMO)
     name = path.parent.absolute().name if args.checkpoint_path else args.shape or "1b"

@@ -9,6 +9,8 @@ Weights are loaded tensor by tensor, so there is never a second copy of a model 
 
 import hashlib
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from config import ModelConfig
+from config import ModelConfig, text_fields
 from errors import UserError
 from files import check_memory, read_json
 from kernels.packing import allocate
@@ -25,6 +27,7 @@ from model import Transformer
 from tp import ALONE, Group
 from weights import mapped, read_safetensors
 
+CHECKPOINTS = Path("checkpoints")  # where conversions go, as ORG/NAME
 DEMO = Path(__file__).parent / "demo" / "target"  # the small trained model that is used when none is named
 
 
@@ -45,9 +48,9 @@ def load_config(folder: Path | str) -> ModelConfig:
 def load_generation_config(folder: Path | str) -> dict[str, Any]:
     """How the model's authors want it sampled, and where it stops.
 
-    Returns `eos_token_ids` (a list, maybe empty; generation_config.json may name several, config.json is the fallback)
-    and, where generation_config.json has them, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and
-    `repetition_penalty`. UserError names a field of the wrong type.
+    Returns `eos_token_ids` (a list, maybe empty: those of generation_config.json or, where it names none, of
+    config.json; the tokenizer may have one more) and, where generation_config.json has them, `do_sample`,
+    `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`. UserError names a field of the wrong type.
     """
     path = Path(folder) / "generation_config.json"
     stored = read_json(path) if path.exists() else {}
@@ -62,8 +65,8 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
         settings[name] = value
     source, ids = path, stored.get("eos_token_id")
     config_path = Path(folder) / "config.json"
-    if ids is None and config_path.exists():
-        source, ids = config_path, read_json(config_path).get("eos_token_id")
+    if ids in (None, []) and config_path.exists():
+        source, ids = config_path, text_fields(read_json(config_path)).get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise UserError(f"{source}: eos_token_id: {ids!r} is not a list of token ids; correct it")
@@ -75,21 +78,33 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
 
 
 def weights_path(path: Path | str) -> Path:
-    """The weight file, or index, that a `--checkpoint_path` means: a folder stands for its model.safetensors."""
+    """The weight file, or index, that a `--checkpoint_path` means: a folder stands for its model.safetensors, and
+    ORG/NAME for checkpoints/ORG/NAME."""
     path = Path(path)
+    if not path.exists() and (CHECKPOINTS / path).exists():
+        path = CHECKPOINTS / path
     if path.is_file():
         if not path.name.endswith((".safetensors", ".safetensors.index.json")):
             raise UserError(f"{path} is no safetensors file; name the folder of a converted checkpoint")
         return path
-    convert = "run `python convert_hf_checkpoint.py --repo ORG/NAME` (or `--checkpoint_dir DIR`) first"
     if not path.is_dir():
-        raise UserError(f"{path} is not there; {convert}")
+        raise UserError(f"{path} is not there; run {conversion_of(path)} first")
     for name in ("model.safetensors", "model.safetensors.index.json"):
         if (path / name).is_file():
             return path / name
     if any(path.glob("*.bin")) or any(path.glob("*.pth")):
-        raise UserError(f"{path} is not converted; run `python convert_hf_checkpoint.py --checkpoint_dir {path}` first")
-    raise UserError(f"{path} holds no model.safetensors; {convert}")
+        command = f"python convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(path))}"
+        raise UserError(f"{path} is not converted; run `{command}` first")
+    raise UserError(f"{path} holds no model.safetensors; run {conversion_of(path)} first")
+
+
+def conversion_of(path: Path) -> str:
+    """The command that makes the checkpoint at a path, as far as the path tells."""
+    script = "python convert_hf_checkpoint.py"
+    parts = path.relative_to(CHECKPOINTS).parts if path.is_relative_to(CHECKPOINTS) else path.parts
+    if len(parts) == 2 and parts[0] != "local" and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
+        return f"`{script} --repo {'/'.join(parts)}`"
+    return f"`{script} --checkpoint_dir DIR` (or --repo ORG/NAME)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

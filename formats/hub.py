@@ -1,7 +1,8 @@
 """Which files of a model are needed, and how they come from the Hugging Face hub.
 
     folder = download("meta-llama/Llama-3.2-1B", revision=None)     # a folder in the ordinary Hugging Face cache
-    choose_weights(["model.safetensors", "pytorch_model.bin"], "here")
+    folder, repo = cached("~/.cache/.../models--ORG--NAME")         # the snapshot in it, "ORG/NAME"
+    choose_weights(names, "here", read_index).files                 # ["model.safetensors"]
 
 Every answer of the hub or the network that is not a file ends as one UserError that says what to do.
 """
@@ -9,8 +10,11 @@ Every answer of the hub or the network that is not a file ends as one UserError 
 import errno
 import fnmatch
 import glob
+import re
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import ModelConfig
@@ -24,11 +28,25 @@ TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-WEIGHT_FILES = (  # the first that is there is taken; gptq_model-4bit-128g.safetensors is AutoGPTQ's name
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "gptq_model-*g.safetensors", "gptq_model-*g.safetensors.index.json", "gptq_model-*g.bin",
-    "gptq_model-*g.bin.index.json", "*.pth",
+# The first that is there is taken, as one file or as shards with an index; gptq_model-4bit-128g is AutoGPTQ's name.
+WEIGHT_FILES = (
+    "model.safetensors", "pytorch_model.bin", "gptq_model-*g.safetensors", "gptq_model-*g.bin", "*.pth",
 )  # fmt: skip
+OTHER_KINDS = (  # a file that tells a folder without weights of ours, what it is, what to do
+    ("adapter_*", "a LoRA adapter ({})", "merge it into its base model (peft: merge_and_unload), and convert that"),
+    ("model_index.json", "a diffusers pipeline ({})", "take a language model"),
+    ("*.gguf", "GGUF files ({})", "convert the model that they were made from, in safetensors"),
+    ("weights*.npz", "weights of mlx ({})", "convert the original model"),
+    ("params.json", "a model in the form of its authors ({})", "get it in the form of Hugging Face, with config.json"),
+    ("consolidated*", "a model in the form of its authors ({})", "get it in the form of Hugging Face"),
+    ("*.onnx", "ONNX weights ({})", "get the model in safetensors"),
+    ("onnx*", "ONNX weights ({})", "get the model in safetensors"),
+    ("tf_model*", "TensorFlow weights ({})", "get the model in safetensors"),
+    ("flax_model*", "Flax weights ({})", "get the model in safetensors"),
+    ("*.nemo", "NeMo weights ({})", "get the model in safetensors"),
+    ("checkpoint-*", "the checkpoints of a training run ({})", "name one of them"),
+    ("tokenizer*", "a tokenizer ({})", "put the weights beside it, or name the folder that has them"),
+)
 
 
 def download(repo: str, revision: str | None) -> Path:
@@ -58,31 +76,41 @@ def download(repo: str, revision: str | None) -> Path:
 def fetch(repo: str, revision: str | None) -> Path:
     """The config first, so that an unsupported model is refused before gigabytes are fetched, then the weights."""
     import huggingface_hub as hub
+    from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        config = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+        at = f"{repo} at {revision!r}" if revision else repo
+        if not isinstance(config, str):
+            raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
+        folder = Path(config).parent
+        try:
+            choose_weights([path.name for path in folder.iterdir()], at, lambda index: read_index(folder / index))
+        except UserError as error:
+            raise UserError(f"the cache does not hold all of {at} ({error}); unset HF_HUB_OFFLINE") from error
+        return folder
     hub.logging.set_verbosity_error()  # its retries go unmentioned, its failures are raised
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
     info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
 
-    def get(names: list[str]) -> Path:
+    def get(names: list[str], revision: str | None) -> Path:
         patterns = [glob.escape(name) for name in names]
-        return Path(hub.snapshot_download(repo, revision=info.sha, allow_patterns=patterns, max_workers=4))
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=4))
 
-    weights = choose_weights(sizes, repo)
     small = [*CONFIG_FILES, *gptq_awq.CONFIG_FILES, *TOKENIZER_FILES]
-    small += [weights] if weights.endswith(".json") else []
-    folder = get([name for name in small if name in sizes])
-    files = [file.name for file in read_index(folder / weights)] if weights in small else [weights]
-    for name in files:
-        if name not in sizes:
-            raise UserError(f"{repo} has no {name}, though its {weights} names it; take another --revision")
-    if "config.json" in sizes and "hidden_size" in (config := read_json(folder / "config.json")):
+    indexes = [name for name in sizes if any(fnmatch.fnmatchcase(name, f"{form}.index.json") for form in WEIGHT_FILES)]
+    refuse_other_kinds(sizes, repo)
+    # By the name of the branch, which the cache then knows offline as well; what follows is of the same commit.
+    folder = get([name for name in (*small, *indexes) if name in sizes], revision)
+    files = choose_weights(sizes, repo, lambda index: read_index(folder / index)).files
+    if "config.json" in sizes and "dim" not in (config := read_json(folder / "config.json")):  # MiniMind's first has it
         ModelConfig.from_hf(config)
         gptq_awq.read_format(config, folder)
-    missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=info.sha)]
-    check_disk(sum(sizes[name] for name in missing), Path(hub.constants.HF_HUB_CACHE))
-    return get(files)
+    missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=folder.name)]
+    check_disk(sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
+    return get(files, folder.name)
 
 
 def what_the_hub_says(error: Exception, repo: str, revision: str | None) -> str | None:
@@ -100,14 +128,93 @@ def what_the_hub_says(error: Exception, repo: str, revision: str | None) -> str 
     return None
 
 
-def choose_weights(names: Iterable[str], where: object) -> str:
-    """The weight file, or index, to read of a folder or repo: that of the first pattern in WEIGHT_FILES."""
-    names = list(names)
-    for pattern in WEIGHT_FILES:
-        found = sorted(name for name in names if fnmatch.fnmatchcase(name, pattern) and "/" not in name)
-        if len(found) > 1:
-            kind = pattern.removeprefix("*")
-            raise UserError(f"{where} holds several {kind} files ({', '.join(found)}); name one as --checkpoint_dir")
-        if found:
-            return found[0]
+def cached(folder: Path) -> tuple[Path, str | None]:
+    """The snapshot that a folder of the Hugging Face cache means, and its ORG/NAME; any other folder and None.
+
+    `models--ORG--NAME` stands for its branch main. UserError where that is not there and there are several snapshots.
+    """
+    path = folder.resolve()
+    root = path.parent.parent if path.parent.name == "snapshots" else path
+    name = re.fullmatch(r"models--(.+?)--(.+)", root.name)
+    if not name or not (root / "snapshots").is_dir():
+        return folder, None
+    repo = f"{name[1]}/{name[2]}"
+    if path != root:
+        return path, repo
+    snapshots = sorted(entry for entry in (root / "snapshots").iterdir() if entry.is_dir())
+    main = root / "refs" / "main"
+    if main.is_file() and (snapshot := root / "snapshots" / main.read_text().strip()) in snapshots:
+        return snapshot, repo
+    if len(snapshots) != 1:
+        found = ", ".join(snapshot.name for snapshot in snapshots) or "none"
+        raise UserError(f"{folder} does not hold the branch main; name one of its snapshots ({found})")
+    return snapshots[0], repo
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of a folder or repo."""
+
+    files: list[str]
+    index: str | None = None  # names the tensors that they hold; None where there is no index, or it is of other files
+    warning: str | None = None
+
+
+def choose_weights(names: Iterable[str], where: object, read_index: Callable[[str], list[Path]]) -> Weights:
+    """The weight files to read of a folder or repo: those of the first form in WEIGHT_FILES.
+
+    Shards whose index is complete go before a single file. Where an index names files that are not there, a single file
+    or other shards may be: a model that was uploaded again. UserError, which says what is there, when there are none.
+    """
+    names = {name for name in names if "/" not in name}
+    refuse_other_kinds(names, where)
+    for form in WEIGHT_FILES:
+        single = only_one(names, form, where)
+        index = only_one(names, f"{form}.index.json", where)
+        if index is None and single is None:
+            continue
+        if index is None:
+            return Weights([single])
+        files = [path.name for path in read_index(index)]
+        missing = [name for name in files if name not in names]
+        if not missing:
+            unread = f"warning: {single} is not read, but the shards that {index} names" if single else None
+            return Weights(files, index, unread)
+        others = [single] if single else complete_shards(names, index.removesuffix(".index.json"))
+        if not others:
+            raise UserError(f"{where} has no {missing[0]}, though its {index} names it; get the complete model")
+        read = others[0] if len(others) == 1 else f"{others[0]} to {others[-1]}"
+        return Weights(others, None, f"warning: {index} names {missing[0]}, which is not there; {read} is read instead")
     raise UserError(f"{where} has no weights (model.safetensors, pytorch_model.bin or .pth); take another")
+
+
+def only_one(names: Iterable[str], form: str, where: object) -> str | None:
+    """The name that fits a form. UserError when several do."""
+    found = sorted(fnmatch.filter(names, form))
+    if len(found) > 1:
+        raise UserError(
+            f"{where} holds several {form.removeprefix('*')} files ({', '.join(found)}); name one as --checkpoint_dir"
+        )
+    return found[0] if found else None
+
+
+def complete_shards(names: Iterable[str], name: str) -> list[str]:
+    """The shards of `model.safetensors`, named model-00001-of-00003.safetensors and so on, if one set is complete."""
+    stem, suffix = name.rsplit(".", 1)
+    sets = defaultdict(list)
+    for found in sorted(names):
+        if shard := re.fullmatch(rf"{re.escape(stem)}-(\d+)-of-(\d+)\.{suffix}", found):
+            sets[shard[2]].append(found)
+    complete = [files for total, files in sets.items() if len(files) == int(total)]
+    return complete[0] if len(complete) == 1 else []
+
+
+def refuse_other_kinds(names: Iterable[str], where: object) -> None:
+    """UserError, which calls it by its name, where something else than a checkpoint of a language model was given."""
+    names = {name for name in names if "/" not in name} | {name.split("/")[0] for name in names}
+    weights = [name for form in WEIGHT_FILES for name in fnmatch.filter(names, f"{form}*")]
+    if weights and not ("params.json" in names and all(name.startswith("consolidated") for name in weights)):
+        return
+    for form, what, advice in OTHER_KINDS:
+        if found := sorted(fnmatch.filter(names, form)):
+            raise UserError(f"{where} has no weights to convert but {what.format(found[0])}; {advice}")

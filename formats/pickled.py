@@ -51,14 +51,23 @@ class PickledFiles:
                 raise UserError(
                     f"{path} holds more than tensors ({found[1]}), which could run code; get it as safetensors"
                 ) from error
-            what = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is not a readable PyTorch file ({what}); get the file again") from error
+            raise UserError(f"{path} is not a readable PyTorch file ({reason(error)}); get the file again") from error
         if not isinstance(state, dict):
             raise UserError(f"{path} holds {type(state).__name__}, not a table of tensors; save a state_dict")
         for name, value in state.items():
             if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
                 raise UserError(f"{path} holds more than tensors ({name!r} is not one); save a plain state_dict")
         self.state = state
+
+
+def reason(error: Exception) -> str:
+    """What torch.load says is wrong, without its advice to run the code in the file."""
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    if "TorchScript" in text:
+        return "it is a TorchScript program"
+    unsafe = re.compile("weights_only|safe_globals|trusted source|documentation")
+    sentences = [part for part in re.split(r"(?<=[.?!]) |(?= Check )", text) if not unsafe.search(part)]
+    return " ".join(sentences)[:200].strip() or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_config, load_generation_config, load_model
+from checkpoint import load_config, load_generation_config, load_model, weights_path
 from config import ModelConfig
 from errors import UserError
 from files import check_disk, check_memory, free_memory, write_atomically
@@ -322,8 +322,12 @@ def test_generation_config(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(stored))
     expected = {"eos_token_ids": [5, 6], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
     assert load_generation_config(tmp_path) == expected
-    (tmp_path / "generation_config.json").write_text("{}")
-    assert load_generation_config(tmp_path) == {"eos_token_ids": [7]}
+    for stored in ({}, {"eos_token_id": None}, {"eos_token_id": []}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(stored))
+        assert load_generation_config(tmp_path) == {"eos_token_ids": [7]}
+    nested = {name: value for name, value in LLAMA.items() if name != "eos_token_id"}
+    (tmp_path / "config.json").write_text(json.dumps(nested | {"text_config": {"eos_token_id": [8, 9]}}))
+    assert load_generation_config(tmp_path) == {"eos_token_ids": [8, 9]}
     for name, value in [("temperature", "hot"), ("top_k", -1), ("eos_token_id", ["</s>"]), ("top_p", math.nan)]:
         (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
         with pytest.raises(UserError, match=f"generation_config.json: {name}: "):
@@ -439,6 +443,29 @@ def test_what_cannot_be_loaded(tmp_path):
     (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors") | {"x": "b.safetensors"}}))
     refused("both hold tensor", folder)
+
+
+def test_checkpoint_by_the_name_of_its_repo(tmp_path, monkeypatch):
+    """ORG/NAME is found under checkpoints/; where it is not, the error has the command that makes it."""
+    monkeypatch.chdir(tmp_path)
+    command = "python convert_hf_checkpoint.py"
+    for path in ("org/name-1.5B", "checkpoints/org/name-1.5B"):
+        with pytest.raises(UserError, match=rf"{path} is not there; run `{command} --repo org/name-1\.5B` first$"):
+            weights_path(path)
+    for path in ("checkpoints/local/final", "name", "/tmp/x/y/z", "../name", "a/b/c"):
+        with pytest.raises(
+            UserError, match=rf"is not there; run `{command} --checkpoint_dir DIR` \(or --repo ORG/NAME\)"
+        ):
+            weights_path(path)
+    folder = save(tmp_path / "made", tensors_of(LLAMA))
+    (tmp_path / "checkpoints" / "org").mkdir(parents=True)
+    os.rename(folder, tmp_path / "checkpoints" / "org" / "name")
+    assert weights_path("org/name") == Path("checkpoints/org/name/model.safetensors")
+    assert weights_path("org/name/model.safetensors") == Path("checkpoints/org/name/model.safetensors")
+    load_model("org/name")
+    (tmp_path / "org" / "name").mkdir(parents=True)  # a folder of that name comes first
+    with pytest.raises(UserError, match=r"org/name holds no model\.safetensors"):
+        weights_path("org/name")
 
 
 # -- memory and disk

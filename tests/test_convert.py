@@ -1,5 +1,6 @@
 """convert_hf_checkpoint.py against checkpoints that transformers saved, a hub on loopback, kills and full disks."""
 
+import argparse
 import fcntl
 import functools
 import json
@@ -18,6 +19,7 @@ import termios
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -34,6 +36,8 @@ from checkpoint import load_config, load_model
 from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
+from formats import minimind, names
+from quantize import quantize
 from weights import StoredTensor, read_header
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +218,52 @@ def test_shards(tmp_path):
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_index_of_other_shards(tmp_path, capfd, form):
+    """A model that was uploaded again: the index names shards that are gone, those that are there hold every tensor."""
+    source = tmp_path / "in"
+    model = save(source, shards="100KB")
+    name = "model.safetensors"
+    if form == "bin":
+        name = "pytorch_model.bin"
+        for file in sorted(source.glob("model-*")):
+            torch.save(safetensors.torch.load_file(file), source / f"pytorch_{file.stem}.bin")
+            file.unlink()
+        (source / "model.safetensors.index.json").unlink()
+    old = dict.fromkeys(model.state_dict(), name.replace(".", "-00001-of-00002."))
+    (source / f"{name}.index.json").write_text(json.dumps({"weight_map": old}))
+    capfd.readouterr()
+    convert(source, tmp_path / "out")
+    stem, suffix = name.split(".")
+    assert re.fullmatch(
+        rf"warning: {name}\.index\.json names {stem}-00001-of-00002\.{suffix}, which is not there;"
+        rf" {stem}-00001-of-00005\.{suffix} to {stem}-00005-of-00005\.{suffix} is read instead\n",
+        capfd.readouterr().err,
+    )
+    same(tmp_path / "out", fused(model.state_dict(), tied=False))
+    os.rename(source / f"{stem}-00003-of-00005.{suffix}", source / "elsewhere")
+    with pytest.raises(UserError, match=f"in has no {stem}-00001-of-00002.{suffix}, though its {name}.index.json"):
+        convert(source, tmp_path / "out")
+    if form == "safetensors":
+        model.save_pretrained(source)  # a single file beside the old index, of which it knows nothing
+        convert(source, tmp_path / "single")
+        same(tmp_path / "single", fused(model.state_dict(), tied=False))
+
+
+def test_stale_single_file(tmp_path, capfd):
+    """Beside complete shards with an index a single file is of an older upload: the index decides."""
+    source = tmp_path / "in"
+    model = save(source, shards="100KB")
+    old = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(old, source / "model.safetensors")
+    capfd.readouterr()
+    convert(source, tmp_path / "out")
+    same(tmp_path / "out", fused(model.state_dict(), tied=False))
+    assert re.fullmatch(r"warning: model\.safetensors is not read, but the shards [^\n]+\n", capfd.readouterr().err)
+    convert(source / "model.safetensors", tmp_path / "old")  # by its name it is
+    same(tmp_path / "old", fused(old, tied=False))
+
+
 @pytest.mark.parametrize("form", ["bin", "sharded bin", "old bin"])
 def test_bin(tmp_path, form):
     model = make_model("qwen2")
@@ -293,7 +343,7 @@ def test_minimind_v1(tmp_path, heads, kv_heads, theta):
         "max_seq_len": 1024, "dropout": 0.0, "flash_attn": True, "use_moe": False,
     }  # fmt: skip
     (tmp_path / "in" / "config.json").write_text(json.dumps(lm_config))
-    convert(tmp_path / "in", tmp_path / "out")
+    convert(tmp_path / "in", tmp_path / "out", overwrite=True)  # other heads, so another order of the rows
     config = load_config(tmp_path / "out")
     assert (config.n_heads, config.norm_eps, config.context_length, config.rope.theta) == (4, 1e-6, 1024, 1e4)
     (tmp_path / "in" / "config.json").write_text(json.dumps(lm_config | {"n_layers": 3}))
@@ -321,11 +371,9 @@ def test_fuzz_config_beside_weights(tmp_path_factory, config):
     _, state = minimind_v1(16, 8)
     tensors = {name: StoredTensor(path, tensor.dtype, tuple(tensor.shape), 0) for name, tensor in state.items()}
     try:
-        read = ModelConfig.from_hf(convert_hf_checkpoint.read_config(path, tensors))
+        read = ModelConfig.from_hf(minimind.read_config(path, tensors))
         if read.n_layers < 100:  # thousands are allowed, and take seconds
-            convert_hf_checkpoint.plan_tensors(
-                read, {n: t for n, t in tensors.items() if n != "output.weight"}, is_v1=True
-            )
+            names.plan_tensors(read, {n: t for n, t in tensors.items() if n != "output.weight"}, minimind.V1)
     except UserError as error:
         assert str(error)
 
@@ -363,9 +411,7 @@ def test_minimind_v1_that_cannot_be(tmp_path):
     refused({n: t for n, t in state.items() if "w1" not in n}, r"'layers\.0\.feed_forward\.w1\.weight' is missing")
     refused(state | {"layers.0.feed_forward.experts.0.w1.weight": torch.ones(1)}, "mixture of experts")
     refused(state | {"layers.0.attention.wk.weight": torch.ones(20, 64)}, "put its config.json beside")
-    refused(
-        state | {"output.weight": state["output.weight"] + 1}, "'output.weight' differs from 'tok_embeddings.weight'"
-    )
+    refused(state | {"output.weight": torch.ones(299, 64)}, r"'output.weight' has the shape \[299, 64\]")
     refused(state | {"extra.weight": torch.ones(1)}, r"'extra\.weight' is unexpected")
 
 
@@ -395,15 +441,42 @@ def test_first_wrong_tensor_is_named(tmp_path):
     safetensors.torch.save_file(state | harmless, weights)
     convert(tmp_path / "in", tmp_path / "out")
 
+    shutil.rmtree(tmp_path / "out")
     config = tmp_path / "in" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
-    with pytest.raises(
-        UserError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'.*tie_word_embeddings"
-    ):
-        convert(tmp_path / "in", tmp_path / "out")
-    safetensors.torch.save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, weights)
-    convert(tmp_path / "in", tmp_path / "out")
-    assert load_config(tmp_path / "out").tied
+    refused({"lm_head.weight": torch.ones(299, 64)}, r"'lm_head.weight' has the shape \[299, 64\].* \[300, 64\]")
+    refused({"model.embed_tokens.weight": torch.ones(64)}, r"'model.embed_tokens.weight' has the shape \[64\]")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tied_embeddings(tmp_path, capfd, nested):
+    """What transformers makes of tie_word_embeddings: an output of its own is kept, one that is missing is tied."""
+    model = save(tmp_path / "in", "llama")
+    state, weights, config = model.state_dict(), tmp_path / "in" / "model.safetensors", tmp_path / "in" / "config.json"
+    fields = json.loads(config.read_text())
+    del fields["tie_word_embeddings"]
+    fields |= {"text_config": {"tie_word_embeddings": True}} if nested else {"tie_word_embeddings": True}
+    config.write_text(json.dumps(fields))
+    tokens = torch.arange(12)[None]
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    for name, changes, tied in [
+        ("differ", {}, False),
+        ("same", {head: state[embedding].clone()}, True),
+        ("embedding only", {head: None}, True),
+        ("output only", {embedding: None}, True),
+    ]:
+        changed = {name: tensor for name, tensor in (state | changes).items() if tensor is not None}
+        safetensors.torch.save_file(changed, weights, {"format": "pt"})
+        capfd.readouterr()
+        convert(tmp_path / "in", tmp_path / name)
+        warnings = capfd.readouterr().err.splitlines()
+        assert len(warnings) == (not tied) and all("'lm_head.weight'" in line for line in warnings)
+        ours = load_model(tmp_path / name)
+        assert load_config(tmp_path / name).tied == tied and (ours.output is None) == tied
+        if not nested:  # a Llama of transformers itself has no nested config
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
+            ours.setup_caches(1, 12)
+            torch.testing.assert_close(ours(tokens, tokens), theirs(tokens).logits, atol=1e-3, rtol=1e-4)
 
 
 class Harmful:
@@ -421,11 +494,21 @@ def test_pickle_that_is_more_than_tensors(tmp_path):
         with pytest.raises(UserError, match=match) as caught:
             convert(tmp_path / "in", tmp_path / "out")
         assert "\n" not in str(caught.value)
+        # torch advises to load unsafely
+        assert not re.search(r"weights_only|safe_globals|\bFalse\b|trust", str(caught.value)), caught.value
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
     for old in (False, True):
         torch.save({"a": torch.ones(2), "b": Harmful()}, weights, _use_new_zipfile_serialization=not old)
         refused(r"pytorch_model.bin holds more than tensors \(\S*mkdir\), which could run code")
+    for value in (torch.nn.Linear(2, 2), {"a": numpy.ones(2)}, argparse.Namespace(a=1)):
+        torch.save(value, weights)
+        refused(r"pytorch_model.bin holds more than tensors \(\S+\), which could run code; get it as safetensors$")
+    for protocol in (2, 5):
+        weights.write_bytes(pickle.dumps({"a": [1.0] * 100}, protocol))
+        refused("pytorch_model.bin is not a readable PyTorch file")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(weights)
+    refused("pytorch_model.bin is not a readable PyTorch file .*TorchScript")
     weights.write_bytes(pickle.dumps(Harmful()))
     refused("pytorch_model.bin (holds more than tensors|is not a readable PyTorch file)")
     for value in ({"model": {"a": torch.ones(2)}}, {"a": 3}, {3: torch.ones(2)}):
@@ -467,7 +550,10 @@ def test_what_is_no_checkpoint(tmp_path):
         index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {first: name}}))
         refused("which is no plain file name", source)
     index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {first: "gone.safetensors"}}))
-    refused("gone.safetensors is missing", source)
+    convert(source, tmp_path / "out")  # the shards are complete all the same
+    shutil.rmtree(tmp_path / "out")
+    os.rename(source / "model-00002-of-00005.safetensors", source / "elsewhere")
+    refused(r"in has no gone\.safetensors, though its model\.safetensors\.index\.json names it", source)
     index.write_text("{")
     refused("index.json is not valid JSON", source)
     shutil.rmtree(source)
@@ -483,6 +569,84 @@ def test_what_is_no_checkpoint(tmp_path):
         refused(match, source)
     (source / "config.json").unlink()
     refused("config.json is missing", source)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*merge_and_unload"),
+        (["adapter_model.bin"], "a LoRA adapter"),
+        (["model_index.json", "unet/model.safetensors"], "a diffusers pipeline .*; take a language model"),
+        (["model-q4_k_m.gguf", "config.json"], "GGUF files .*; convert the model that they were made from"),
+        (["onnx/model.onnx", "config.json"], "ONNX weights .*safetensors"),
+        (["model.onnx"], "ONNX weights"),
+        (["tf_model.h5", "config.json"], "TensorFlow weights .*safetensors"),
+        (["flax_model.msgpack", "tokenizer.json"], "Flax weights .*safetensors"),
+        (["weights.npz", "config.json"], "weights of mlx .*; convert the original"),
+        (
+            ["params.json", "consolidated.00.pth", "tokenizer.model"],
+            "a model in the form of its authors .*Hugging Face",
+        ),
+        (["params.json", "consolidated.safetensors"], "a model in the form of its authors .*Hugging"),
+        (["checkpoint-500/model.safetensors"], "the checkpoints of a training run .*checkpoint-500.*; name one"),
+        (["tokenizer.json", "tokenizer_config.json"], "a tokenizer .*; put the weights beside it"),
+    ],
+)
+def test_other_kinds_are_called_by_their_names(tmp_path, files, said):
+    for name in files:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"in has no weights to convert but {said}"):
+        convert(tmp_path / "in", tmp_path / "out")
+    if files[0].endswith(("gguf", "onnx")) or files == ["adapter_model.bin"]:
+        with pytest.raises(UserError, match=said):  # the file itself
+            convert(tmp_path / "in" / files[0], tmp_path / "out")
+
+
+def test_weights_that_mlx_quantized(tmp_path):
+    save(tmp_path / "in")
+    config = tmp_path / "in" / "config.json"
+    form = {"group_size": 64, "bits": 4}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization": form, "quantization_config": form}))
+    with pytest.raises(UserError, match="mlx quantized are not supported; convert the original model"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_warnings(tmp_path, capfd):
+    """What can be converted, but one should know of."""
+
+    def warnings(files: dict[str, object]) -> list[str]:
+        for name, content in files.items():
+            (source / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        capfd.readouterr()
+        convert(source, tmp_path / "out")
+        for name in files:
+            (source / name).unlink()
+        config.write_text(json.dumps(fields))
+        return capfd.readouterr().err.splitlines()
+
+    source = tmp_path / "in"
+    save(source)
+    config = source / "config.json"
+    fields = json.loads(config.read_text())
+    (source / "generation_config.json").unlink(missing_ok=True)
+    assert warnings({}) == []
+    assert (
+        warnings({"chat_template.jinja": "{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}"})
+        == []
+    )
+    (line,) = warnings({"chat_template.jinja": "{% for m in messages %}"})
+    assert re.match("warning: the chat template is broken .*; correct it", line)
+    (line,) = warnings({"generation_config.json": {"eos_token_id": [2, 300, 301]}})
+    assert re.match("warning: the end token 300, 301 is beyond the vocabulary of 300; correct eos_token_id in", line)
+    (line,) = warnings({"config.json": fields | {"eos_token_id": 300}})
+    assert "the end token 300 is beyond" in line
+    (line,) = warnings({"generation_config.json": {"eos_token_id": "</s>"}})
+    assert re.match("warning: .*generation_config.json: eos_token_id: .*correct it", line)
+    (line,) = warnings({"adapter_config.json": {}})
+    assert re.match("warning: the LoRA adapter in .* is not applied; merge it", line)
+    (line,) = warnings({"config.json": fields | {"is_llama_config": True, "swirl": 3, "eddy": None}})
+    assert re.match("warning: config.json: swirl: this field is unknown", line)
 
 
 def test_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
@@ -532,13 +696,57 @@ def test_only_our_own_checkpoints_are_replaced(tmp_path):
         convert(source, out)
 
 
+def test_another_model_is_not_replaced_in_silence(tmp_path, capfd):
+    """Nor what was quantized from it; of the same model both stay."""
+    for name, family in [("a", "llama"), ("b", "qwen3")]:
+        save(tmp_path / name / "final", family)
+    first, second, out = tmp_path / "a" / "final", tmp_path / "b" / "final", tmp_path / "out"
+    convert(first, out)
+    with pytest.raises(UserError, match=r"out holds another model; name another folder as --out, or .*--overwrite"):
+        convert(second, out)
+    int8 = quantize(out, "int8")
+    before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in out.glob("*.safetensors")}
+    assert len(before) == 2
+
+    # Converted again: the weights and what was quantized from them stay, the other files are renewed.
+    tokenizer_config = json.loads((first / "tokenizer_config.json").read_text()) | {"model_max_length": 77}
+    (first / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    message = convert(first, out)
+    assert f"unchanged, so kept: {int8.name}, model.safetensors" in message
+    assert {path.name: (path.read_bytes(), path.stat().st_ino) for path in out.glob("*.safetensors")} == before
+    assert (out / "tokenizer_config.json").read_text() == json.dumps(tokenizer_config)
+    # In another dtype or other shards as well.
+    assert f"unchanged, so kept: {int8.name})" in convert(first, out, torch.bfloat16)
+    assert load_model(out).norm.weight.dtype == torch.bfloat16 and int8.read_bytes() == before[int8.name][0]
+    convert(first, out, torch.float32, shard_bytes=100_000)
+    assert len(list(out.glob("model-0*.safetensors"))) > 2 and int8.read_bytes() == before[int8.name][0]
+    load_model(out), load_model(int8)
+
+    # One number of one tensor differs.
+    state = safetensors.torch.load_file(first / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][95, 63] += 1
+    safetensors.torch.save_file(state, first / "model.safetensors")
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    for source in (first, second):
+        with pytest.raises(UserError, match=f"out holds another model and {int8.name}, quantized from it; .*overwrite"):
+            convert(source, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+    capfd.readouterr()
+    convert(first, out, overwrite=True)
+    assert f"warning: removed {int8.name}, quantized from the model that was replaced" in capfd.readouterr().err
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    same(out, fused(state, tied=False))
+
+
 # At each line of its input, forks a process that converts two folders in turns to a third, and tells when it has begun.
 FORKS = """
 import itertools, os, sys
 from pathlib import Path
 import torch
-from convert_hf_checkpoint import convert, expected_shapes, load_tokenizer
+from convert_hf_checkpoint import convert, load_tokenizer
 from checkpoint import load_config
+from model import expected_shapes
 torch.set_num_threads(1)
 first, second, out = map(Path, sys.argv[1:])
 load_tokenizer(first), expected_shapes(load_config(first))  # what is imported on first use
@@ -547,7 +755,7 @@ for _ in sys.stdin:
         os.waitpid(child, 0)
         print("ended", flush=True)
     for source in [] if child else itertools.cycle([first, second]):
-        convert(source, out)
+        convert(source, out, overwrite=True)
         print(os.getpid(), flush=True)
 """
 
@@ -574,7 +782,7 @@ def test_kill_leaves_the_old_checkpoint_or_the_new_or_none(tmp_path):
         left |= {path.name for path in tmp_path.iterdir()} - {"a", "b", "out"}
     forks.communicate(timeout=60)
     assert ".out.converting" in left  # the kills did strike while a conversion was under way
-    convert(sources[0], out)  # clears away what the killed runs left
+    convert(sources[0], out, overwrite=True)  # clears away what the killed runs left
     same(out, states[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
 
@@ -688,10 +896,15 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     for repo in ("gpt2", "../x", "a/b/c", "a/..", "/a/b", "a/b?", ""):
         assert "is not of the form ORG/NAME" in refused("--repo", repo)
 
+    monkeypatch.setattr(sys, "argv", ["convert_hf_checkpoint.py", "--help"])
+    with pytest.raises(SystemExit):
+        convert_hf_checkpoint.main()
+    options = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("options:")[2])[2:]
+    assert [text.split()[0] for text in options if "default: " not in text] == ["--repo", "--checkpoint_dir"]
+
     monkeypatch.chdir(tmp_path)
     save(Path("some model"))
-    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint_dir", "some model", "--dtype", "bfloat16"])
-    convert_hf_checkpoint.main()
+    run_main(monkeypatch, "--checkpoint_dir", "some model", "--dtype", "bfloat16")
     assert load_model("checkpoints/local/some model").norm.weight.dtype == torch.bfloat16
     out, err = capsys.readouterr()
     assert out == "" and "--checkpoint_path 'checkpoints/local/some model'" in err.splitlines()[-1]
@@ -747,6 +960,20 @@ def test_repo(tmp_path):
     same(out, fused(model.state_dict(), tied=False))
 
 
+def test_repo_that_was_uploaded_again(tmp_path):
+    """The shards that are there are fetched, whatever the index names; one warning."""
+    repo = tmp_path / "hub" / "org" / "name"
+    model = hub_folder(repo, shards="100KB")
+    (repo / "pytorch_model.bin").unlink()
+    index = {"weight_map": dict.fromkeys(model.state_dict(), "model-00001-of-00002.safetensors")}
+    (repo / "model.safetensors.index.json").write_text(json.dumps(index))
+    with FakeHub(tmp_path / "hub") as hub:
+        done = run_script("--repo", "org/name", cwd=tmp_path, env=os.environ | hub.env(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"warning: model\.safetensors\.index\.json names [^\n]+\nwrote [^\n]+\n", done.stderr)
+    same(tmp_path / "checkpoints" / "org" / "name", fused(model.state_dict(), tied=False))
+
+
 def test_progress_on_a_terminal(tmp_path):
     """Bars for the download and the conversion. (That a pipe gets none, the exact stderr of the tests above shows.)"""
     hub_folder(tmp_path / "hub" / "org" / "name")
@@ -768,6 +995,77 @@ def test_progress_on_a_terminal(tmp_path):
     assert b"wrote checkpoints/org/name" in shown
 
 
+def cache_folder(tmp_path: Path, repo: str = "org/some--name") -> Path:
+    """models--ORG--NAME of a cache, as the client leaves it: links to blobs, of the branch main and an older commit."""
+    folder = tmp_path / "hub" / ("models--" + repo.replace("/", "--"))
+    for sha, family in (("a" * 40, "qwen3"), ("b" * 40, "llama")):
+        save(folder / "blobs" / family, family)
+        (folder / "snapshots" / sha).mkdir(parents=True)
+        for file in (folder / "blobs" / family).iterdir():
+            (folder / "snapshots" / sha / file.name).symlink_to(file)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b" * 40)
+    return folder
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_hf_checkpoint.py", *map(str, arguments)])
+    convert_hf_checkpoint.main()
+
+
+def test_folders_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = cache_folder(tmp_path, "org/name")
+    out = tmp_path / "checkpoints" / "org" / "name"
+    run_main(monkeypatch, "--checkpoint_dir", folder)
+    assert not load_config(out).qk_norm  # the branch main
+    run_main(monkeypatch, "--checkpoint_dir", folder / "snapshots" / ("a" * 40), "--overwrite")
+    assert load_config(out).qk_norm
+    run_main(monkeypatch, "--checkpoint_dir", folder, "--out", "elsewhere")
+    assert not load_config(tmp_path / "elsewhere").qk_norm
+    (folder / "refs" / "main").unlink()
+    with pytest.raises(UserError, match=r"does not hold the branch main; name one of its snapshots \(a{40}, b{40}\)"):
+        run_main(monkeypatch, "--checkpoint_dir", folder)
+    shutil.rmtree(folder / "snapshots" / ("b" * 40))
+    run_main(monkeypatch, "--checkpoint_dir", folder)
+    shutil.rmtree(folder / "snapshots" / ("a" * 40))
+    with pytest.raises(UserError, match=r"snapshots \(none\)"):
+        run_main(monkeypatch, "--checkpoint_dir", folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "elsewhere", "hub"]
+
+
+FETCH = """
+import sys
+from convert_hf_checkpoint import fetch_checkpoint
+from errors import run
+run(lambda: print(fetch_checkpoint(*sys.argv[1:])))
+"""
+
+
+def test_fetch_checkpoint(tmp_path, monkeypatch):
+    """Converts on first use, once for all processes that ask; a revision that is another model is refused."""
+    model = hub_folder(tmp_path / "hub" / "org" / "name")
+    out = tmp_path / "checkpoints" / "org" / "name"
+    with FakeHub(tmp_path / "hub") as hub:
+        env = os.environ | hub.env(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", FETCH, "org/name"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes = [subprocess.Popen(command, cwd=tmp_path, env=env, **pipes) for _ in range(2)]
+        answers = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], answers
+        assert [stdout for stdout, _ in answers] == ["checkpoints/org/name\n"] * 2
+        assert sorted(bool(re.fullmatch(r"wrote [^\n]+\n", err)) for _, err in answers) == [False, True], answers
+        same(out, fused(model.state_dict(), tied=False))
+        assert [path.name for path in out.parent.iterdir()] == ["name"]
+        save(tmp_path / "hub" / "org" / "name", "qwen3")
+        done = subprocess.run([*command, "main"], cwd=tmp_path, env=env | {"HF_HOME": "other"}, **pipes)
+        assert "checkpoints/org/name holds another model; name another folder" in error_line(done)
+    monkeypatch.chdir(tmp_path)
+    assert convert_hf_checkpoint.fetch_checkpoint("org/name") == Path("checkpoints/org/name")  # nobody is asked
+    with pytest.raises(UserError, match="'name' is not of the form ORG/NAME"):
+        convert_hf_checkpoint.fetch_checkpoint("name")
+
+
 CASES = """
 import json, sys
 from formats import hub
@@ -780,10 +1078,11 @@ for repo, revision in json.loads(sys.argv[1]):
 """
 
 
-def download_all(hub: FakeHub, home: Path, *cases: tuple[str, str | None]) -> list[str]:
+def download_all(hub: FakeHub, home: Path, *cases: tuple[str, str | None], offline: str = "0") -> list[str]:
     """What download() answers to each repo and revision: a folder, or "error: ..."."""
     command = [sys.executable, "-c", CASES, json.dumps(cases)]
     env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | hub.env(home)
+    env |= {"HF_HUB_OFFLINE": offline}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -798,13 +1097,20 @@ def test_what_the_hub_refuses(tmp_path):
     next((org / "incomplete").glob("model-00003*")).unlink()
     (org / "gguf").mkdir()
     (org / "gguf" / "model.gguf").touch()
+    hub_folder(org / "lora")
+    for file in (org / "lora").glob("model*"):
+        file.unlink()
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "flax_model.msgpack"):
+        (org / "lora" / name).unlink()
+    (org / "lora" / "adapter_model.safetensors").touch()
     expected = {
         ("org/none", None): "org/none is not a model on the hub, or a private one; .*HF_TOKEN",
         ("org/private", None): "org/private is not a model on the hub, or a private one; .*HF_TOKEN",
         ("org/na--me", None): "org/na--me is not a model on the hub",
         ("org/name", "v9"): "org/name has no revision 'v9'; see its branches",
         ("org/gated", None): "org/gated is gated; ask for access at https://huggingface.co/org/gated, .*HF_TOKEN",
-        ("org/gguf", None): "org/gguf has no weights",
+        ("org/gguf", None): r"org/gguf has no weights to convert but GGUF files \(model.gguf\)",
+        ("org/lora", None): r"org/lora has no weights to convert but a LoRA adapter \(adapter_model.safetensors\)",
         ("org/unsupported", None): "config.json: model_type: 'gpt2'",
         ("org/incomplete", None): "org/incomplete has no model-00003-of-",
     }
@@ -814,6 +1120,26 @@ def test_what_the_hub_refuses(tmp_path):
         # The config was looked at before the weights were fetched.
         assert set(hub.fetched()) <= {"config.json", "model.safetensors.index.json", "generation_config.json",
                                      "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
+
+
+def test_offline(tmp_path):
+    """HF_HUB_OFFLINE=1: what the cache holds is converted, nobody is asked."""
+    for name in ("name", "other"):
+        hub_folder(tmp_path / "hub" / "org" / name)
+    with FakeHub(tmp_path / "hub") as hub:
+        online = download_all(hub, tmp_path / "home", ("org/name", None), ("org/other", None))
+        (Path(online[1]) / "model.safetensors").unlink()
+        hub.requests.clear()
+        cases = [("org/name", None), ("org/name", "main"), ("org/none", None), ("org/name", "v9"), ("org/other", None)]
+        answers = download_all(hub, tmp_path / "home", *cases, offline="1")
+        assert answers[:2] == [online[0]] * 2
+        assert re.match("error: the cache in .* does not hold org/none; unset HF_HUB_OFFLINE", answers[2])
+        assert re.match("error: the cache in .* does not hold org/name at 'v9'; unset HF_HUB_OFFLINE", answers[3])
+        assert re.match("error: the cache does not hold all of org/other .*; unset HF_HUB_OFFLINE", answers[4])
+        env = os.environ | hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
+        done = run_script("--repo", "org/name", cwd=tmp_path, env=env)
+        assert done.returncode == 0 and re.fullmatch("wrote checkpoints/org/name: [^\n]+\n", done.stderr), done.stderr
+        assert hub.requests == []
 
 
 @pytest.mark.slow
