@@ -25,7 +25,7 @@ from kernels.packing import allocate
 from layout import check_order, check_tensors, quantized_layers
 from model import Transformer
 from tp import ALONE, Group
-from weights import mapped, read_safetensors
+from weights import read_safetensors
 
 CHECKPOINTS = Path("checkpoints")  # where conversions go, as ORG/NAME
 DEMO = Path(__file__).parent / "demo" / "target"  # the small trained model that is used when none is named
@@ -142,7 +142,7 @@ def load_model(
     check_memory(sum(sizes) * group.sharing, f"the weights of {path.parent}", device)
 
     def part(name: str) -> Tensor:
-        return slices.slice(name, mapped(stored[name]))
+        return slices.slice(name, stored[name].read())
 
     state = {}
     for name in stored:
@@ -183,5 +183,5 @@ def checksum(path: Path | str) -> str:
         digest.update(file.read_bytes())
     for name, tensor in stored.items():
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(mapped(tensor).flatten()[:256].view(torch.uint8).numpy().tobytes())
+        digest.update(bytes(tensor.read().flatten()[:256].view(torch.uint8).tolist()))
     return digest.hexdigest()[:12]

@@ -1,25 +1,25 @@
 """Weight files: safetensors, one or in shards with an index, read tensor by tensor, in runs of rows.
 
-    header, metadata = read_header(path)                     # name -> StoredTensor: dtype, shape, where it lies
+    header, metadata = read_header(path)                     # name -> StoredTensor: its dtype and shape
     header, metadata = read_safetensors(path)                # also of an index
     rows = header["norm.weight"].read(0, 100)
 
-The format: https://huggingface.co/docs/safetensors (8 bytes length, a JSON header, the tensors without gaps).
+The library reads; here its errors become the user's, and what was read does not stay in memory longer than it is used.
 """
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import UserError
-from files import MAX_JSON_BYTES, gb, read_json
+from files import MAX_JSON_BYTES, read_json
 
 CHUNK_BYTES = 32 * 2**20  # read and written at a time
 
@@ -34,113 +34,93 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a model can be r
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file, not yet read. `offset` counts bytes from the start of the file."""
+    """A tensor of a safetensors file, not yet read."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    name: str
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start:stop of the first dimension, read from the file (a map's pages would stay resident)."""
-        if not self.shape:
-            rows, stop = (), 1
-        else:
-            stop = self.shape[0] if stop is None else stop
-            rows = (stop - start, *self.shape[1:])
-        stride = math.prod(self.shape[1:]) * self.dtype.itemsize
-        data = bytearray((stop - start) * stride)
-        if not data:
-            return torch.empty(rows, dtype=self.dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * stride)
-            view = memoryview(data)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise UserError(f"{self.path} ends too early; it was changed while it was read, get it again")
-                view = view[count:]
-        return torch.frombuffer(data, dtype=self.dtype).view(rows)
+        """Rows start:stop of the first dimension, mapped from the file: read from disk when they are first used.
 
-
-def mapped(tensor: StoredTensor) -> Tensor:
-    """The tensor in a map of its own of the file, private: writing to it would not change the file.
-
-    Of its own, because a compiled region takes no two weights that share a storage.
-    """
-    if not tensor.nbytes:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    if tensor.offset % tensor.dtype.itemsize:
-        return tensor.read()
-    first = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
-    with open(tensor.path, "rb") as file:
-        pages = mmap.mmap(file.fileno(), tensor.offset + tensor.nbytes - first, access=mmap.ACCESS_COPY, offset=first)
-    count = math.prod(tensor.shape)
-    return torch.frombuffer(pages, dtype=tensor.dtype, count=count, offset=tensor.offset - first).view(tensor.shape)
+        Each call maps the file anew. The pages of a map stay in memory until the last tensor of it is gone, so a
+        tensor that is kept would keep those of all others; and a compiled region takes no two weights that share a
+        storage. The map is private: writing to the tensor does not change the file.
+        """
+        try:
+            file = _open(self.path, "mmap")
+        except RuntimeError:  # Linux refuses a private map of a file larger than the memory
+            file = _open(self.path, "pread")  # reads the whole tensor for a few rows
+        try:
+            rows = file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+        except SafetensorError as error:
+            raise UserError(f"{self.path} was changed while it was read; start again") from error
+        # Some writers do not align the tensors, but the kernels rely on it.
+        return rows if rows.data_ptr() % self.dtype.itemsize == 0 else rows.clone()
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, believed only where the file bears them out.
+    """The tensors of a safetensors file, in the order in which they are stored, and its metadata.
 
-    UserError names the file, and the tensor, whose dtype, shape and place do not fit each other or the file's size.
+    UserError names the file, and the tensor that does not fit the file or cannot be used.
     """
+    file = _open(path, "pread")
+    tensors = {}
+    for name in file.offset_keys():
+        tensor = file.get_slice(name)
+        dtype, shape = DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape())
+        if dtype is None:
+            raise _invalid(path, f"tensor {name!r} has the dtype {tensor.get_dtype()!r}, which is not supported")
+        if len(shape) > 8 or max(shape, default=0) >= 2**63:
+            raise _invalid(path, f"tensor {name!r} has the shape {list(shape)}, which is not supported")
+        tensors[name] = StoredTensor(path, dtype, shape, name)
+    return tensors, file.metadata() or {}
 
-    def broken(what: str) -> UserError:
-        return UserError(f"{path} is not a valid safetensors file: {what}; get the file again")
 
+def _open(path: Path, backend: str) -> safe_open:
     if not path.is_file():
         raise UserError(f"{path} is missing; get the complete checkpoint folder")
-    size = path.stat().st_size
+    try:
+        return safe_open(path, framework="pt", backend=backend)
+    except SafetensorError as error:
+        reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
+        raise _invalid(path, f"{_find_fault(path)}{reason}") from error
+
+
+def _invalid(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is not a valid safetensors file: {reason}; get the file again")
+
+
+def _find_fault(path: Path) -> str:
+    """What is wrong with a file that the library refused: it seldom names the tensor. "" where it is not a tensor."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise broken(f"it has {size} bytes, its header alone should have {length + 8}, so it is truncated")
-        if length > MAX_JSON_BYTES:
-            raise broken(f"its header claims {gb(length)}, more than {gb(MAX_JSON_BYTES)}")
-        raw = file.read(length)
+        size = path.stat().st_size - 8 - length
+        if size < 0:
+            return "it is truncated: "
+        raw = file.read(length) if length <= MAX_JSON_BYTES else b""
     try:
-        entries = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise broken("its header is not JSON") from error
-    if not isinstance(entries, dict):
-        raise broken("its header is not a JSON object")
-    metadata = entries.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise broken("its __metadata__ is not a table of strings")
-
-    tensors, spans = {}, []
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise broken(f"tensor {name!r} is not described by dtype, shape and data_offsets")
-        dtype_name, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
-        if dtype is None:
-            raise broken(f"tensor {name!r} has the dtype {dtype_name!r}, which is not supported")
-        if not _are_sizes(shape) or len(shape) > 8:
-            raise broken(f"tensor {name!r} has the shape {shape!r}")
-        if not _are_sizes(span) or len(span) != 2 or not span[0] <= span[1] <= size - 8 - length:
-            raise broken(f"tensor {name!r} lies at {span!r} of {size - 8 - length} bytes, so it is truncated")
-        if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
-            raise broken(f"tensor {name!r} of shape {shape} {dtype_name} cannot have {span[1] - span[0]} bytes")
-        tensors[name] = StoredTensor(path, dtype, tuple(shape), 8 + length + span[0])
-        spans.append((span[0], span[1], name))
-    end = 0
-    for start, stop, name in sorted(spans):
-        if start != end:
-            raise broken(f"tensor {name!r} starts at byte {start} where the one before it ends at {end}")
-        end = stop
-    if end != size - 8 - length:
-        raise broken(f"its tensors end at byte {end} of {size - 8 - length}")
-    return tensors, metadata
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+        entries = json.loads(raw)
+    except (ValueError, RecursionError):
+        return ""
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        try:
+            start, end = entry["data_offsets"]
+            shape = entry["shape"][:8]  # a longer one would be a number of megabytes
+            fits = end - start == math.prod(shape) * DTYPES[entry["dtype"]].itemsize
+            fits = fits and all(type(size) is int and size >= 0 for size in shape)
+        except (KeyError, TypeError, ValueError):
+            end, fits = 0, name == "__metadata__"
+        if end > size:
+            return f"tensor {name!r} ends at byte {end} of {size}, the file is truncated: "
+        if not fits:
+            return f"tensor {name!r}: "
+    return ""
 
 
 def read_index(path: Path) -> list[Path]:
