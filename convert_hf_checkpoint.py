@@ -412,7 +412,7 @@ def fetch_checkpoint(repo: str, revision: str | None = None) -> Path:
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Convert a Hugging Face checkpoint.", allow_abbrev=False)
+    parser = ArgumentParser(description="Convert a Hugging Face checkpoint.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, downloaded first")
     source.add_argument(

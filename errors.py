@@ -1,29 +1,55 @@
-"""How a script ends: what the user did wrong is one `error:` line and exit code 2, Ctrl-C is a quiet 130.
+"""How a script begins and ends: what the user did wrong is one `error:` line and exit code 2, Ctrl-C is a quiet 130.
+
+import errors  # before anything that imports torch
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)
 """
 
 import argparse
 import contextlib
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import NoReturn
+
+SPIN_COUNT = "3000"  # turns of a waiting thread before it sleeps
 
 
 class UserError(Exception):
     """Something only the user can mend. The message is one line: what is wrong, and what to do about it."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Ends the help of each option with its default, unless that says it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.dest == "help" or action.required or "default" in text:
+            return text
+        default = {None: "none", False: "off"}.get(action.default, "%(default)s")
+        return f"{text}; default: {default}" if text else f"default: {default}"
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, whose complaints are one `error:` line like any other."""
+    """argparse, whose complaints are one `error:` line like any other and whose help names every default."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def count(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 11 else 0
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number from 1 to {2**31 - 1}")
+    return value
 
 
 def run(main: Callable[[], None]) -> None:
@@ -32,6 +58,8 @@ def run(main: Callable[[], None]) -> None:
         if getattr(sys, name) is None:  # closed, as under some daemons
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -73,12 +101,21 @@ def exit_with(code: int, message: str = "") -> NoReturn:
     sys.exit(code)
 
 
-def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python calls for an exception that nobody caught: Ctrl-C leaves no traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        os._exit(130)
-    sys.__excepthook__(kind, error, trace)
+def end_at_once(*_: object) -> NoReturn:
+    """Ctrl-C while a script imports torch, where an exception could be caught by whoever imports something optional."""
+    os._exit(130)
 
 
-sys.excepthook = quiet_interrupt  # `run` has not begun while a script imports torch, which takes seconds
+def is_main_program() -> bool:
+    """Whether the program is a script of this folder, and not somebody else's that imports it."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return bool(program) and os.path.dirname(os.path.abspath(program)) == os.path.dirname(os.path.abspath(__file__))
+
+
+if is_main_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)
+# A thread of OpenMP that waits for the others spins, by default until they come: beside other work, which keeps one of
+# them from its core, decoding fell from 1,000 to 4 tokens/s. It has to be set before torch loads the library.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's word where there is none; nothing needs it

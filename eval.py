@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Request, cache_bytes
-from errors import ArgumentParser, UserError
+from errors import ArgumentParser, UserError, count
 from files import check_memory, read_text
 from model import Transformer
 from sampling import SamplingParams
@@ -257,19 +257,22 @@ def load_tasks(names: list[str], folder: Path | None):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description="Evaluate a checkpoint.", allow_abbrev=False)
+    parser = ArgumentParser(description="Evaluate a checkpoint.")
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a converted folder or a weight file in one; default: demo")
+    add("--checkpoint_path", type=Path, help="a converted folder, a weight file in one, or ORG/NAME; default: the demo")
+    add("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
+    add("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--perplexity", type=Path, metavar="FILE", help="a UTF-8 text")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, also separated by commas")
     add("--stride", type=int, help="tokens between windows; default: --max_seq_length, so that they do not overlap")
     add("--max_seq_length", type=int, help=f"of a window; default: the model's context, at most {MAX_WINDOW}")
-    add("--limit", type=int, help="samples of each task")
+    add("--limit", type=int, help="samples of each task; default: all")
     add("--num_fewshot", type=int, help="examples before each question; default: what the task says")
     add("--batch_size", type=int, default=1, help="requests that are run together")
     add("--task_path", type=Path, metavar="DIR", help="a folder with yaml tasks of your own")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
+    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--json", action="store_true", help="the result as one JSON object")
@@ -278,6 +281,10 @@ def parse_args() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise UserError(f"--{name} {value} is out of range; it must be {least} or more")
+    if args.repo and args.checkpoint_path:
+        raise UserError("--repo does not go with --checkpoint_path; leave one out")
+    if args.revision and not args.repo:
+        raise UserError("--revision needs --repo; add it")
     others = ("stride",) if args.tasks else ("limit", "num_fewshot", "task_path")
     for name in others:
         if getattr(args, name) is not None:
@@ -289,13 +296,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with join(args.device, args.backend) as group:
+    with join(args.device, args.backend, args.threads) as group:
         evaluate(args, group)
 
 
 def evaluate(args: argparse.Namespace, group: Group) -> None:
     """What every rank of a torchrun does, or this process alone."""
-    device, path = group.device, weights_path(args.checkpoint_path)
+    if args.repo is not None:
+        from convert_hf_checkpoint import fetch_checkpoint  # most runs need no converter
+
+        args.checkpoint_path = fetch_checkpoint(args.repo, args.revision)
+    device, path = group.device, weights_path(args.checkpoint_path or DEMO)
     group.check_flags(args, ELSEWHERE, lambda: [checksum(path)])
     config = load_config(path.parent)
     tokenizer = load_tokenizer(path.parent, config.vocab_size)
@@ -317,7 +328,7 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     needed = group.sharing * cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     if args.tasks:
-        eos_ids = frozenset(load_generation_config(path.parent)["eos_token_ids"] or tokenizer.eos_ids)
+        eos_ids = frozenset([*load_generation_config(path.parent)["eos_token_ids"], *tokenizer.eos_ids])
         lm = harness_model(model, tokenizer, args.batch_size, length, eos_ids)
         lm_eval = import_harness()
         results = lm_eval.simple_evaluate(

@@ -31,7 +31,7 @@ from chat import converse, write
 from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
 from engine import Engine, cache_bytes, weight_bytes
-from errors import ArgumentParser, UserError, log
+from errors import ArgumentParser, UserError, count, log
 from files import check_memory
 from kernels.build import cpu_library
 from model import DECODE_QUERIES
@@ -43,6 +43,7 @@ from prompts import (
     check_draft,
     check_settings,
     default_settings,
+    draw_seed,
     make_request,
     read_jobs,
 )
@@ -54,10 +55,14 @@ CHAT_LENGTH = 4096  # what a conversation has room for by default
 CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a chat
 SPECULATION, OUTPUT = ("draft_checkpoint_path", "prompt_lookup"), ("num_samples", "batch_size", "logprobs", "echo")
 WITHOUT = {  # what does not go together
-    "interactive": ("json", "num_beams", *OUTPUT),
+    "repo": ("checkpoint_path",),
+    "interactive": ("json", "num_beams", "chat", *OUTPUT),
     "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT),
 }
 NEEDS = {  # what has a meaning only beside one of these
+    "revision": ("repo",),
+    "system": ("chat", "interactive"),
+    "template_vars": ("chat", "interactive", "prompt_file"),
     "length_penalty": ("num_beams",),
     "early_stopping": ("num_beams",),
     "num_return_sequences": ("num_beams",),
@@ -66,57 +71,86 @@ NEEDS = {  # what has a meaning only beside one of these
     "speculate_k": SPECULATION,
     "draft_tp": ("draft_checkpoint_path",),
 }
-ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "prompt_file", "profile")  # may be on another machine
-RANGES = {name: (1, 2**31 - 1) for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_length")}
-RANGES |= {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, DECODE_QUERIES - 1)}
+# What may differ between ranks, which may be on different machines.
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "prompt_file", "prompt_text_file", "profile")
+RANGES = {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, DECODE_QUERIES - 1)}
 
 
 def token_bias(text: str) -> tuple[str, float]:
     token_id, _, value = text.partition("=")
-    return token_id, float(value)
+    try:
+        return str(int(token_id)), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not ID=VALUE, such as 13=-100") from None
 
 
 def count_or_auto(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is not a JSON object, such as {{"enable_thinking": false}}')
+    return value
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Generate text from a checkpoint.")
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="a converted folder or a weight file in one; default: the embedded demo")
+    add("--checkpoint_path", type=Path, help="a converted folder, a weight file in one, or ORG/NAME; default: the demo")
+    add("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
+    add("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="the text to continue, or a number: a synthetic prompt of so many tokens")
+    source.add_argument(
+        "--prompt",
+        help="the text to continue, or a number: so many random tokens, to measure with; default: a line of Python, "
+        "for the demo",
+    )
     source.add_argument(
         "--prompt_file",
         help='a UTF-8 file with a prompt on each line, or JSON objects with "prompt" or "messages" and settings of '
         "their own (temperature, stop, ...; id is handed on); - is stdin",
     )
+    source.add_argument("--prompt_text_file", metavar="FILE", help="a UTF-8 file that is one prompt; - is stdin")
     source.add_argument(
         "--interactive", action="store_true", help="a chat (through the chat template, if there is one)"
     )
+    add("--chat", action="store_true", help="render each prompt by the chat template, as a user's message")
+    add("--system", metavar="TEXT", help="the system message of --chat and --interactive")
+    add(
+        "--template_vars",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template: '{\"enable_thinking\": false}'; in a JSON line a field of that name",
+    )
     add("--skip_bad_lines", action="store_true", help="warn of the lines of --prompt_file that cannot be run, go on")
-    add("--max_new_tokens", type=int, help="default: 200, or what the context has room for")
-    add("--min_new_tokens", type=int, help="no end token before so many others")
+    add("--max_new_tokens", type=count, help="default: 200, or what the context has room for")
+    add("--min_new_tokens", type=int, help="no end token before so many others; default: 0")
     add("--ignore_eos", action="store_true", help="end tokens don't end a text")
     add("--stop", nargs="+", metavar="TEXT", help=r"a text ends before any of these (a line break: $'\n' in the shell)")
-    add("--num_samples", type=int, default=1, help="of each prompt")
-    add("--batch_size", type=int, default=1, help="rows that are decoded together")
+    add("--num_samples", type=count, default=1, help="of each prompt; on stdout a line --- I of N begins each")
+    add("--batch_size", type=count, default=1, help="rows that are decoded together")
     add("--temperature", type=float, help="0 is greedy; default: generation_config.json, else greedy")
-    add("--top_k", type=int, help="sample from the k most likely tokens")
-    add("--top_p", type=float, help="sample from the most likely tokens that reach this probability")
-    add("--min_p", type=float, help="drop tokens less likely than this share of the most likely one")
-    add("--seed", type=int, help="the same seed gives the same text; default: a new one each time")
-    add("--repetition_penalty", type=float, help="above 1: tokens of prompt and text get less likely")
-    add("--presence_penalty", type=float, help="above 0: tokens of the text get less likely")
-    add("--frequency_penalty", type=float, help="above 0: each time they occur")
+    advised = "default: generation_config.json, else off"
+    add("--top_k", type=int, help=f"sample from the k most likely tokens; {advised}")
+    add("--top_p", type=float, help=f"sample from the most likely tokens that reach this probability; {advised}")
+    add("--min_p", type=float, help=f"drop tokens less likely than this share of the most likely one; {advised}")
+    add("--seed", type=int, help="the same seed gives the same text; default: a new one for each prompt")
+    add("--repetition_penalty", type=float, help=f"above 1: tokens of prompt and text get less likely; {advised}")
+    add("--presence_penalty", type=float, help="above 0: tokens of the text get less likely; default: 0")
+    add("--frequency_penalty", type=float, help="above 0: each time they occur; default: 0")
     add("--logit_bias", type=token_bias, nargs="+", metavar="ID=VALUE", help="added to the logits of token ids")
     add("--bad_words", nargs="+", metavar="TEXT", help="what must not be written, as a word or part of one")
-    add("--num_beams", type=int, default=1, help="beam search")
+    add("--num_beams", type=int, default=1, help="beam search with so many")
     add("--length_penalty", type=float, default=1.0, help="of beams; above 0 prefers long texts")
     add(
         "--early_stopping", choices=("true", "false", "never"), default="false", help="of beams; as transformers has it"
     )
-    add("--num_return_sequences", type=int, default=1, help="the best so many beams")
+    add("--num_return_sequences", type=count, default=1, help="the best so many beams")
     add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
     add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
     add("--draft_tp", type=int, choices=(1,), help="under torchrun: the draft whole on every rank, not in parts")
@@ -125,10 +159,11 @@ def parse_args() -> argparse.Namespace:
     add("--echo", action="store_true", help="the prompt too; in JSON as prompt_logprobs")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill as well")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
+    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
-    add("--max_seq_length", type=int, help="of the KV cache; default: what is needed, rounded up")
+    add("--max_seq_length", type=count, help="of the KV cache; default: what is needed, rounded up")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the generation")
     add(
         "--json",
@@ -161,8 +196,8 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
             raise UserError(f"--profile {args.profile} cannot be written; name a file in a folder that can")
 
 
-def round_up(length: int, context: int) -> int:
-    """A length for the cache. There are few of them, because compiled code is cached by shape."""
+def cache_length(length: int, context: int) -> int:
+    """The length of a cache for so many tokens: one of few, because compiled code is kept by shape."""
     return min(context, max(1024, 1 << (length - 1).bit_length()))
 
 
@@ -170,13 +205,17 @@ def main() -> None:
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # the tokenizer says what is not UTF-8
-    with join(args.device, args.backend) as group:
+    with join(args.device, args.backend, args.threads) as group:
         run(args, group)
 
 
 def run(args: argparse.Namespace, group: Group) -> None:
     """What every rank does, or this process alone."""
     device = group.device
+    if args.repo is not None:
+        from convert_hf_checkpoint import fetch_checkpoint  # most runs need no converter
+
+        args.checkpoint_path = fetch_checkpoint(args.repo, args.revision)
     path = weights_path(args.checkpoint_path or DEMO)
     config = load_config(path.parent)
     tokenizer = load_tokenizer(path.parent, config.vocab_size)
@@ -194,20 +233,19 @@ def run(args: argparse.Namespace, group: Group) -> None:
 
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
     recommended = load_generation_config(path.parent)
-    eos_ids = frozenset(recommended["eos_token_ids"] or tokenizer.eos_ids)
+    eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
     settings = default_settings(args, recommended)
     limit = args.max_seq_length or context
     if args.interactive and not args.max_seq_length:
-        limit = round_up(max(CHAT_LENGTH, 2 * (args.max_new_tokens or 0)), context)
+        limit = cache_length(max(CHAT_LENGTH, 2 * (args.max_new_tokens or 0)), context)
     target = Target(tokenizer, config.vocab_size, eos_ids, limit, "context" if limit == context else "cache")
-    # A seed that nobody gave is rank 0's, and so is stdin.
-    jobs, settings = group.from_rank_0(
-        lambda: ([] if args.interactive else read_jobs(args, target, settings), settings)
-    )
+    if args.interactive and settings["seed"] is None:
+        settings["seed"] = group.from_rank_0(draw_seed)
+    jobs = [] if args.interactive else group.from_rank_0(lambda: read_jobs(args, target, settings))
     requests = [job.request for job in jobs] or [make_request(target, [0], settings)]
     longest = max(len(request.prompt) for request in requests)
     needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    max_seq_length = limit if args.max_seq_length or args.interactive else round_up(needed, context)
+    max_seq_length = limit if args.max_seq_length or args.interactive else cache_length(needed, context)
     batch_size = args.num_beams if beams else min(args.batch_size, len(requests))
 
     begun = time.perf_counter()
@@ -250,7 +288,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
         log(f"warmed up in {seconds:.1f} s")
     with profiler(args.profile if group.rank == 0 else None):
         if args.interactive:
-            converse(engine, target, settings)
+            converse(engine, target, settings, args.system, args.template_vars or {})
         elif beams:
             search_beams(engine, tokenizer, jobs, beams, args.json)
         else:
@@ -275,7 +313,8 @@ def profiler(path: Path | None):
 
 
 class Output:
-    """Writes texts or JSON objects to stdout; which of several it is, or a progress bar, to stderr."""
+    """Writes texts or JSON objects to stdout, and a progress bar to stderr. A line before each of several texts says
+    which it is."""
 
     def __init__(self, total: int, as_json: bool):
         self.total, self.as_json, self.done = total, as_json, 0
@@ -284,8 +323,8 @@ class Output:
         self.bar = tqdm(total=total, unit="text", leave=False, disable=hidden)
 
     def begin(self, text: str = "") -> None:
-        if self.total > 1 and self.bar.disable and not self.as_json:
-            log(f"--- sample {self.done + 1} of {self.total}")
+        if self.total > 1 and not self.as_json:
+            write(f"--- {self.done + 1} of {self.total}\n")
         write(text)
 
     def end(self, text: str = "") -> None:
@@ -309,7 +348,8 @@ def continue_prompts(engine: Engine, tokenizer: Tokenizer, jobs: list[Job], args
         while output.done < len(jobs) and (tokens := gathered[output.done]) and tokens[-1].finish_reason:
             job, gathered[output.done] = jobs[output.done], []
             if args.json:
-                output.end(json.dumps(result(job, tokens, args), ensure_ascii=False))
+                fields = result(job, tokens, args, tokenizer)
+                output.end(json.dumps(fields, ensure_ascii=False, allow_nan=False))
             elif streaming:
                 output.end()
             else:
@@ -328,7 +368,7 @@ def echoed(tokenizer: Tokenizer, job: Job, first: Token) -> str:
     return job.text + " " * spaces
 
 
-def result(job: Job, tokens: list[Token], args: argparse.Namespace) -> dict[str, Any]:
+def result(job: Job, tokens: list[Token], args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
     """What --json says of a request."""
     new = [token for token in tokens if not token.of_prompt]
     fields = job.labels | {
@@ -339,14 +379,21 @@ def result(job: Job, tokens: list[Token], args: argparse.Namespace) -> dict[str,
         "stats": new[-1].stats.report(),
     }
     if args.logprobs is not None:
-        fields["logprobs"] = [chances(token) for token in new]
+        fields["logprobs"] = [logprobs_of(token, tokenizer) for token in new]
     if args.echo:
-        fields["prompt_logprobs"] = [chances(token) for token in tokens if token.of_prompt]
+        fields["prompt_logprobs"] = [logprobs_of(token, tokenizer) for token in tokens if token.of_prompt]
     return fields
 
 
-def chances(token: Token) -> dict[str, Any]:
-    return {"token": token.id, "logprob": token.logprob, "top": dict(token.top)}
+def logprobs_of(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
+    """{"token": id, "text", "logprob", "top": [the same of the most likely tokens]}. A text is what the token is by
+    itself: where a character takes several tokens, U+FFFD."""
+
+    def named(token_id: int, logprob: float | None) -> dict[str, Any]:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        return {"token": token_id, "text": text, "logprob": logprob}
+
+    return named(token.id, token.logprob) | {"top": [named(*likely) for likely in token.top]}
 
 
 def search_beams(engine: Engine, tokenizer: Tokenizer, jobs: list[Job], beams: BeamParams, as_json: bool) -> None:

@@ -8,6 +8,7 @@ chat's `/set` does. A setting that is None has its default.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -15,15 +16,16 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from engine import Request
 from errors import UserError, log
+from files import gb
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
 DEMO_PROMPT = "def read_lines(path):"
+MAX_BYTES = 2**28  # of a file of prompts; /dev/zero has no end
 
 
 def is_int(value: Any) -> bool:
@@ -60,6 +62,7 @@ SETTINGS = {  # what each may be
     "seed": COUNT,
     "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),
 }
+OTHER_FIELDS = ("id", "prompt", "messages", "template_vars")  # of a line of JSON
 NO_BEAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")  # what beam search knows nothing of
 
 
@@ -67,7 +70,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """The names and types of settings; the ranges are SamplingParams' and make_request's."""
     for name, value in settings.items():
         if name not in SETTINGS:
-            raise UserError(f"{name} is no setting; use one of {', '.join(SETTINGS)}")
+            raise UserError(f"{name!r} is not a setting; use one of {', '.join(SETTINGS)}")
         kind, accepts = SETTINGS[name]
         if not accepts(value):
             raise UserError(f"{name} {json.dumps(value)[:80]} is not {kind}; correct it")
@@ -102,9 +105,12 @@ def default_settings(args: argparse.Namespace, recommended: dict[str, Any]) -> d
             settings[name] = int(recommended[name]) if name == "top_k" else recommended[name]
     if sampled and settings["temperature"] is None:
         settings["temperature"] = 1.0
-    if settings["seed"] is None:
-        settings["seed"] = random.SystemRandom().randrange(2**32)
     return settings
+
+
+def draw_seed() -> int:
+    """The seed of what was given none."""
+    return random.SystemRandom().randrange(2**32)
 
 
 def sampling_params(settings: dict[str, Any], tokenizer: Tokenizer) -> SamplingParams:
@@ -113,6 +119,7 @@ def sampling_params(settings: dict[str, Any], tokenizer: Tokenizer) -> SamplingP
     given = {name: value for name, value in settings.items() if value is not None and name in names}
     filtered = given.get("top_k", 0) > 0 or given.get("top_p", 1) < 1 or given.get("min_p", 0) > 0
     given.setdefault("temperature", 1.0 if filtered else 0.0)
+    given.setdefault("seed", draw_seed())
     given["logit_bias"] = tuple((int(token), float(bias)) for token, bias in given.get("logit_bias", {}).items())
     given["bad_words"] = tuple(
         dict.fromkeys(ids for word in given.get("bad_words", []) for ids in spell(word, tokenizer))
@@ -168,22 +175,34 @@ def read_jobs(args: argparse.Namespace, target: Target, settings: dict[str, Any]
         jobs = list(read_file(args, target, settings))
         if not jobs:
             raise UserError(f"--prompt_file {args.prompt_file} has no prompt; write one on each line")
-    elif length := synthetic_length(args.prompt):
-        if length > target.limit:
-            raise UserError(f"--prompt {length} exceeds the {target.limited_by} of {target.limit} tokens; give less")
-        draw = random.Random(0)
-        prompt = [draw.randrange(target.vocab_size) for _ in range(length)]
-        # It is for timing: all the tokens asked for.
-        request = make_request(target, prompt, settings | {"ignore_eos": True})
-        jobs = [Job(request, target.tokenizer.decode(prompt), {})]
-    elif args.prompt is None and args.checkpoint_path is not None:
-        raise UserError('nothing to continue; give --prompt "...", --prompt_file or --interactive')
-    elif args.prompt == "":
-        raise UserError('the prompt is empty; give --prompt "some text"')
+    elif args.prompt_text_file is not None:
+        data = read_bytes("prompt_text_file", args.prompt_text_file)
+        try:
+            text = decode(data)
+        except UserError as error:
+            raise UserError(f"--prompt_text_file {args.prompt_text_file}: {error}") from error
+        jobs = [make_job({"prompt": text}, args, target, settings)]
+    elif not args.chat and (length := synthetic_length(args.prompt)):
+        jobs = [synthetic_job(length, target, settings)]
+    elif args.prompt is None and (args.checkpoint_path is not None or args.repo is not None):
+        raise UserError('nothing to continue; give --prompt "...", --prompt_file, --prompt_text_file or --interactive')
     else:
-        text = DEMO_PROMPT if args.prompt is None else args.prompt
-        jobs = [Job(make_request(target, target.tokenizer.encode(text), settings), text, {})]
+        jobs = [make_job({"prompt": DEMO_PROMPT if args.prompt is None else args.prompt}, args, target, settings)]
     return list(itertools.chain.from_iterable(samples(job, args.num_samples) for job in jobs))
+
+
+def synthetic_job(length: int, target: Target, settings: dict[str, Any]) -> Job:
+    """Random tokens, to measure with: none of them ends the text."""
+    log(
+        f"--prompt {length} means {length} random tokens, as a load to measure; "
+        f"for the text {str(length)!r} take --chat, or --prompt_text_file with a file that holds it"
+    )
+    if length > target.limit:
+        raise UserError(f"--prompt {length} exceeds the {target.limited_by} of {target.limit} tokens; give less")
+    draw = random.Random(0)
+    prompt = [draw.randrange(target.vocab_size) for _ in range(length)]
+    request = make_request(target, prompt, settings | {"ignore_eos": True})
+    return Job(request, target.tokenizer.decode(prompt), {})
 
 
 def samples(job: Job, count: int) -> Iterator[Job]:
@@ -203,29 +222,57 @@ def synthetic_length(prompt: str | None) -> int | None:
     return int(prompt)
 
 
+def read_bytes(flag: str, name: str) -> bytes:
+    """What a file holds, or stdin if its name is -, without a byte order mark. UserError when that is too much."""
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"--{flag} {name}: {error.strerror}; name a readable file") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"--{flag} {name} holds more than {gb(MAX_BYTES)}; give it in parts")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def decode(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"it is not UTF-8 (byte {error.start + 1}); re-encode it") from error
+
+
 def read_file(args: argparse.Namespace, target: Target, settings: dict[str, Any]) -> Iterator[Job]:
     """A prompt a line, or a JSON object a line: when the name says .jsonl, or the first line is one."""
     name = args.prompt_file
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"--prompt_file {name}: {error.strerror}; name a readable file") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = read_bytes("prompt_file", name)
+    if holds_array(data):
+        raise UserError(
+            f"--prompt_file {name} holds a JSON array; write each of its elements on a line of its own, as an object "
+            'with "prompt" or "messages" (jq -c ".[]" does it)'
+        )
     is_json = name.endswith(".jsonl") or holds_object(data.lstrip().split(b"\n", 1)[0])
     for number, line in enumerate(data.split(b"\n"), 1):  # not at form feeds, as splitlines would
         try:
-            try:
-                text = line.decode().removesuffix("\r")
-            except UnicodeDecodeError as error:
-                raise UserError(f"it is not UTF-8 (byte {error.start + 1}); re-encode it") from error
+            text = decode(line).removesuffix("\r")
             if text.strip():
                 own = parse(text, args.num_beams > 1) if is_json else {"prompt": text}
-                yield make_job(own, target, settings)
+                yield make_job(own, args, target, settings)
         except UserError as error:
             said = " ".join(f"--prompt_file {name}, line {number}: {error}".split())
             if not args.skip_bad_lines:
                 raise UserError(said) from error
             log(f"warning: {said}")
+
+
+def holds_array(data: bytes) -> bool:
+    """Whether a file is one JSON array of objects or strings, as other programs write them."""
+    if not data.lstrip().startswith(b"["):
+        return False
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(item, (dict, str)) for item in value)
 
 
 def holds_object(line: bytes) -> bool:
@@ -249,21 +296,41 @@ def parse(line: str, searching: bool) -> dict[str, Any]:
     messages = own.get("messages", [{"role": "", "content": ""}])
     if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
         raise UserError('messages is not a list of objects like {"role": "user", "content": "text"}; correct it')
-    check_settings({name: value for name, value in own.items() if name not in ("id", "prompt", "messages")})
+    if not isinstance(own.get("template_vars", {}), dict):
+        raise UserError('template_vars is not an object like {"enable_thinking": false}; correct it')
+    check_settings({name: value for name, value in own.items() if name not in OTHER_FIELDS})
     if searching and (sampled := [name for name in NO_BEAMS if name in own]):
         raise UserError(f"{sampled[0]} does not go with --num_beams; leave one out")
     return own
 
 
 def is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and is_content(value.get("content"))
 
 
-def make_job(own: dict[str, Any], target: Target, settings: dict[str, Any]) -> Job:
+def is_content(value: Any) -> bool:
+    """A text, or a list of parts that are texts: [{"type": "text", "text": "..."}, ...]."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+               for part in value)  # fmt: skip
+
+
+def make_job(own: dict[str, Any], args: argparse.Namespace, target: Target, settings: dict[str, Any]) -> Job:
+    """The job of a prompt with fields of its own: "prompt" or "messages", "id", "template_vars" and settings."""
     if own.get("prompt") == "":
         raise UserError("the prompt is empty; give it some text")
-    text = own["prompt"] if "prompt" in own else target.tokenizer.apply_chat_template(own["messages"])
-    prompt = target.tokenizer.encode(text, add_special_tokens="prompt" in own)  # a rendered chat has its own
+    messages = own.get("messages")
+    if messages is None and args.chat:
+        messages = [{"role": "user", "content": own["prompt"]}]
+        if args.system is not None:
+            messages.insert(0, {"role": "system", "content": args.system})
+    if messages is None:
+        text = own["prompt"]
+    else:
+        variables = (args.template_vars or {}) | own.get("template_vars", {})
+        text = target.tokenizer.apply_chat_template(messages, variables=variables)
+    prompt = target.tokenizer.encode(text, add_special_tokens=messages is None)  # a rendered chat has its own
     settings = settings | {name: value for name, value in own.items() if name in SETTINGS}
     return Job(make_request(target, prompt, settings), text, {"id": own["id"]} if "id" in own else {})
 

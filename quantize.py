@@ -252,7 +252,7 @@ def quantize(
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Quantize a checkpoint to int8 or int4.", allow_abbrev=False)
+    parser = ArgumentParser(description="Quantize a checkpoint to int8 or int4.")
     add = parser.add_argument
     add("--mode", choices=MODES, required=True)
     add("--checkpoint_path", type=Path, default=checkpoint.DEMO, help="a converted folder; default: the embedded demo")
