@@ -13,18 +13,20 @@ written.
 
 import base64
 import codecs
+import contextlib
 import json
 import re
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor, set_min_log_level
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from errors import UserError
+
+set_min_log_level(2)  # errors only: sentencepiece tells the terminal what it does
 
 # What Meta published with Llama 3: how text is split into words, and the 256 tokens that follow the file's own (by the
 # names of 3.1, which gave a few of 3.0's reserved ones a meaning). For a tokenizer.model without tokenizer_config.json.
@@ -44,8 +46,8 @@ LLAMA3_CONFIG = {
     "extra_special_tokens": [f"<|{name}|>" for name in LLAMA3_SPECIAL],
 }
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_SENTENCEPIECE = "it is cut off, or no sentencepiece model"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Byte-level BPE spells a byte as one printable character: itself, or the next free one from U+0100 on (GPT-2).
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -71,6 +73,9 @@ class Tokenizer:
         self.decoder_steps = _decoder_steps(backend)
         # Asked of decode itself: a token once added as special and later as ordinary is skipped all the same.
         self.special_ids = {i for i in backend.get_added_tokens_decoder() if not backend.decode([i, i])}
+        # What the post-processor puts behind a text: tokens that end it, where a prompt is to be continued.
+        mask = backend.encode("a").special_tokens_mask
+        self.closing = mask[::-1].index(0) if 0 in mask else 0
         self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         if not self.vocab_size:
             raise ValueError("it holds no tokens")
@@ -79,38 +84,43 @@ class Tokenizer:
         self.eos_ids: list[int] = [ids["eos_token"]] if ids.get("eos_token") is not None else []
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; special tokens written out in it count as such. A rendered chat already holds its bos:
-        encode it with `add_special_tokens=False`. Raises UserError where `text` holds lone surrogates, which is what
-        Python makes of arguments that are not UTF-8."""
+        """The ids of `text`; special tokens written out in it count as such. The tokenizer's bos comes first, where it
+        adds one, but no eos last, since the text is to be continued. A rendered chat already holds its bos: encode it
+        with `add_special_tokens=False`. Raises UserError where `text` holds lone surrogates, which is what Python makes
+        of arguments that are not UTF-8."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the text is not valid UTF-8 at character {error.start + 1}; convert it to UTF-8 and try again"
             ) from error
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids[: len(ids) - self.closing] if add_special_tokens else ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
         text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return _clean_up(text) if self.clean_up else text
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The prompt of a chat, `messages` being [{"role": "user", "content": "..."}, ...]. Raises UserError where the
-        folder has no template, or it is broken or refuses these messages."""
+    def check_chat_template(self) -> None:
+        """UserError, in jinja's words, where the chat template is broken. There may be none."""
+        if self.chat_template is not None:
+            from templates import compile_template  # here, since jinja2 takes a while to import and only chats need it
+
+            compile_template(self.chat_template)
+
+    def apply_chat_template(
+        self, messages: list[dict], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
+    ) -> str:
+        """The prompt of a chat, `messages` being [{"role": "user", "content": "..."}, ...]; a content may be a list of
+        parts {"type": "text", "text": "..."}. `variables` are the template's own, such as {"enable_thinking": False}.
+        Raises UserError where the folder has no template, or it is broken or refuses these messages."""
         if self.chat_template is None:
             raise UserError("this model has no chat template; give it plain text, or use a model trained to chat")
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            return _compile_template(self.chat_template).render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.named,
-            )
-        except Exception as error:  # a template is code of somebody else's: it can raise anything
-            raise UserError(f"the model's chat template does not take this chat: {error}") from error
+        from templates import render_chat
+
+        given = {**self.named, "add_generation_prompt": add_generation_prompt, **(variables or {})}
+        return render_chat(self.chat_template, messages, given)
 
 
 class StreamingDetokenizer:
@@ -216,7 +226,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     with _blaming(config_path):
         named = _add_special_tokens(backend, config)
         if path.name == "tokenizer.model":  # tokenizer.json says itself what is put around a text
-            _add_bos_and_eos(backend, config, named)
+            _add_bos(backend, config, named)
         chat_template = _chat_template(folder, config)
         # transformers leaves BPE text alone: there the clean-up does harm.
         forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
@@ -235,7 +245,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     return tokenizer
 
 
-@contextmanager
+@contextlib.contextmanager
 def _blaming(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of this file."""
     try:
@@ -302,66 +312,72 @@ def _set_llama_pipeline(backend: Backend, config: dict) -> None:
 
 
 def _from_sentencepiece(data: bytes, config: dict, llama: bool) -> Backend:
-    """From a ModelProto of sentencepiece_model.proto; completes the config with the special tokens it names. As in
-    transformers its normalizer counts only as far as it is a table of characters: no dummy space, no spaces removed."""
-    model = list(_protobuf(data))
-    if not {1, 2, 3} <= {number for number, _ in model}:
-        raise ValueError(NO_SENTENCEPIECE)
-    trainer, normalizer = (dict(_protobuf(dict(model)[number])) for number in (2, 3))
-    pieces = [{2: bytes(4), 3: 1} | dict(_protobuf(value)) for number, value in model if number == 1]
-    names = [piece[1].decode() for piece in pieces]
-    # Control symbols (type 3) and those the trainer was told to keep whole (4) are looked for in the text first.
+    """From a sentencepiece model; completes the config with the special tokens it names. As in transformers its
+    normalizer counts only as far as it is a table of characters: no dummy space, no spaces removed."""
+    try:
+        processor = SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise ValueError(NO_SENTENCEPIECE) from error
+    names = [processor.id_to_piece(i) for i in range(len(processor))]
+    kept = _user_defined(data, names)
+    # Control symbols and those the trainer was told to keep whole are looked for in the text first.
     extra = [
-        AddedToken(name, normalized=False, special=piece[3] == 3)
-        for name, piece in zip(names, pieces, strict=True)
-        if piece[3] in (3, 4)
+        AddedToken(name, normalized=False, special=processor.is_control(i))
+        for i, name in enumerate(names)
+        if processor.is_control(i) or name in kept
     ]
     config.setdefault("extra_special_tokens", extra)
-    for number, name, piece in ((41, "bos_token", b"<s>"), (42, "eos_token", b"</s>"), (40, "unk_token", b"<unk>")):
-        if trainer.get(number, 0) < 1 << 63:  # not a negative one, which says there is none
-            config.setdefault(name, trainer.get(number + 5, piece).decode())
-    byte_fallback = bool(trainer.get(35))
-    if trainer.get(3, 1) == 1 and not llama:
-        scored = [(name, struct.unpack("<f", piece[2])[0]) for name, piece in zip(names, pieces, strict=True)]
-        backend = Backend(models.Unigram(scored, trainer.get(40, 0), byte_fallback))
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    for token, i in ids.items():
+        if i >= 0:
+            config.setdefault(token, names[i])
+    byte_fallback = any(map(processor.is_byte, range(len(processor))))
+    if not llama and _is_unigram(processor):
+        scored = [(name, processor.get_score(i)) for i, name in enumerate(names)]
+        backend = Backend(models.Unigram(scored, processor.unk_id(), byte_fallback))
     else:
         vocab = {name: i for i, name in enumerate(names)}
         # The merges are not stored, but a piece's id tells the turn of the merges that make it.
         splits = ((name[:i], name[i:]) for name in names for i in range(1, len(name)))
         merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
-        unk = None if llama else trainer.get(45, b"<unk>").decode()
+        unk = None if llama else names[processor.unk_id()]
         backend = Backend(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback))
-    characters = [normalizers.Precompiled(normalizer[2])] if normalizer.get(2) else []
+    table = _character_table(data)
+    characters = [normalizers.Precompiled(table)] if table else []
     backend.normalizer = normalizers.Sequence([*characters, normalizers.Replace(" ", "▁")])
     bytes_too = [decoders.ByteFallback(), decoders.Fuse()] if byte_fallback else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), *bytes_too])
     return backend
 
 
-def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message: (number, value), an int for varints and the bytes of anything else."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        if key & 7 == 0:
-            value, at = _varint(data, at)
-        else:
-            size, at = {1: (8, at), 5: (4, at)}.get(key & 7) or _varint(data, at)
-            value, at = data[at : at + size], at + size
-        if at > len(data) or key & 7 not in (0, 1, 2, 5):
-            raise ValueError(NO_SENTENCEPIECE)
-        yield key >> 3, value
+def _user_defined(data: bytes, names: list[str]) -> set[str]:
+    """The user-defined pieces. The processor does not tell them from normal ones, but normalization leaves them alone,
+    so here a normalizer that changes every character takes the place of the model's own (a later field wins)."""
+    changes = [(character, "\ue000") for character in sorted(set("".join(names)) - {"\ue000"})]
+    flags = dict.fromkeys(("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"), False)
+    changing = SentencePieceNormalizer(norm_map=changes, **flags).serialized_model_proto()
+    processor = SentencePieceProcessor(model_proto=data + changing)
+    return {name for name in names if name and processor.normalize(name) == name}
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise ValueError(NO_SENTENCEPIECE)
-        value |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 128:
-            return value, at
+def _is_unigram(processor: SentencePieceProcessor) -> bool:
+    """Of the kinds of models, which the processor does not name, this one alone has an n-best list."""
+    try:
+        return bool(processor.nbest_encode("a", nbest_size=1))
+    except RuntimeError:
+        return False
+
+
+def _character_table(data: bytes) -> bytes:
+    """What the model's normalizer does to characters, as `Precompiled` takes it; empty where it does nothing.
+
+    The library hands it out behind the name and the length, and before a few flags, which do not matter here.
+    """
+    spec = SentencePieceNormalizer(model_proto=data).serialized_normalizer_spec()
+    if not spec:
+        raise ValueError(NO_SENTENCEPIECE)
+    table = re.match(rb"(?s)\x12(?!\x00)[\x80-\xff]*[\x00-\x7f](.*)", spec[2 + spec[1] :])
+    return table[1] if table else b""
 
 
 def _from_tiktoken(data: bytes, config: dict) -> Backend:
@@ -426,13 +442,11 @@ def _added_token(token: str | dict | AddedToken) -> AddedToken:
     return AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
 
 
-def _add_bos_and_eos(backend: Backend, config: dict, named: dict[str, str]) -> None:
-    """The config of a tokenizer.model says whether they are put around a text. Saying nothing means no."""
-    bos, eos = (
-        [named[name]] if config.get(f"add_{name}") and name in named else [] for name in ("bos_token", "eos_token")
-    )
-    ids = [(token, backend.token_to_id(token)) for token in dict.fromkeys(bos + eos)]
-    backend.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
+def _add_bos(backend: Backend, config: dict, named: dict[str, str]) -> None:
+    """The config of a tokenizer.model says whether bos is put before a text. Saying nothing means no."""
+    bos = [named["bos_token"]] if config.get("add_bos_token") and "bos_token" in named else []
+    ids = [(token, backend.token_to_id(token)) for token in bos]
+    backend.post_processor = processors.TemplateProcessing(single=[*bos, "$A"], special_tokens=ids)
 
 
 def _decoder_steps(backend: Backend) -> dict[str, dict]:
@@ -444,6 +458,9 @@ def _decoder_steps(backend: Backend) -> dict[str, dict]:
     known = re.fullmatch("ByteLevel|Metaspace|Replace( ByteFallback)?( Fuse( Strip)?)?", shape)
     if not known or steps.get("Strip", {}).get("stop") or "Regex" in steps.get("Replace", {}).get("pattern", {}):
         raise ValueError(f"its decoder ({shape}) is neither byte-level nor sentencepiece's")
+    if backend.pre_tokenizer and b'"type":"ByteLevel"' in backend.pre_tokenizer.__getstate__():
+        backend.decoder = decoders.ByteLevel()  # conversions of Mistral's tekken files come with sentencepiece's
+        return {"ByteLevel": {}}
     return steps
 
 
@@ -466,34 +483,3 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     if not isinstance(template, str | None):
         raise ValueError("its chat_template is no text")
     return template
-
-
-def _compile_template(source: str):
-    """The template, in the sandbox and with the functions that transformers gives it."""
-    import jinja2  # only chats need it
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks the assistant's words for training. Here it marks nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)

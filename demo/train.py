@@ -23,6 +23,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
+
+import errors  # first, since torch warns where there is no NumPy
+
+# isort: split
 import sentencepiece
 import torch
 import torch.distributed as dist
@@ -30,11 +35,9 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
-
 from demo.corpus import BATCH, BOS, CONTEXT, EOS, corpus_batches, read_corpus, train_tokenizer
 from demo.model import DRAFT, SHARED, TARGET, Llama, save_hf
-from errors import UserError, run
+from errors import UserError
 
 LEARNING_RATE = 4e-3
 WARMUP = 0.02  # of the time
@@ -379,4 +382,4 @@ def train_both(rank: int, processes: int, address: str, args: argparse.Namespace
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

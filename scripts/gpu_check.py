@@ -18,11 +18,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import errors  # noqa: E402, F401  # first, since torch warns where there is no NumPy
+
+# isort: split
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
 from kernels import Int4Linear, Int8Linear  # noqa: E402
 
 LAYERS = {"wqkv": (6144, 4096), "wo": (4096, 4096), "w13": (28672, 4096), "w2": (4096, 14336), "output": (128256, 4096)}

@@ -19,15 +19,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
+
+import errors  # first, since torch warns where there is no NumPy
+
+# isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repo's own modules, from any folder
 
 import checkpoint
 from config import ModelConfig
 from convert_hf_checkpoint import replace_folder
-from errors import ArgumentParser, UserError, run
+from errors import ArgumentParser, UserError
 from files import check_disk, gb, read_json
 from formats.hub import TOKENIZER_FILES
 from layout import FORMAT, VERSION, check_tensors, quantized_layers
@@ -200,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

@@ -234,6 +234,12 @@ def pairs(folders):
 # ---- ids and text ----
 
 
+def without_eos(theirs, ids):
+    """transformers' ids of a text to be continued: without the eos that it puts behind one."""
+    closed = theirs.encode("") and theirs.encode("")[-1] == theirs.eos_token_id
+    return ids[:-1] if closed else ids
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_same_as_transformers(pairs, name):
     mine, theirs = pairs[name]
@@ -243,7 +249,9 @@ def test_same_as_transformers(pairs, name):
     for text in TEXTS:
         for add_special_tokens in (True, False):
             ids = theirs.encode(text, add_special_tokens=add_special_tokens)
-            assert mine.encode(text, add_special_tokens) == ids, text
+            assert mine.encode(text, add_special_tokens) == (without_eos(theirs, ids) if add_special_tokens else ids), (
+                text
+            )
             for skip in (True, False):
                 assert mine.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
 
@@ -257,8 +265,54 @@ WORDS = [" ", "  ", "\n", "\t", "<s>", "</s>", "<|im_end|>", "<tool>", "<think>"
 def test_any_text_same_as_transformers(pairs, name, parts):
     mine, theirs = pairs[name]
     ids = theirs.encode("".join(parts))
-    assert mine.encode("".join(parts)) == ids
+    assert mine.encode("".join(parts)) == without_eos(theirs, ids)
     assert mine.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_no_eos_behind_a_prompt(folders, tmp_path):
+    """Neither add_eos_token nor the post-processor of a tokenizer.json ends a text that is to be continued."""
+    closing = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    files = json.loads((folders["converted"] / "tokenizer.json").read_bytes())
+    files["post_processor"] = json.loads(closing.__getstate__())
+    closed = write(
+        tmp_path, {"tokenizer.json": files, "tokenizer_config.json": {"eos_token": "</s>"}, "config.json": {}}
+    )
+    for path in (folders["llama 1"], closed):
+        mine, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
+        for text in ("hello world", "", "ends in </s>"):
+            ids = theirs.encode(text)
+            assert ids[-1] == 2
+            assert mine.encode(text) == ids[:-1]
+
+
+def test_pre_tokenizer_decides_how_bytes_are_spelled(folders, tmp_path):
+    """Conversions of Mistral's tekken files: byte-level tokens with the decoder of a sentencepiece model."""
+    content = json.loads((folders["qwen2"] / "tokenizer.json").read_bytes())
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+    content["decoder"] = json.loads(decoders.Sequence(steps).__getstate__())
+    mine = load_tokenizer(write(tmp_path, {"tokenizer.json": content, "config.json": {"model_type": "mistral"}}))
+    theirs = AutoTokenizer.from_pretrained(folders["qwen2"])  # with the decoder that goes with the pre-tokenizer
+    for text in TEXTS:
+        ids = mine.encode(text)
+        assert ids == theirs.encode(text)
+        assert "".join(stream(mine, ids)) == mine.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_user_defined_pieces(tmp_path):
+    """Single characters too, which a normalizer would change, in every kind of model. The demo's line break is one."""
+    for options in (
+        {},
+        {"model_type": "unigram"},
+        {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "byte_fallback": False},
+    ):
+        model = sentencepiece_model(user_defined_symbols=["<tool>", "return", "7", "\n", "ﬁ", "two words"], **options)
+        mine = load_tokenizer(write(tmp_path, {"tokenizer.model": model, "config.json": {}}))
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        added = {i: token.content for i, token in mine.backend.get_added_tokens_decoder().items()}
+        assert {"<tool>", "return", "7", "\n", "ﬁ"} < set(added.values())
+        assert added == {i: token.content for i, token in theirs.added_tokens_decoder.items()}
+        for text in [*TEXTS, "7\n7 is ﬁne", "two words return 77"]:
+            assert mine.encode(text) == theirs.encode(text)
 
 
 def test_demo_kind_is_what_sentencepiece_does(folders):
@@ -468,6 +522,73 @@ def test_chat_same_as_transformers(folders, tmp_path, template, where):
             assert mine.encode(text, add_special_tokens=False) == ids
     if template == LLAMA3_CHAT:
         assert datetime.now().strftime("%d %b %Y") in mine.apply_chat_template(CHATS[0])
+
+
+def with_template(folder: Path, template: str):
+    return load_tokenizer(write(folder, {"tokenizer.json": TOKENIZER_JSON, "chat_template.jinja": template}))
+
+
+# Templates that take the parts of a content: those of Llama 3.2 Vision and SmolLM, in short, and one with a macro.
+THROUGH_PARTS = """{% for message in messages %}<{{ message['role'] }}>
+{%- if message['content'] is string %}{{ message['content'] }}{% else %}
+{%- for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}
+{{- '[' + part['text'] + ']' }}{% endif %}{% endfor %}{% endif %}</>{% endfor %}"""
+BY_MACRO = """{%- macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}
+{{- part.text }}|{% endfor %}{% endif %}{% endmacro %}
+{%- for message in messages %}{{ message.role }}: {{ text(message.content) }}
+{% endfor %}"""
+# Templates that want strings: one cannot add a list, one would print it, one as JSON, one leaves it out.
+INSTRUCT = MISTRAL_CHAT.replace(" + eos_token", "")
+PRINTED = "{% for message in messages %}<{{ message.role }}>{{ message.content | trim }}</>{% endfor %}"
+AS_JSON = PRINTED.replace("trim", "tojson")
+LEFT_OUT = PRINTED.replace("message.content | trim", "message.content if message.content is string else ''")
+
+
+@pytest.mark.parametrize("template", [THROUGH_PARTS, BY_MACRO, INSTRUCT, PRINTED, AS_JSON, LEFT_OUT, CHATML])
+def test_contents_in_parts(tmp_path, template):
+    mine = with_template(tmp_path, template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "'hello'"}]
+    chat = [{"role": "user", "content": parts}, HI, {"role": "user", "content": "And now?"}]
+    if template in (THROUGH_PARTS, BY_MACRO):
+        expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    else:
+        joined = [{"role": "user", "content": "Say 'hello'"}, *chat[1:]]
+        expected = theirs.apply_chat_template(joined, tokenize=False, add_generation_prompt=True)
+    assert "Say" in expected and "hello" in expected
+    assert mine.apply_chat_template(chat) == expected
+    chat[0]["content"] = [*parts, {"type": "image"}]
+    if template == THROUGH_PARTS:
+        assert mine.apply_chat_template(chat) == theirs.apply_chat_template(chat, tokenize=False)
+    elif template != BY_MACRO:
+        with pytest.raises(UserError, match="takes text only"):
+            mine.apply_chat_template(chat)
+
+
+def test_variables_of_the_template(tmp_path):
+    template = CHATML + "{{ bos_token is defined }}{{ tools }}{{ custom }}"
+    mine = with_template(tmp_path, template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for variables in (
+        {"enable_thinking": False},
+        {"enable_thinking": True, "custom": {"a": [1, None]}},
+        {"tools": [{"type": "function"}], "bos_token": "<x>"},
+    ):
+        text = mine.apply_chat_template(CHATS[0], variables=variables)
+        assert text == theirs.apply_chat_template(CHATS[0], tokenize=False, add_generation_prompt=True, **variables)
+    assert "<think>" in mine.apply_chat_template(CHATS[0], variables={"enable_thinking": False})
+    assert "<think>" not in mine.apply_chat_template(CHATS[0])
+
+
+def test_check_chat_template(pairs, tmp_path):
+    pairs["demo"][0].check_chat_template()
+    with_template(tmp_path, CHATML).check_chat_template()
+    with_template(tmp_path, "{{ nothing.at.all }}").check_chat_template()  # breaks only when it is rendered
+    for template, words in (("{% if %}", "Expected an expression"), ("{% for m in x %}", "Unexpected end of template")):
+        with pytest.raises(UserError, match=f"chat template is broken: {words}"):
+            with_template(tmp_path, template).check_chat_template()
+    with pytest.raises(UserError, match="chat template is broken"):
+        with_template(tmp_path, "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}").check_chat_template()
 
 
 @pytest.mark.parametrize(
