@@ -192,7 +192,7 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Grow a checkpoint without changing what it says.", allow_abbrev=False)
+    parser = ArgumentParser(description="Grow a checkpoint without changing what it says.")
     parser.add_argument(
         "--checkpoint_path", type=Path, default=checkpoint.DEMO, help="a converted folder; default: the demo"
     )
