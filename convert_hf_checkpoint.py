@@ -179,21 +179,10 @@ def convert(
         forms = {layer: f"int4-g{groupsize}" for layer, groupsize in quantized.items()}
         metadata |= {"mode": form.method, "quantized": json.dumps(forms)}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
-    kept, removed = [], []
+    kept: list[str] = []
 
     def write(folder: Path) -> None:
-        old = weight_files(path)
-        derived = sorted(file.name for file in path.glob("*.safetensors") if file.name not in old)
-        if old and holds(path, plan, stored):
-            kept.extend(derived)
-            if read_safetensors(checkpoint.weights_path(path))[1].get("dtype") == dtype_name:
-                kept.extend(old)
-        elif not overwrite and (old or derived):
-            also = f" and {', '.join(derived)}, quantized from it" if derived else ""
-            raise UserError(
-                f"{out} holds another model{also}; name another folder as --out, or replace all of it with --overwrite"
-            )
-        removed.extend(name for name in derived if name not in kept)
+        kept.extend(reusable_files(out, plan, stored, dtype_name, overwrite))
         for name in kept:
             link_or_copy(path / name, folder / name)
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
@@ -203,13 +192,13 @@ def convert(
         if not (source / "config.json").exists() or read_json(source / "config.json") != raw_config:
             with write_atomically(folder / "config.json") as file:
                 file.write(json.dumps(raw_config, indent=2).encode())
-        if not old or old[0] not in kept:
+        if not weight_files(folder):
             check_disk(size, path)
             write_weights(folder, plan, stored, metadata, shard_bytes)
+        if replaced := [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if kept and differ(path, folder, name)]:
+            log(f"warning: {', '.join(replaced)} in {out} differed from the source, and is now as there")
 
     replace_folder(path, write)
-    if removed:
-        log(f"warning: removed {', '.join(removed)}, quantized from the model that was replaced")
     parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
     kind = f"int4 ({form.method.upper()}) and {dtype_name}" if quantized else dtype_name
     return (
@@ -296,6 +285,28 @@ def weight_files(folder: Path) -> list[str]:
     return [*(path.name for path in read_index(index)), index.name] if index.is_file() else []
 
 
+def reusable_files(
+    out: Path, plan: Mapping[str, list[Piece]], stored: Stored, dtype_name: str, overwrite: bool
+) -> list[str]:
+    """The weight files in `out` that stay: of the same model those that were quantized from it, and its own if they are
+    stored in this dtype. UserError where they are another model's, and not to `overwrite`."""
+    weights = weight_files(out)
+    quantized = sorted(file.name for file in out.glob("*.safetensors") if file.name not in weights)
+    if weights and holds(out, plan, stored):
+        same_dtype = read_safetensors(checkpoint.weights_path(out))[1].get("dtype") == dtype_name
+        return quantized + weights if same_dtype else quantized
+    if not weights and not quantized:
+        return []
+    if overwrite:
+        if quantized:
+            log(f"warning: removing {', '.join(quantized)}, quantized from the model that is replaced")
+        return []
+    what = f"another model and {', '.join(quantized)}, quantized from it" if quantized else "another model"
+    if not weights:
+        what = f"{', '.join(quantized)}, quantized from weights that are not there any more"
+    raise UserError(f"{out} holds {what}; name another folder as --out, or replace all of it with --overwrite")
+
+
 def holds(folder: Path, plan: Mapping[str, list[Piece]], stored: Stored) -> bool:
     """Whether a checkpoint of ours holds what would be written, be it in another dtype. Ends where they differ."""
     try:
@@ -315,6 +326,13 @@ def holds(folder: Path, plan: Mapping[str, list[Piece]], stored: Stored) -> bool
                 start += len(rows)
                 progress.update(wanted.nbytes)
     return True
+
+
+def differ(old: Path, new: Path, name: str) -> bool:
+    """Whether a file of the old folder is another in the new one, or none."""
+    if not (old / name).is_file():
+        return False
+    return not (new / name).is_file() or (old / name).read_bytes() != (new / name).read_bytes()
 
 
 def link_or_copy(path: Path, new: Path) -> None:

@@ -135,10 +135,10 @@ def cached(folder: Path) -> tuple[Path, str | None]:
     """
     path = folder.resolve()
     root = path.parent.parent if path.parent.name == "snapshots" else path
-    name = re.fullmatch(r"models--(.+?)--(.+)", root.name)
+    name = re.fullmatch(r"models--(?:(.+?)--)?(.+)", root.name)  # the oldest repos have no ORG
     if not name or not (root / "snapshots").is_dir():
         return folder, None
-    repo = f"{name[1]}/{name[2]}"
+    repo = f"{name[1] or 'local'}/{name[2]}"
     if path != root:
         return path, repo
     snapshots = sorted(entry for entry in (root / "snapshots").iterdir() if entry.is_dir())

@@ -711,7 +711,10 @@ def test_another_model_is_not_replaced_in_silence(tmp_path, capfd):
     # Converted again: the weights and what was quantized from them stay, the other files are renewed.
     tokenizer_config = json.loads((first / "tokenizer_config.json").read_text()) | {"model_max_length": 77}
     (first / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    capfd.readouterr()
     message = convert(first, out)
+    warning = f"warning: tokenizer_config.json in {out} differed from the source, and is now as there\n"
+    assert capfd.readouterr().err == warning
     assert f"unchanged, so kept: {int8.name}, model.safetensors" in message
     assert {path.name: (path.read_bytes(), path.stat().st_ino) for path in out.glob("*.safetensors")} == before
     assert (out / "tokenizer_config.json").read_text() == json.dumps(tokenizer_config)
@@ -734,9 +737,14 @@ def test_another_model_is_not_replaced_in_silence(tmp_path, capfd):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
     capfd.readouterr()
     convert(first, out, overwrite=True)
-    assert f"warning: removed {int8.name}, quantized from the model that was replaced" in capfd.readouterr().err
+    assert f"warning: removing {int8.name}, quantized from the model that is replaced" in capfd.readouterr().err
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
     same(out, fused(state, tied=False))
+
+    int8 = quantize(out, "int8")
+    (out / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"out holds {int8.name}, quantized from weights that are not there any more; "):
+        convert(first, out)
 
 
 # At each line of its input, forks a process that converts two folders in turns to a third, and tells when it has begun.
