@@ -51,7 +51,7 @@ from formats.hub import (
 )
 from formats.names import HF, Piece, Source, plan_tensors, settle_tie
 from formats.pickled import PickledFiles
-from tokenizer import Tokenizer, _compile_template, load_tokenizer
+from tokenizer import load_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -110,7 +110,11 @@ def check_tokenizer(source: Path, config: ModelConfig) -> None:
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         log(f"warning: {source} has no tokenizer; put its files into the converted folder")
     else:
-        check_chat_template(load_tokenizer(source, config.vocab_size))
+        tokenizer = load_tokenizer(source, config.vocab_size)
+        try:
+            tokenizer.check_chat_template()
+        except UserError as error:
+            log(f"warning: {error}")
     try:
         ids = checkpoint.load_generation_config(source)["eos_token_ids"]
     except UserError as error:
@@ -121,14 +125,6 @@ def check_tokenizer(source: Path, config: ModelConfig) -> None:
             f"warning: the end token {', '.join(map(str, beyond))} is beyond the vocabulary of {config.vocab_size};"
             " correct eos_token_id in generation_config.json or config.json"
         )
-
-
-def check_chat_template(tokenizer: Tokenizer) -> None:
-    if tokenizer.chat_template is not None:
-        try:
-            _compile_template(tokenizer.chat_template)
-        except Exception as error:  # of jinja2, which is imported only with a template
-            log(f"warning: the chat template is broken ({error}), so the model cannot chat; correct it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -193,15 +193,15 @@ def read_jobs(args: argparse.Namespace, target: Target, settings: dict[str, Any]
 
 def synthetic_job(length: int, target: Target, settings: dict[str, Any]) -> Job:
     """Random tokens, to measure with: none of them ends the text."""
-    log(
-        f"--prompt {length} means {length} random tokens, as a load to measure; "
-        f"for the text {str(length)!r} take --chat, or --prompt_text_file with a file that holds it"
-    )
     if length > target.limit:
         raise UserError(f"--prompt {length} exceeds the {target.limited_by} of {target.limit} tokens; give less")
     draw = random.Random(0)
     prompt = [draw.randrange(target.vocab_size) for _ in range(length)]
     request = make_request(target, prompt, settings | {"ignore_eos": True})
+    log(
+        f"--prompt {length} means {length} random tokens, as a load to measure; "
+        f"for the text {str(length)!r} take --chat, or --prompt_text_file with a file that holds it"
+    )
     return Job(request, target.tokenizer.decode(prompt), {})
 
 

@@ -50,7 +50,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature} is out of range; it must be 0 (greedy) or more")
+            raise UserError(f"temperature {self.temperature} is out of range; it must be finite and 0 (greedy) or more")
         if not 0 <= self.top_k < 2**31:
             raise UserError(f"top_k {self.top_k} is out of range; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:

@@ -105,10 +105,8 @@ def test_plain_text_of_several_samples(script, base_folder, batch_size):
     args = ("--checkpoint_path", base_folder, "--prompt", "def", "--seed", 3, "--top_k", 50, "--max_new_tokens", 6)
     result = script(*args, "--num_samples", 3, "--batch_size", batch_size)
     samples = parse(script(*args, "--num_samples", 3, "--json"))
-    assert result.out == "".join(sample["text"] + "\n" for sample in samples)
-    assert [line for line in result.err.splitlines() if line.startswith("---")] == [
-        f"--- sample {i} of 3" for i in (1, 2, 3)
-    ]
+    assert result.out == "".join(f"--- {i} of 3\n{sample['text']}\n" for i, sample in enumerate(samples, 1))
+    assert "---" not in result.err
 
 
 def test_a_number_is_a_synthetic_prompt(script, base_folder, prefills, tmp_path):
@@ -116,7 +114,9 @@ def test_a_number_is_a_synthetic_prompt(script, base_folder, prefills, tmp_path)
     folder = shutil.copytree(base_folder, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(400))}))
     args = ("--checkpoint_path", folder, "--json", "--max_new_tokens", 7, "--prompt")
-    first, second = (parse(script(*args, 600))[0] for _ in range(2))
+    said = script(*args, 600)
+    assert "600 random tokens" in said.err and "--chat" in said.err
+    first, second = parse(said)[0], parse(script(*args, 600))[0]
     assert first["prompt_tokens"] == 600 and len(first["tokens"]) == 7 and first["finish_reason"] == "length"
     assert first["tokens"] == second["tokens"]
     row, again = (request.prompt for request in prefills)
@@ -223,6 +223,32 @@ def test_recommended_repetition_penalty_counts_when_greedy_too(script, base_fold
     assert parse(script(*args, "--repetition_penalty", 1))[0]["tokens"] == greedy(reference, prompt, 20)
 
 
+def test_end_tokens_of_generation_config_and_tokenizer(script, base_folder, tmp_path):
+    """Both end a text: many a chat model's config names only the one that ends a document."""
+    args = ("--prompt", PROMPT, "--json", "--max_new_tokens", 40, "--ignore_eos", "--seed", 1, "--temperature", 1)
+    free = parse(script("--checkpoint_path", base_folder, *args))[0]["tokens"]
+    folder = shutil.copytree(base_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[9]}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.eos_token = theirs.convert_ids_to_tokens(free[5])
+    theirs.save_pretrained(folder)
+    args = tuple(arg for arg in args if arg != "--ignore_eos")
+    (sample,) = parse(script("--checkpoint_path", folder, *args))
+    first = min(free.index(free[5]), free.index(free[9]))
+    assert sample["tokens"] == free[: first + 1] and sample["finish_reason"] == "stop"
+
+
+def test_threads(script, base_folder):
+    before = torch.get_num_threads()
+    try:
+        assert (
+            script("--checkpoint_path", base_folder, "--prompt", "a", "--threads", 1, "--max_new_tokens", 1).code == 0
+        )
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("extra", [(), ("--batch_size", 2, "--num_samples", 2), ("--prompt_lookup",)])
 def test_stop_strings(script, base_folder, tokenizer, extra):
     """The text ends before whichever is complete first; a backslash and an n are no line break."""
@@ -253,18 +279,20 @@ def test_logprobs(script, base_folder, reference, tokenizer):
     with torch.no_grad():
         expected = reference(torch.tensor([prompt + sample["tokens"]])).logits[0].log_softmax(-1)
     first, *told = [*sample["prompt_logprobs"], *sample["logprobs"]]
-    assert first == {"token": prompt[0], "logprob": None, "top": {}}
+    assert first == {"token": prompt[0], "text": "<s>", "logprob": None, "top": []}
     assert [entry["token"] for entry in told] == prompt[1:] + sample["tokens"]
     for i, entry in enumerate(told):
         assert entry["logprob"] == pytest.approx(float(expected[i, entry["token"]]), abs=1e-4)
         values, ids = expected[i].topk(3)
-        assert [int(token_id) for token_id in entry["top"]] == ids.tolist()
-        assert list(entry["top"].values()) == pytest.approx(values.tolist(), abs=1e-4)
+        assert [likely["token"] for likely in entry["top"]] == ids.tolist()
+        assert [likely["logprob"] for likely in entry["top"]] == pytest.approx(values.tolist(), abs=1e-4)
+        for named in (entry, *entry["top"]):
+            assert named["text"] == tokenizer.decode([named["token"]], skip_special_tokens=False)
     assert sample["text"] == tokenizer.decode(sample["tokens"])  # of the prompt nothing
     (plain,) = parse(script(*args, "--seed", 1))
     assert plain["tokens"] == sample["tokens"] and "logprobs" not in plain
     (none,) = parse(script(*args, "--seed", 1, "--logprobs", 0))
-    assert [entry["top"] for entry in none["logprobs"]] == [{}] * 12
+    assert [entry["top"] for entry in none["logprobs"]] == [[]] * 12
     (echo,) = parse(script(*args, "--seed", 1, "--echo"))
     assert [entry["logprob"] for entry in echo["prompt_logprobs"]] == pytest.approx(
         [entry["logprob"] for entry in sample["prompt_logprobs"]], abs=1e-4
@@ -316,8 +344,7 @@ def test_beams_as_in_transformers(script, base_folder, reference, tokenizer, cou
         assert sample["score"] == pytest.approx(float(score), abs=1e-4)
         assert sample["text"] == tokenizer.decode(sample["tokens"]) and sample["finish_reason"] in ("length", "stop")
     result = script(*args)
-    assert result.out == "".join(sample["text"] + "\n" for sample in samples)
-    assert "--- sample 2 of 2" in result.err
+    assert result.out == "".join(f"--- {i} of 2\n{sample['text']}\n" for i, sample in enumerate(samples, 1))
 
 
 @pytest.mark.parametrize("k", ["auto", 0, 1, 3])

@@ -164,6 +164,32 @@ def test_a_cache_larger_than_the_memory(script, base_folder, tmp_path):
     assert_refused(result, "KV cache", "549.8 GB", "are free")
 
 
+@pytest.mark.parametrize("name", ["generate", "eval", "quantize", "convert_hf_checkpoint", "bench"])
+def test_help_names_every_default(name, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    options = re.split(r" (?=--\w)", said.partition("options:")[2])[1:]
+    without = [option.split()[0] for option in options if not re.search(r"default|, --help|show this help", option)]
+    assert set(without) <= {"--mode", "--perplexity", "--tasks", "--repo", "--checkpoint_dir", "--help"}
+
+
+def test_a_misspelt_argument_is_explained(script, base_folder):
+    args = ("--checkpoint_path", base_folder, "--prompt", "a")
+    for flags, *words in (
+        (("--temperature", "inf"), "temperature inf", "finite"),
+        (("--temperature", "nan"), "temperature nan", "finite"),
+        (("--logit_bias", "5"), "'5'", "ID=VALUE"),
+        (("--threads", "0"), "--threads", "1"),
+        (("--batch_size", "x"), "--batch_size", "'x'"),
+        (("--revision", "main"), "--revision", "--repo"),
+        (("--repo", "a/b"), "--repo", "--checkpoint_path"),
+    ):
+        assert_refused(script(*args, *flags), *words)
+
+
 def test_weights_larger_than_the_memory(script, base_folder, monkeypatch):
     monkeypatch.setattr(files, "free_memory", lambda: 400_000)
     assert_refused(script("--checkpoint_path", base_folder, "--prompt", "a"), "the weights", "0.4 MB are free")

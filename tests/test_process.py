@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Result, assert_refused, converse
 
+import errors
 import generate
 
 SCRIPT = Path(generate.__file__).resolve()
@@ -59,7 +60,7 @@ def test_process_refuses_what_is_not_utf8(base_folder):
 
 
 def test_interrupted_while_it_generates(base_folder):
-    process = start("--checkpoint_path", base_folder, "--prompt", "10", "--max_new_tokens", 2000)
+    process = start("--checkpoint_path", base_folder, "--prompt", "def", "--max_new_tokens", 2000)
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     result = finish(process)
@@ -78,6 +79,52 @@ def test_interrupted_while_it_imports(base_folder):
     out, err = process.communicate(timeout=240)
     said = [line for line in err.decode().splitlines() if not line.startswith("import time:")]
     assert (process.returncode, out, said) == (130, b"", [])
+
+
+SCRIPTS = {
+    "generate.py": ("--prompt", "def", "--max_new_tokens", "900"),
+    "eval.py": ("--perplexity", "demo/heldout.txt"),
+    "quantize.py": ("--mode", "int4-gptq", "--checkpoint_path", "{folder}"),
+    "convert_hf_checkpoint.py": ("--checkpoint_dir", "{folder}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_soon_after_the_start(base_folder, name):
+    """From the first line of a script on, whatever it imports, Ctrl-C ends it without a word."""
+    args = (argument.format(folder=base_folder) for argument in SCRIPTS[name])
+    for seconds in (0.0, 0.05, 0.2, 0.5, 1.0):
+        program = f"""
+import os, runpy, signal, sys, threading
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
+sys.argv = sys.argv[1:]
+sys.modules["__main__"].__file__ = sys.argv[0]
+import errors
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+        command = [sys.executable, "-c", program, str(SCRIPT.with_name(name)), *args]
+        process = subprocess.run(command, capture_output=True, timeout=240, cwd=SCRIPT.parent)
+        said = [line for line in process.stderr.decode().splitlines() if "Traceback" in line or "rror" in line]
+        assert (process.returncode, said) == (130, []), (seconds, process.stderr.decode())
+
+
+def test_waiting_threads_sleep_after_a_while(base_folder):
+    """OpenMP is told so before torch loads it, unless the user said something else."""
+    show = "import os, errors; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for given, expected in (
+        ({}, errors.SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", show], capture_output=True, text=True, cwd=SCRIPT.parent, env=environment | given
+        )
+        assert done.stdout.strip() == str(expected)
 
 
 def test_a_reader_that_has_seen_enough(base_folder):

@@ -9,6 +9,7 @@ import transformers
 from conftest import CHAT_TEMPLATE, assert_refused, converse, parse
 
 import generate as cli
+import prompts
 from checkpoint import DEMO
 from errors import UserError
 from prompts import check_draft, spell
@@ -129,6 +130,79 @@ def test_messages_go_through_the_chat_template(script, chat_folder, tmp_path):
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert theirs.chat_template == CHAT_TEMPLATE and sample["prompt_tokens"] == len(ids)
     assert sample["text"] + "\n" == converse(script, chat_folder, "hello", args=("--max_new_tokens", 5)).out
+
+
+def test_content_in_parts(script, chat_folder, tmp_path):
+    """Lists of text parts are what the text would be; a part of another kind is named."""
+    args = ("--checkpoint_path", chat_folder, "--json", "--max_new_tokens", 5, "--prompt_file")
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    rows = [{"messages": [{"role": "user", "content": content}]} for content in ("hello", parts)]
+    whole, joined = parse(script(*args, jsonl(tmp_path / "rows.jsonl", *rows)))
+    assert whole["tokens"] == joined["tokens"] and whole["prompt_tokens"] == joined["prompt_tokens"]
+    rows = [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}]
+    assert_refused(script(*args, jsonl(tmp_path / "rows.jsonl", *rows)), "line 1", "messages")
+
+
+def test_chat_renders_a_prompt(script, chat_folder, tmp_path):
+    """--chat makes a user's message of --prompt, of a file and of each line, and --system one before it."""
+    args = ("--checkpoint_path", chat_folder, "--json", "--max_new_tokens", 5)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "12"}]
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": messages})
+    (expected,) = parse(script(*args, "--prompt_file", path))
+    chat = ("--chat", "--system", "be brief")
+    text = tmp_path / "text"
+    text.write_text("12")
+    for source in (("--prompt", "12"), ("--prompt_text_file", text), ("--prompt_file", text)):
+        (sample,) = parse(script(*args, *chat, *source))
+        assert sample["tokens"] == expected["tokens"] and sample["prompt_tokens"] == expected["prompt_tokens"]
+    (raw,) = parse(script(*args, "--prompt_text_file", text))
+    assert raw["prompt_tokens"] < expected["prompt_tokens"]
+    assert_refused(script(*args, "--prompt", "a", "--system", "x"), "--system", "--chat")
+
+
+def test_template_variables(script, chat_folder, tmp_path):
+    """Of the flag, and of a line, which comes first; as transformers passes them on."""
+    folder = shutil.copytree(chat_folder, tmp_path / "model")
+    template = "{{ mode | default('none') }}:{{ style | default('none') }}:{{ messages[0]['content'] }}"
+    for name in folder.glob("chat_template*"):
+        name.unlink()
+    (folder / "chat_template.jinja").write_text(template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "x"}]
+    rows = [{"messages": messages}, {"messages": messages, "template_vars": {"mode": "deep"}}]
+    args = ("--checkpoint_path", folder, "--json", "--max_new_tokens", 2, "--logprobs", 0, "--echo")
+    args += ("--template_vars", '{"mode": "slow", "style": 7}')
+    samples = parse(script(*args, "--prompt_file", jsonl(tmp_path / "rows.jsonl", *rows)))
+    for sample, mode in zip(samples, ("slow", "deep"), strict=True):
+        expected = theirs.apply_chat_template(messages, mode=mode, style=7, return_dict=False)
+        assert [entry["token"] for entry in sample["prompt_logprobs"]] == expected
+    assert_refused(script(*args[:2], "--chat", "--prompt", "a", "--template_vars", "[1]"), "--template_vars", "JSON")
+
+
+def test_a_seed_of_its_own_for_each_prompt(script, base_folder, tmp_path):
+    """Without --seed lines differ, with it each is what it would be alone."""
+    path = tmp_path / "lines.txt"
+    path.write_text("abc\n" * 4)
+    args = ("--checkpoint_path", base_folder, "--json", "--temperature", 3, "--max_new_tokens", 9)
+    args += ("--prompt_file", path)
+    assert len({tuple(sample["tokens"]) for sample in parse(script(*args))}) == 4
+    assert len({tuple(sample["tokens"]) for sample in parse(script(*args, "--seed", 1))}) == 1
+
+
+def test_what_is_no_file_of_prompts(script, base_folder, tmp_path, monkeypatch):
+    args = ("--checkpoint_path", base_folder, "--max_new_tokens", 2)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=1))
+    assert_refused(script(*args, "--prompt_file", path), "JSON array", "line")
+    path.write_text("[a list] of words\n")
+    assert script(*args, "--prompt_file", path).code == 0
+    monkeypatch.setattr(prompts, "MAX_BYTES", 1000)
+    for flag in ("--prompt_file", "--prompt_text_file"):
+        assert_refused(script(*args, flag, "/dev/zero"), "/dev/zero", "more than")
+        assert_refused(script(*args, flag, tmp_path / "none"), "none", "No such file")
+    path.write_bytes(b"abc\xff")
+    assert_refused(script(*args, "--prompt_text_file", path), str(path), "UTF-8 (byte 4)")
+    assert script(*args, "--prompt_text_file", "-", stdin=b"one\ntwo\n").code == 0
 
 
 def test_samples_share_a_prefill(script, base_folder, prefills, tmp_path):
@@ -262,8 +336,7 @@ def test_a_progress_bar_where_it_disturbs_nothing(script, base_folder, terminals
     args = ("--checkpoint_path", base_folder, "--prompt", "abc", "--max_new_tokens", 3)
     several = script(*args, "--num_samples", 3, terminals=terminals)
     assert several.code == 0 and bool("0/3" in several.err) == bool(bar)
-    assert ("--- sample 3 of 3" in several.err) != bool(bar)
-    assert len(several.out.splitlines()) >= 3 and "/3" not in several.out
+    assert several.out.startswith("--- 1 of 3\n") and "\n--- 3 of 3\n" in several.out and "/3" not in several.out
     assert "0/1" not in script(*args, terminals=terminals).err
 
 
