@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import assert_refused, greedy, parse
 
 import generate as cli
@@ -303,9 +304,9 @@ def test_logprobs(script, base_folder, reference, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_echo(script, base_folder, batch_size):
     args = ("--checkpoint_path", base_folder, "--prompt", PROMPT, "--max_new_tokens", 6, "--num_samples", 2)
-    text = script(*args).out.splitlines()[0]
+    text = script(*args).out.splitlines()[1]
     result = script(*args, "--echo", "--batch_size", batch_size)
-    assert result.out == f"{PROMPT}{text}\n" * 2
+    assert result.out == "".join(f"--- {i} of 2\n{PROMPT}{text}\n" for i in (1, 2))
 
 
 def test_echo_keeps_the_space_that_sentencepiece_would_drop(script):

@@ -1,7 +1,10 @@
 """What the command line refuses: one line that says so, before any work."""
 
+import importlib
 import json
+import re
 import shutil
+import sys
 
 import conftest
 import pytest

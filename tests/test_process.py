@@ -98,10 +98,10 @@ def test_ctrl_c_soon_after_the_start(base_folder, name):
         program = f"""
 import os, runpy, signal, sys, threading
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
 sys.argv = sys.argv[1:]
 sys.modules["__main__"].__file__ = sys.argv[0]
 import errors
+threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
         command = [sys.executable, "-c", program, str(SCRIPT.with_name(name)), *args]
@@ -110,21 +110,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         assert (process.returncode, said) == (130, []), (seconds, process.stderr.decode())
 
 
-def test_waiting_threads_sleep_after_a_while(base_folder):
+def test_waiting_threads_sleep_after_a_while():
     """OpenMP is told so before torch loads it, unless the user said something else."""
     show = "import os, errors; print(os.environ.get('GOMP_SPINCOUNT'))"
-    for given, expected in (
-        ({}, errors.SPIN_COUNT),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "active"}, None),
-    ):
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", show], capture_output=True, text=True, cwd=SCRIPT.parent, env=environment | given
-        )
-        assert done.stdout.strip() == str(expected)
+    base = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ways = {errors.SPIN_COUNT: {}, "7": {"GOMP_SPINCOUNT": "7"}, "None": {"OMP_WAIT_POLICY": "active"}}
+    for expected, given in ways.items():
+        command = [sys.executable, "-c", show]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent, env=base | given)
+        assert done.stdout.strip() == expected
 
 
 def test_a_reader_that_has_seen_enough(base_folder):
