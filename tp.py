@@ -232,7 +232,7 @@ class RowParallel(nn.Module):
         super().__init__()
         self.linear, self.all_reduce = linear, group.all_reduce
         # Act-order takes its inputs from all ranks.
-        ordered = isinstance(linear, kernels.Int4Linear) and linear.order is not None
+        ordered = getattr(linear, "order", None) is not None
         self.whole = Sliced(linear.in_features * group.size, group) if ordered else None
 
     def forward(self, x: Tensor) -> Tensor:

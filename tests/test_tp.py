@@ -91,7 +91,8 @@ def quantized(tmp_path_factory):
     """name -> path. A rank of two has whole groups of 32 and of 128 (the activations of int8) of the inputs."""
     folder = tmp_path_factory.mktemp("quantized")
     path, _ = make_model(folder, "Llama", dict(head_dim=64, intermediate_size=256, attention_bias=True, mlp_bias=True))
-    paths = {"int8": quantize.quantize(path, "int8", 32), "int4": quantize.quantize(path, "int4", 32)}
+    forms = {"int8": ("int8", None), "int8-g32": ("int8", 32), "int4": ("int4", 32)}
+    paths = {name: quantize.quantize(path, *form) for name, form in forms.items()}
     ordered = folder / "ordered"
     ordered.mkdir()
     make(ordered, Maker("v1", 32, act_order=True), intermediate_size=128)
