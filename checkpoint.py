@@ -127,12 +127,12 @@ def load_model(
     stored, metadata = read_safetensors(path)
     quantized = quantized_layers(path, metadata)
     check_tensors(config, stored, path, quantized)
-    group.check(config, quantized)
-    slices = group.slices(config, quantized)
+    groupsizes = {layer: form.groupsize for layer, form in quantized.items()}
+    group.check(config, groupsizes)
+    slices = group.slices(config, groupsizes)
 
     dtype = dtype or stored["tok_embeddings.weight"].dtype
-    parts = {layer: [f"{layer}.{part}" for part in ("weight", "scales", "zeros")[: 3 if groupsize else 2]]
-             for layer, groupsize in quantized.items()}  # fmt: skip
+    parts = {layer: [f"{layer}.{part}" for part in form.parts] for layer, form in quantized.items()}
     orders = {layer: f"{layer}.order" for layer in quantized if f"{layer}.order" in stored}
     packed = {name for names in parts.values() for name in names} | set(orders.values())
     sizes = (
@@ -158,17 +158,16 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(slices.config)
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next
-    for layer, groupsize in quantized.items():
+    for layer, form in quantized.items():
         weight, *grid = (part(name).to(device) for name in parts[layer])  # packing copies them
-        bias = state.get(f"{layer}.bias")
-        if groupsize:
-            order = None
-            if layer in orders:
-                check_order(stored[orders[layer]], orders[layer])
-                order = part(orders[layer]).to(device)
-            linear = kernels.Int4Linear.from_canonical(weight, *grid, 2 * weight.shape[1], groupsize, bias, order)
+        bias, order = state.get(f"{layer}.bias"), None
+        if layer in orders:
+            check_order(stored[orders[layer]], orders[layer])
+            order = part(orders[layer]).to(device)
+        if form.bits == 4:
+            linear = kernels.Int4Linear.from_canonical(weight, *grid, 2 * weight.shape[1], form.groupsize, bias, order)
         else:
-            linear = kernels.Int8Linear.from_canonical(weight, *grid, bias)
+            linear = kernels.Int8Linear.from_canonical(weight, *grid, bias, order)
         parent, _, child = layer.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     return group.parallelize(model, config).eval().requires_grad_(False)

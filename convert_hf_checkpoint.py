@@ -5,15 +5,15 @@
     ... [--revision R] [--out DIR] [--dtype bfloat16|float16|float32] [--overwrite]
 
 Reads model.safetensors, pytorch_model.bin (both also in shards) and MiniMind's .pth, whose path --checkpoint_dir may
-name. Checkpoints that others quantized to 4 bits, by GPTQ or AWQ, stay so; --dtype is then that of all the rest. Works
-tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill leaves the old
-checkpoint, or none, never a mix. Converted again, a model keeps what was quantized from it; another model, one whose
-tensors differ from those that are there, is replaced with --overwrite only.
+name. Checkpoints that others quantized, by GPTQ or AWQ, stay so; --dtype is then that of all the rest. Works tensor by
+tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill leaves the old checkpoint,
+or none, never a mix. Converted again, a model keeps what was quantized from it; another model, one whose tensors differ
+from those that are there, is replaced with --overwrite only.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
 from files import lock_temporary, read_json, sync_folder, write_atomically
-from layout import FORMAT, VERSION, quantized_shapes
+from layout import FORMAT, VERSION, Form, quantized_shapes
 from weights import check_index, read_header, read_index, read_safetensors
 from writer import write_safetensors
 
@@ -172,7 +172,7 @@ def convert(
     dtype_name = str(dtype).removeprefix("torch.")
     metadata = {"format": FORMAT, "version": VERSION, "dtype": dtype_name}
     if quantized:
-        forms = {layer: f"int4-g{groupsize}" for layer, groupsize in quantized.items()}
+        forms = {layer: quantized_form.name for layer, quantized_form in quantized.items()}
         metadata |= {"mode": form.method, "quantized": json.dumps(forms)}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
     kept: list[str] = []
@@ -196,7 +196,7 @@ def convert(
 
     replace_folder(path, write)
     parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
-    kind = f"int4 ({form.method.upper()}) and {dtype_name}" if quantized else dtype_name
+    kind = f"int{form.bits} ({form.method.upper()}) and {dtype_name}" if quantized else dtype_name
     return (
         f"wrote {out}: {parameters / 1e6:,.1f} M parameters, {kind}, {gb(size)}"
         + (f" (unchanged, so kept: {', '.join(kept)})" if kept else "")
@@ -206,11 +206,11 @@ def convert(
 
 def stored_tensors(
     config: ModelConfig, plan: Mapping[str, list[Piece]], dtype: torch.dtype
-) -> tuple[Stored, dict[str, int]]:
-    """What is written: name -> dtype and shape; and the layers of it that are quantized: name -> group size."""
+) -> tuple[Stored, dict[str, Form]]:
+    """What is written: name -> dtype and shape; and the layers of it that are quantized, and how."""
     linears = {name.removesuffix(".weight"): [piece.tensor for piece in pieces] for name, pieces in plan.items()
                if isinstance(pieces[0].tensor, QuantizedLinear)}  # fmt: skip
-    quantized = {layer: parts[0].groupsize for layer, parts in linears.items()}
+    quantized = {layer: parts[0].stored for layer, parts in linears.items()}
     ordered = [layer for layer, parts in linears.items() if parts[0].order is not None]
     stored = {}
     for name, shape in quantized_shapes(config, quantized, ordered).items():
@@ -218,8 +218,8 @@ def stored_tensors(
         stored[name] = dtype, shape
         if layer in quantized and kind != "bias":
             scales = functools.reduce(torch.promote_types, (part.tensors["scales"].dtype for part in linears[layer]))
-            dtypes = {"weight": torch.uint8, "scales": scales, "zeros": torch.uint8, "order": torch.int32}
-            stored[name] = dtypes[kind], shape
+            dtypes = {"scales": scales, "zeros": torch.uint8, "order": torch.int32}
+            stored[name] = dtypes.get(kind, quantized[layer].weight_dtype), shape
     return stored, quantized
 
 

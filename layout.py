@@ -1,6 +1,6 @@
 """Which tensors a checkpoint of ours holds: names, shapes and dtypes, of floats or quantized.
 
-    quantized = quantized_layers(path, metadata)             # {"layers.0.attention.wqkv": 32, "output": 0, ...}
+    quantized = quantized_layers(path, metadata)             # {"layers.0.attention.wqkv": Form(4, 32), ...}
     shapes = quantized_shapes(config, quantized)             # name -> shape of all that is stored
     check_tensors(config, stored, path, quantized)           # UserError names what does not fit
 
@@ -9,6 +9,7 @@ How a layer is quantized is in the metadata of the file, never guessed from its 
 
 import json
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,16 +17,41 @@ import torch
 
 from config import ModelConfig
 from errors import UserError
+from kernels.packing import GROUPSIZES
 from model import expected_shapes
 from weights import FLOATS, StoredTensor
 
 FORMAT = "gpt-brisk"  # `format` in the metadata of weights in our names
 VERSION = "1"
-QUANTIZED = {"int8": 0, "int4-g32": 32, "int4-g64": 64, "int4-g128": 128}  # what the metadata calls it: its group size
 
 
-def quantized_layers(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
-    """The layers of a weight file that are quantized: name -> group size of int4, 0 for int8.
+@dataclass(frozen=True)
+class Form:
+    """How a layer is quantized."""
+
+    bits: int  # 8 or 4
+    groupsize: int = 0  # inputs that share a scale; 0: all of a row do
+
+    @property
+    def name(self) -> str:
+        """What the metadata calls it: "int8", "int4-g32"."""
+        return f"int{self.bits}-g{self.groupsize}" if self.groupsize else f"int{self.bits}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a layer, beside its bias and its order."""
+        return ("weight", "scales", "zeros") if self.bits == 4 else ("weight", "scales")
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits == 4 else torch.int8
+
+
+FORMS = {form.name: form for form in (Form(8), *(Form(bits, size) for bits in (8, 4) for size in GROUPSIZES))}
+
+
+def quantized_layers(path: Path, metadata: Mapping[str, str]) -> dict[str, Form]:
+    """The layers of a weight file that are quantized, and how.
 
     `quantized` in the metadata says so, in JSON: {"layers.0.attention.wqkv": "int4-g32", ..., "output": "int8"}.
     UserError when it is malformed, or from a newer version of this program.
@@ -36,38 +62,41 @@ def quantized_layers(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
             "update the program, or convert again"
         )
     try:
-        return {layer: QUANTIZED[form] for layer, form in json.loads(metadata.get("quantized", "{}")).items()}
+        return {layer: FORMS[name] for layer, name in json.loads(metadata.get("quantized", "{}")).items()}
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: `quantized` in its metadata is malformed; quantize the model again") from error
 
 
 def quantized_shapes(
-    config: ModelConfig, quantized: Mapping[str, int], ordered: Container[str] = ()
+    config: ModelConfig, quantized: Mapping[str, Form], ordered: Container[str] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """`expected_shapes` where these layers (name -> group size, 0 for int8) are quantized. ValueError if they can't be.
+    """`expected_shapes` where these layers are quantized. ValueError if they can't be.
 
-    int8: `.weight` [out, in], `.scales` [out], w = q * scale. int4: `.weight` uint8 [out, in / 2], even inputs in the
-    low halves of the bytes, `.scales` and `.zeros` [out, in / group], w = (q - zero) * scale. An int4 layer that is
-    among the `ordered` has `.order` int32 [in] as well: its weight is for the inputs x[..., order].
+    int8: `.weight` [out, in], `.scales` [out] or, in groups, [out, in / group], w = q * scale. int4: `.weight` uint8
+    [out, in / 2], even inputs in the low halves of the bytes, `.scales` and `.zeros` [out, in / group],
+    w = (q - zero) * scale. A layer in groups that is among the `ordered` has `.order` int32 [in] as well: its weight is
+    for the inputs x[..., order].
     """
     plain = expected_shapes(config)
     if "output" in quantized and config.tied:  # it gets a weight of its own; the embedding stays as it is
         plain["output.weight"] = plain["tok_embeddings.weight"]
-    for layer, group in quantized.items():
+    for layer, form in quantized.items():
         shape = plain.get(f"{layer}.weight", ())
-        if layer == "tok_embeddings" or len(shape) != 2 or (group and shape[1] % group):
-            raise ValueError(f"{layer!r} is no layer that can be quantized in groups of {group}")
+        if layer == "tok_embeddings" or len(shape) != 2 or (form.groupsize and shape[1] % form.groupsize):
+            groups = f" in groups of {form.groupsize}" if form.groupsize else ""
+            raise ValueError(f"{layer!r} is no layer that can be quantized{groups}")
     shapes = {}
     for name, shape in plain.items():
         layer, _, kind = name.rpartition(".")
-        group = quantized.get(layer) if kind == "weight" else None
-        shapes[name] = (shape[0], shape[1] // 2) if group else shape
-        if group is not None:
-            shapes[f"{layer}.scales"] = (shape[0], shape[1] // group) if group else shape[:1]
-        if group:
-            shapes[f"{layer}.zeros"] = shapes[f"{layer}.scales"]
-            if layer in ordered:
-                shapes[f"{layer}.order"] = shape[1:]
+        form = quantized.get(layer) if kind == "weight" else None
+        if form is None:
+            shapes[name] = shape
+            continue
+        shapes[name] = (shape[0], shape[1] * form.bits // 8)
+        for part in form.parts[1:]:
+            shapes[f"{layer}.{part}"] = (shape[0], shape[1] // form.groupsize) if form.groupsize else shape[:1]
+        if form.groupsize and layer in ordered:
+            shapes[f"{layer}.order"] = shape[1:]
     return shapes
 
 
@@ -75,7 +104,7 @@ def check_tensors(
     config: ModelConfig,
     stored: Mapping[str, StoredTensor],
     path: Path,
-    quantized: Mapping[str, int] = MappingProxyType({}),
+    quantized: Mapping[str, Form] = MappingProxyType({}),
 ) -> None:
     """UserError names the first tensor that is missing, misshapen, of a dtype that cannot be run, or unexpected."""
     if "model.embed_tokens.weight" in stored or "model.layers.0.input_layernorm.weight" in stored:
@@ -92,7 +121,7 @@ def check_tensors(
         layer, _, kind = name.rpartition(".")
         dtypes = FLOATS
         if kind == "weight" and layer in quantized:
-            dtypes = (torch.uint8,) if quantized[layer] else (torch.int8,)
+            dtypes = (quantized[layer].weight_dtype,)
         elif kind == "zeros":
             dtypes = (torch.uint8, *FLOATS)
         elif kind == "order":

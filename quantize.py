@@ -2,31 +2,35 @@
 
     python quantize.py --mode int8 --checkpoint_path checkpoints/ORG/NAME        -> .../model_int8.safetensors
     python quantize.py --mode int4 | int4-gptq [--groupsize 32|64|128]           -> .../model_int4-gptq-g32.safetensors
-    ... [--calibration FILE] [--act_order] [--keep_output] [--device cuda]
+    ... [--calibration FILE] [--act_order] [--keep_output] [--out FILE] [--overwrite] [--device cuda]
     python generate.py --checkpoint_path checkpoints/ORG/NAME/model_int8.safetensors ...
 
-int8       symmetric, a scale for each output row: w = q * scale. `.weight` int8 [out, in], `.scales` float32 [out].
+int8       symmetric: w = q * scale. `.weight` int8 [out, in]; a scale for each output row, `.scales` float32 [out], or
+           with --groupsize for each group of inputs, `.scales` bfloat16 [out, in / group].
 int4       symmetric, a scale for each group of inputs: w = (q - 8) * scale, q in 0..15. `.weight` uint8 [out, in / 2],
            even inputs in the low halves of the bytes, `.scales` bfloat16 and `.zeros` uint8 (all 8) [out, in / group].
            Clipping is searched for the least squared error.
 int4-gptq  the same layout, rounded so that each layer's output on real text changes least (GPTQ, see rounding.py).
 
-In groups of 32, a decode step reads 4.5 bits a weight of int4. Norms, biases and embeddings stay as they are; where the
-output projection is tied to the embedding, the file holds both, the projection quantized. The metadata says how, layer
-by layer (quantized_layers reads it). Works tensor by tensor, GPTQ block by block.
+In groups of 32, a decode step reads 4.5 bits a weight of int4, and 8.5 of int8. Norms, biases and embeddings stay as
+they are; where the output projection is tied to the embedding, the file holds both, the projection quantized. The
+metadata says how, layer by layer (quantized_layers reads it). Works tensor by tensor, GPTQ block by block.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
 from files import read_text
-from layout import FORMAT, VERSION, check_tensors, quantized_layers, quantized_shapes
+from kernels.packing import GROUPSIZES
+from layout import FORMAT, VERSION, Form, check_tensors, quantized_layers, quantized_shapes
 from weights import read_safetensors
 from writer import write_safetensors
 
 # isort: split
 import json
 import math
+import os
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -36,15 +40,14 @@ from tqdm import tqdm
 
 import checkpoint
 from config import ModelConfig
-from errors import ArgumentParser, UserError
+from errors import ArgumentParser, UserError, count
 from files import check_disk, check_memory, gb
 from model import Block, KVCache, RMSNorm, expected_shapes, rope_angles, rope_frequencies
-from rounding import SCALE_DTYPE, gptq_layer, input_hessian, pack_int4, quantize_int4, quantize_int8
+from rounding import SCALE_DTYPE, gptq_layer, input_hessian, quantize_int4, quantize_int8, stored_int4
 from tokenizer import load_tokenizer
-from weights import StoredTensor
+from weights import StoredTensor, read_header
 
 MODES = ("int8", "int4", "int4-gptq")
-GROUPSIZES = (128, 64, 32)
 ELEMENTS = 2**20  # of a weight, worked on at a time
 CALIBRATION = checkpoint.DEMO.parent / "calibration.txt"
 WINDOW, WINDOWS = 1024, 32  # tokens of calibration text run together, and how many times at most
@@ -80,20 +83,20 @@ def rows_at_a_time(shape: Sequence[int]) -> int:
     return max(ELEMENTS // max(math.prod(shape[1:]), 1), 1)
 
 
-def rounded_layers(source: Source, quantized: Mapping[str, int]) -> Iterator[tuple[str, Parts]]:
+def rounded_layers(source: Source, quantized: Mapping[str, Form]) -> Iterator[tuple[str, Parts]]:
     """Each layer to nearest, on its own."""
-    for layer, groupsize in quantized.items():
+    for layer, form in quantized.items():
         chunks = source.floats(f"{layer}.weight")
-        if groupsize:
-            parts = [pack_int4(*quantize_int4(rows, groupsize)) for rows in chunks]
+        if form.bits == 4:
+            parts = [stored_int4(*quantize_int4(rows, form.groupsize)) for rows in chunks]
         else:
-            parts = [tuple(part.cpu() for part in quantize_int8(rows)) for rows in chunks]
+            parts = [tuple(part.cpu() for part in quantize_int8(rows, form.groupsize)) for rows in chunks]
         yield layer, tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 @torch.no_grad()
 def gptq_layers(
-    source: Source, quantized: Mapping[str, int], config: ModelConfig, tokens: Tensor, act_order: bool, progress: tqdm
+    source: Source, quantized: Mapping[str, Form], config: ModelConfig, tokens: Tensor, act_order: bool, progress: tqdm
 ) -> Iterator[tuple[str, Parts]]:
     """Each layer by GPTQ, on the inputs that the layers before it, quantized, give for `tokens` [N, T].
 
@@ -111,7 +114,7 @@ def gptq_layers(
     def quantize_layer(layer: str, chunks: Iterable[Tensor], hessian: Tensor) -> tuple[str, Parts]:
         if not bool(hessian.isfinite().all()):
             raise UserError(f"the calibration text overflows in {layer!r}; the weights are broken, get them again")
-        parts, error = gptq_layer(chunks, hessian, quantized[layer], act_order)
+        parts, error = gptq_layer(chunks, hessian, quantized[layer].groupsize, act_order)
         progress.set_postfix_str(f"{layer} output error {error:.2%}")
         return layer, parts
 
@@ -135,7 +138,7 @@ def gptq_layers(
     if "output" in quantized:
         norm = RMSNorm(config.dim, config.norm_eps)
         norm.weight = nn.Parameter(next(source.floats("norm.weight")), requires_grad=False)
-        hessian = sum(x.t() @ x for x in (norm(window[0]) for window in windows()))
+        hessian = sum((x.t() @ x).double() for x in (norm(window[0]) for window in windows()))
         yield quantize_layer("output", source.floats("output.weight"), hessian)
 
 
@@ -155,45 +158,86 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
             " give a longer text as --calibration"
         )
     # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
-    check_memory(4 * (count * length * config.dim + 4 * widest**2), f"calibrating on {path}", device)
+    check_memory(4 * count * length * config.dim + 40 * widest**2, f"calibrating on {path}", device)
     return tokens[: count * length].view(count, length)
 
 
-def plan_layers(config: ModelConfig, mode: str, groupsize: int, keep_output: bool) -> dict[str, int]:
-    """The layers to quantize, in the order of the file: name -> group size, 0 for int8.
+def plan_layers(config: ModelConfig, mode: str, groupsize: int | None, keep_output: bool) -> dict[str, Form]:
+    """The layers to quantize, in the order of the file, and how. `groupsize` None: a scale a row of int8.
 
     Where `groupsize` does not divide a layer's input, the largest smaller one that does; UserError where none does.
     """
     shapes = expected_shapes(config)
     if config.tied:
         shapes["output.weight"] = shapes["tok_embeddings.weight"]
-    layers = {}
+    layers, bits = {}, 8 if mode == "int8" else 4
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
         if len(shape) != 2 or layer == "tok_embeddings" or (layer == "output" and keep_output):
             continue
+        if groupsize is None:
+            layers[layer] = Form(bits)
+            continue
         fitting = [size for size in GROUPSIZES if size <= groupsize and shape[1] % size == 0]
-        if mode != "int8" and not fitting:
+        if not fitting:
             raise UserError(
                 f"no group of {groupsize} or a smaller size divides the {shape[1]} inputs of {layer!r};"
-                " take --mode int8"
+                " take --mode int8 without --groupsize"
             )
-        layers[layer] = 0 if mode == "int8" else fitting[0]
+        layers[layer] = Form(bits, max(fitting))
     return layers
+
+
+def file_name(mode: str, groupsize: int | None, act_order: bool, keep_output: bool) -> str:
+    """model_int4-gptq-g32-act_order-keep_output.safetensors: what differs from the default is in the name."""
+    flags = {f"g{groupsize}": groupsize, "act_order": act_order, "keep_output": keep_output}
+    return f"model_{'-'.join([mode, *(name for name, given in flags.items() if given)])}.safetensors"
+
+
+def check_out(out: Path, source: Path, config: ModelConfig, overwrite: bool) -> None:
+    """UserError when `out` is no file to write the quantized weights of `source` to, or is there already."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: a weight file is called NAME.safetensors; name it so")
+    if not (out.parent / "config.json").is_file() or checkpoint.load_config(out.parent) != config:
+        raise UserError(f"--out {out}: its folder is no checkpoint of this model; copy config.json and tokenizer there")
+    if not out.exists():
+        return
+    try:
+        metadata = read_header(out)[1]
+    except UserError:
+        metadata = {}
+    if metadata.get("mode") not in MODES:  # the weights of a model, maybe these
+        raise UserError(f"{out} is there already, and quantize.py did not write it; name another file as --out")
+    if not overwrite:
+        raise UserError(
+            f"{out} is there already, quantized to {describe(metadata)}; name another file as --out, or replace it by"
+            " --overwrite"
+        )
+
+
+def describe(metadata: Mapping[str, str]) -> str:
+    """The settings that a file was quantized with: "int4-gptq --groupsize 32 --act_order"."""
+    words = [metadata["mode"]]
+    words += [f"--{name} {metadata[name]}" for name in ("groupsize", "calibration") if name in metadata]
+    words += [f"--{name}" for name in ("act_order", "keep_output") if metadata.get(name) == "true"]
+    return " ".join(words)
 
 
 def quantize(
     path: Path | str,
     mode: str,
-    groupsize: int = 32,
+    groupsize: int | None = None,
     calibration: Path = CALIBRATION,
     act_order: bool = False,
     keep_output: bool = False,
     device: torch.device | str = "cpu",
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Quantizes a checkpoint (a folder, or its weight file or index) and returns the file that it wrote.
 
-    UserError when it is quantized already, does not fit the mode, holds NaN, or the calibration text is too short.
+    `groupsize` None: a scale a row of int8, and groups of 32 for int4. UserError when the checkpoint is quantized
+    already, does not fit the mode or holds NaN, when the file is there already, or the calibration text is too short.
     """
     path, device = checkpoint.weights_path(path), torch.device(device)
     config = checkpoint.load_config(path.parent)
@@ -201,31 +245,36 @@ def quantize(
     if quantized_layers(path, metadata):
         raise UserError(f"{path} is quantized already ({metadata.get('mode')}); quantize the original weights")
     check_tensors(config, stored, path)
+    groupsize = groupsize or (None if mode == "int8" else 32)
+    out = out or path.parent / file_name(mode, groupsize, act_order, keep_output)
+    check_out(out, path, config, overwrite)
     quantized = plan_layers(config, mode, groupsize, keep_output)
     shapes = quantized_shapes(config, quantized)
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-    for layer in quantized:
-        dtypes[f"{layer}.weight"] = torch.int8 if mode == "int8" else torch.uint8
-        dtypes[f"{layer}.scales"] = torch.float32 if mode == "int8" else SCALE_DTYPE
+    for layer, form in quantized.items():
+        dtypes[f"{layer}.weight"] = form.weight_dtype
+        dtypes[f"{layer}.scales"] = SCALE_DTYPE if form.groupsize else torch.float32
         dtypes[f"{layer}.zeros"] = torch.uint8
     tensors = {name: (dtypes[name], shape) for name, shape in shapes.items()}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
-    check_disk(size, path)
+    check_disk(size, out)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "dtype": str(dtypes["tok_embeddings.weight"]).removeprefix("torch."),
         "mode": mode,
-        "quantized": json.dumps({layer: f"int4-g{group}" if group else "int8" for layer, group in quantized.items()}),
+        "keep_output": str(keep_output).lower(),
+        "quantized": json.dumps({layer: form.name for layer, form in quantized.items()}),
     }
-    if mode != "int8":
+    if groupsize:
         metadata["groupsize"] = str(groupsize)
 
     source = Source(stored, device)
     tokens = read_calibration(calibration, path.parent, config, device) if mode == "int4-gptq" else None
     progress = tqdm(total=len(quantized), unit="layer", desc=f"quantizing to {mode}", disable=None)
     if tokens is not None:
-        metadata |= {"calibration_tokens": str(tokens.numel()), "act_order": str(act_order).lower()}
+        metadata |= {"calibration": calibration.name, "calibration_tokens": str(tokens.numel())}
+        metadata["act_order"] = str(act_order).lower()
         results = gptq_layers(source, quantized, config, tokens, act_order, progress)
     else:
         results = rounded_layers(source, quantized)
@@ -237,14 +286,13 @@ def quantize(
             return source.chunks(name)
         if kind == "weight":  # comes first in the file, its scales and zeros behind it
             done, tensors = next(results)
-            parts.update(zip((f"{done}.weight", f"{done}.scales", f"{done}.zeros"), tensors, strict=False))
+            parts.update(zip((f"{done}.{part}" for part in quantized[done].parts), tensors, strict=True))
             progress.update()
         return [parts.pop(name)]
 
-    name = f"model_{mode}.safetensors" if mode == "int8" else f"model_{mode}-g{groupsize}.safetensors"
     with progress:
-        write_safetensors(path.parent / name, tensors, chunks, metadata)
-    return path.parent / name
+        write_safetensors(out, tensors, chunks, metadata)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,31 +300,56 @@ def quantize(
 
 
 def main() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun ends all ranks when the first one fails: that is rank 0, with its message
+            errors.exit_with(2)
+        raise UserError("quantize.py runs in one process; start it without torchrun")
     parser = ArgumentParser(description="Quantize a checkpoint to int8 or int4.")
     add = parser.add_argument
     add("--mode", choices=MODES, required=True)
-    add("--checkpoint_path", type=Path, default=checkpoint.DEMO, help="a converted folder; default: the embedded demo")
-    add("--groupsize", type=int, choices=sorted(GROUPSIZES), help="inputs that share a scale, int4 only; default: 32")
-    add("--calibration", type=Path, metavar="FILE", help="text for int4-gptq, like what the model is to read and write")
-    add("--act_order", action="store_true", help="int4-gptq: round the inputs that matter most first")
-    add("--keep_output", action="store_true", help="leave the output projection as it is")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute; the file is the same")
+    add("--checkpoint_path", type=Path, help="a converted folder, or ORG/NAME; default: the demo")
+    add("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
+    add("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
+    groups = "inputs that share a scale; default: 32 for int4 and int4-gptq, all inputs of a row for int8"
+    add("--groupsize", type=int, choices=GROUPSIZES, help=groups)
+    text = "text for int4-gptq, like what the model is to read and write; default: that of the demo"
+    add("--calibration", type=Path, metavar="FILE", help=text)
+    order = "int4-gptq: round the inputs that matter most first; default: in their order"
+    add("--act_order", action="store_true", help=order)
+    add("--keep_output", action="store_true", help="leave the output projection as it is; default: quantize it too")
+    place = "NAME.safetensors in the checkpoint's folder, or in another with its config.json and tokenizer; default: "
+    add("--out", type=Path, metavar="FILE", help=place + "model_MODE[-gN][-act_order][-keep_output].safetensors there")
+    add("--overwrite", action="store_true", help="replace a quantized file of that name; default: an error")
+    device = "where to compute; default: auto, a GPU if there is one"
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=device)
+    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
     args = parser.parse_args()
-    if args.mode == "int8" and args.groupsize:
-        raise UserError("--groupsize goes with int4; int8 has a scale for each row, leave it out")
+    if args.repo and args.checkpoint_path:
+        raise UserError("--repo does not go with --checkpoint_path; leave one out")
+    if args.revision and not args.repo:
+        raise UserError("--revision needs --repo; add it")
     if args.mode != "int4-gptq" and (args.calibration or args.act_order):
         raise UserError("--calibration and --act_order go with --mode int4-gptq; leave them out")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda is not available here; take --device cpu")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.repo is not None:
+        from convert_hf_checkpoint import fetch_checkpoint  # most runs need no converter
+
+        args.checkpoint_path = fetch_checkpoint(args.repo, args.revision)
     written = quantize(
-        args.checkpoint_path,
+        args.checkpoint_path or checkpoint.DEMO,
         args.mode,
-        args.groupsize or 32,
+        args.groupsize,
         args.calibration or CALIBRATION,
         args.act_order,
         args.keep_output,
         device,
+        args.out,
+        args.overwrite,
     )
     print(
         f"wrote {written}: {gb(written.stat().st_size)}; "

@@ -1,12 +1,13 @@
 """Weights as small integers: to nearest, or by GPTQ (https://arxiv.org/abs/2210.17323). Tensors only, no files.
 
-    levels, scales = quantize_int8(weight)                                # w = q * scale, a scale a row
+    levels, scales = quantize_int8(weight, groupsize=0)                   # w = q * scale, a scale a row or a group
     levels, scales = quantize_int4(weight, groupsize=32)                  # w = (q - 8) * scale, a scale a group
     hessian = input_hessian(linear, inputs, run)                          # of a layer, while a model runs real text
     (packed, scales, zeros), error = gptq_layer([weight], hessian, 32)    # rounded so that its output changes least
 
-Weights are float32 [out, in], and a group is `groupsize` inputs of an output. Scales of int4 are such as bfloat16 has:
-16 bits cost nothing, because the levels are chosen after the scale is rounded, and it has the range that float16 lacks.
+Weights are float32 [out, in], and a group is `groupsize` inputs of an output. Scales of groups are such as bfloat16
+has: 16 bits cost nothing, because the levels are chosen after the scale is rounded, and it has the range that float16
+lacks.
 """
 
 import contextlib
@@ -16,20 +17,31 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-SCALE_DTYPE = torch.bfloat16  # of int4
+from errors import UserError
+from kernels.packing import dequantize, pack_nibbles
+
+SCALE_DTYPE = torch.bfloat16  # of groups
 ZERO = 8  # of int4: kernels read nothing for a zero that all groups share
 CLIPPING = [1.09 - 0.03 * step for step in range(13)]  # of a group's range, what is tried
 BLOCK = 128  # inputs between updates of the whole rest of a weight; a multiple of every group size
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
+DAMPING_STEPS = 8  # times 10, as long as that does not suffice
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounding
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [out, in] -> int8 [out, in] and float32 scales [out]: the largest of a row becomes 127."""
-    scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weight / scales[:, None]).round().to(torch.int8), scales
+def quantize_int8(weight: Tensor, groupsize: int = 0) -> tuple[Tensor, Tensor]:
+    """float32 [out, in] -> int8 [out, in], and scales: the largest of a row, or of a group, becomes 127.
+
+    A row: float32 [out]. A group: bfloat16 [out, in / groupsize].
+    """
+    groups = weight.unflatten(1, (-1, groupsize or weight.shape[1]))
+    scales = groups.abs().amax(dim=-1) / 127
+    dtype = SCALE_DTYPE if groupsize else torch.float32
+    scales = scales.to(dtype).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = (groups / scales[..., None].float()).round().to(torch.int8).flatten(1)
+    return levels, scales if groupsize else scales[:, 0]
 
 
 def to_levels(weight: Tensor, scale: Tensor) -> Tensor:
@@ -64,16 +76,10 @@ def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
     return to_levels(groups, scales[..., None]).flatten(1), scales
 
 
-def pack_int4(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `quantize_int4` returns -> as the file holds it: packed levels, scales, zeros."""
-    levels = levels.to(torch.uint8)
-    packed = levels[:, ::2] | levels[:, 1::2] << 4
+def stored_int4(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize_int4` returns -> as the file holds it: two levels in a byte, scales, zeros."""
+    packed = pack_nibbles(levels.to(torch.uint8))
     return packed.cpu(), scales.to(SCALE_DTYPE).cpu(), torch.full(scales.shape, ZERO, dtype=torch.uint8)
-
-
-def dequantize_int4(levels: Tensor, scales: Tensor) -> Tensor:
-    """What `quantize_int4` returns -> the weight that it stands for, [out, in]."""
-    return ((levels.unflatten(1, (scales.shape[1], -1)) - ZERO) * scales[..., None]).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,19 +90,44 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U [in, in] with H^-1 = U^T U, of H damped.
 
     Inputs that the calibration text never moved get a curvature of their own, so that they are simply rounded.
+    UserError where H is not finite, or not positive however much it is damped.
     """
     # With J that reverses the order, J H J = L L^T gives H = R R^T with R = J L J upper triangular, and U = R^-1: one
     # factorization and one inversion of a triangle, rather than an inverse and a factorization of that.
-    backwards, failed = hessian.flip(0, 1), True
-    diagonal = backwards.diagonal()
-    diagonal[diagonal == 0] = 1
-    damping = DAMPING * diagonal.mean()
-    while failed:  # more of it where float32 can't tell the least eigenvalues from 0
-        diagonal += damping
-        lower, failed = torch.linalg.cholesky_ex(backwards)
-        damping *= 10
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    live = hessian.diagonal()[hessian.diagonal() != 0]
+    mean, damping = live.mean() if len(live) else 1.0, 0.0
+    for step in range(DAMPING_STEPS):  # more of it where rounding makes the least eigenvalues negative
+        damping += DAMPING * 10**step
+        backwards = hessian.flip(0, 1)
+        diagonal = backwards.diagonal()
+        diagonal[diagonal == 0] = mean
+        diagonal += damping * mean
+        inverse = inverse_cholesky_(backwards)
+        if inverse is not None:
+            return inverse.flip(0, 1)
+    raise UserError("the Hessian of the calibration text is not finite or not positive; calibrate on another text")
+
+
+def inverse_cholesky_(matrix: Tensor) -> Tensor | None:
+    """L^-1 with L L^T = `matrix` [n, n], which is overwritten; None where that is not positive definite.
+
+    In blocks, by matrix products: their sums have the same order with any number of threads, those of LAPACK's
+    factorizations don't, and one weight that is rounded the other way changes all that follow.
+    """
+    inverse = torch.zeros_like(matrix)
+    identity = torch.eye(BLOCK, dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, len(matrix), BLOCK):
+        stop = min(start + BLOCK, len(matrix))
+        before, here, after = slice(0, start), slice(start, stop), slice(stop, None)
+        lower, failed = torch.linalg.cholesky_ex(matrix[here, here])
+        if failed or not bool(lower.isfinite().all()):
+            return None
+        corner = torch.linalg.solve_triangular(lower, identity[: stop - start, : stop - start], upper=False)
+        inverse[here, here] = corner
+        inverse[here, before] = -corner @ (matrix[here, before] @ inverse[before, before])
+        below = matrix[after, here] = matrix[after, here] @ corner.t()
+        matrix[after, after].addmm_(below, below.t(), alpha=-1)
+    return inverse
 
 
 def gptq(
@@ -140,17 +171,20 @@ def gptq_layer(
 
     Returns the layer as the file holds it and how far its outputs are off: the root of the squared error's share.
     """
-    order = hessian.diagonal().argsort(descending=True) if act_order else None
-    factor = inverse_factor(hessian if order is None else hessian[order][:, order])
+    hessian = hessian.double()
+    hessian = hessian / hessian.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # float32 will hold it
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    factor = inverse_factor(hessian if order is None else hessian[order][:, order]).float()
+    hessian = hessian.float()
     packed, wrong, whole = [], 0.0, 0.0
     for weight in chunks:
         quantized = gptq(weight, hessian.diagonal(), factor, groupsize, order)
-        rounded = dequantize_int4(*quantized)
+        rounded = dequantize(*quantized, ZERO, groupsize)
         change = rounded - weight
         wrong += float(((change @ hessian) * change).sum())
         whole += float(((weight @ hessian) * weight).sum())
         weight.copy_(rounded)
-        packed.append(pack_int4(*quantized))
+        packed.append(stored_int4(*quantized))
     return tuple(torch.cat(parts) for parts in zip(*packed, strict=True)), math.sqrt(max(wrong, 0) / (whole or 1))
 
 
@@ -159,15 +193,15 @@ class Reached(Exception):
 
 
 def input_hessian(layer: nn.Module, inputs: Iterable[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum of x x^T, float32 [in, in], over every x that `layer` sees while `run` is called on each of `inputs`.
+    """The sum of x x^T, float64 [in, in], over every x that `layer` sees while `run` is called on each of `inputs`.
 
     The paper's H is twice that, which changes nothing.
     """
-    hessian = torch.zeros(2 * layer.weight.shape[1:], device=layer.weight.device)
+    hessian = torch.zeros(2 * layer.weight.shape[1:], dtype=torch.float64, device=layer.weight.device)
 
     def collect(_, args: tuple[Tensor]) -> None:
         x = args[0].flatten(0, -2)
-        hessian.addmm_(x.t(), x)
+        hessian.add_(x.t() @ x)
         raise Reached
 
     hook = layer.register_forward_pre_hook(collect)

@@ -19,7 +19,7 @@ from files import check_memory
 from kernels import Int4Linear, Int8Linear
 from kernels.packing import allocate
 from model import Linear, Transformer, expected_shapes
-from rounding import SCALE_DTYPE, ZERO, pack_int4, quantize_int8, to_levels
+from rounding import SCALE_DTYPE, ZERO, quantize_int8, stored_int4, to_levels
 from tp import ALONE, Group
 
 MODES = ("bf16", "int8", "int4")
@@ -90,8 +90,9 @@ def mode_of(model: Transformer) -> str:
 
 
 def format_of(model: Transformer) -> str:
-    """The mode, and what groups int4 has: "int4-g32"."""
-    groups = sorted({module.groupsize for module in model.modules() if isinstance(module, Int4Linear)})
+    """The mode, and the group sizes if it has groups: "int4-g32"."""
+    quantized = [module for module in model.modules() if isinstance(module, (Int8Linear, Int4Linear))]
+    groups = sorted({module.groupsize for module in quantized} - {0})
     return "-g".join([mode_of(model), *map(str, groups)])
 
 
@@ -110,7 +111,7 @@ def quantize_model(model: Transformer, mode: str, groupsize: int) -> Transformer
             parts = zip(*(quantize_int8(some.float()) for some in rows), strict=True)
             quantized[name] = Int8Linear.from_canonical(*map(torch.cat, parts), bias)
         else:
-            parts = zip(*(pack_int4(*round_int4(some.float(), groupsize)) for some in rows), strict=True)
+            parts = zip(*(stored_int4(*round_int4(some.float(), groupsize)) for some in rows), strict=True)
             parts = (torch.cat(part).to(weight.device) for part in parts)
             quantized[name] = Int4Linear.from_canonical(*parts, weight.shape[1], groupsize, bias)
     return rebuild(model, quantized)

@@ -23,8 +23,8 @@ from checkpoint import DEMO
 from engine import weight_bytes
 from errors import UserError, log
 from files import check_disk, write_atomically
-from kernels import Int4Linear, Int8Linear, unpack_int4, unpack_int8
-from layout import FORMAT, VERSION
+from kernels import Int4Linear, Int8Linear, unpack_int4, unpack_int8, unpack_scales
+from layout import FORMAT, VERSION, Form
 from model import Transformer
 from writer import write_safetensors
 
@@ -79,11 +79,13 @@ def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer
 def canonical(layer: Int8Linear | Int4Linear) -> tuple[str, dict[str, Tensor | None]]:
     """What a quantized layer is called in the metadata, and its tensors as they are on disk."""
     sizes = layer.out_features, layer.in_features
+    form = Form(8 if isinstance(layer, Int8Linear) else 4, layer.groupsize)
     if isinstance(layer, Int8Linear):
-        return "int8", {"weight": unpack_int8(layer.packed, *sizes), "scales": layer.scales, "bias": layer.bias}
-    grid = layer.groupsize, layer.scale_dtype, layer.zero
-    parts = zip(("weight", "scales", "zeros"), unpack_int4(layer.packed, *sizes, *grid), strict=True)
-    return f"int4-g{layer.groupsize}", {**dict(parts), "bias": layer.bias, "order": layer.order}
+        scales = unpack_scales(layer.scales, layer.out_features) if layer.groupsize else layer.scales
+        parts = unpack_int8(layer.packed, *sizes), scales
+    else:
+        parts = unpack_int4(layer.packed, *sizes, layer.groupsize, layer.scale_dtype, layer.zero)
+    return form.name, {**dict(zip(form.parts, parts, strict=True)), "bias": layer.bias, "order": layer.order}
 
 
 def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Checkpoints that others quantized to 4 bits, GPTQ and AWQ, tensor by tensor in our int4 layout.
+"""Checkpoints that others quantized, GPTQ to 4 or 8 bits and AWQ to 4, tensor by tensor in our int4 and int8 layouts.
 
     form = read_format(config, folder)                      # what config.json or quantize_config.json says, or None
     layer = quantized_linear(form, "model.layers.0.mlp.up_proj", tensors, (out, in))
-    layer.groupsize, layer.order                            # 128 and, where the inputs are to be sorted, int32 [in]
+    layer.stored, layer.order                               # Form(4, 128) and, if inputs are to be sorted, int32 [in]
     for rows in layer.read("weight"): ...                   # uint8 [rows, in / 2]; "scales" and "zeros" [out, groups]
 
 Both formats have w[k, n] = (q[k, n] - zero[g, n]) * scale[g, n] for input k in group g and output n, in the tensors
@@ -12,12 +12,14 @@ Both formats have w[k, n] = (q[k, n] - zero[g, n]) * scale[g, n] for input k in 
 - `scales` [groups, out], and `bias` [out], which is an ordinary one;
 - `g_idx` int32 [in], GPTQ only: the group of each input. With activation order (desc_act) groups are scattered.
 
-The first of 8 is in the lowest 4 bits of a word, but AWQ has the outputs of a word in the order 0 2 4 6 1 3 5 7. GPTQ's
-version 1 ("gptq") stores each word of zeros less 0x11111111, a 1 for each zero, version 2 ("gptq_v2") as it is.
+The first of 8 is in the lowest 4 bits of a word, but AWQ has the outputs of a word in the order 0 2 4 6 1 3 5 7. Of 8
+bits there are 4 in a word. GPTQ's version 1 ("gptq") stores each word of zeros less 0x11111111 (of 8 bits, 0x01010101),
+a 1 for each zero, version 2 ("gptq_v2") as it is.
 https://github.com/AutoGPTQ/AutoGPTQ, https://github.com/ModelCloud/GPTQModel, https://github.com/casper-hansen/AutoAWQ
 
-Our layout has groups of 32, 64 or 128 inputs that lie together. Larger ones are cut, which repeats their scales.
-Scattered ones are sorted, and then the layer has an `order`: its input x becomes x[..., order].
+Our layouts have groups of 32, 64 or 128 inputs that lie together. Larger ones are cut, which repeats their scales.
+Scattered ones are sorted, and then the layer has an `order`: its input x becomes x[..., order]. Our int8 is symmetric:
+its levels are q - 128, and a layer with other zeros than 128 has to be Dequantized.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,10 +32,11 @@ from torch import Tensor
 
 from errors import UserError
 from files import read_json
+from kernels.packing import GROUPSIZES, dequantize, pack_nibbles, unpack_nibbles
+from layout import Form
 from weights import CHUNK_BYTES, FLOATS
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of older GPTQ and AWQ, where config.json is silent
-GROUPSIZES = (128, 64, 32)  # of our layout, the best first
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word of AWQ the 8 outputs are
 
 
@@ -47,9 +50,15 @@ class Format:
 
     method: str  # "gptq" or "awq"
     groupsize: int  # inputs that share a scale, -1 for all
+    bits: int = 4  # or 8
     less_one: bool = False  # GPTQ's version 1: zeros are stored less 1
-    symmetric: bool = False  # all zeros are 8
+    symmetric: bool = False  # all zeros are the middle, 8 or 128
     act_order: bool = False  # only g_idx tells the groups
+
+    @property
+    def middle(self) -> int:
+        """The zero of symmetric levels."""
+        return 2 ** (self.bits - 1)
 
 
 def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
@@ -65,7 +74,8 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
         return None
 
     def refused(what: str) -> UserError:
-        return UserError(f"{where}: {what} is not supported, only 4-bit GPTQ and AWQ are; convert the original model")
+        known = "only GPTQ of 4 or 8 bits and AWQ of 4 are"
+        return UserError(f"{where}: {what} is not supported, {known}; convert the original model")
 
     if not isinstance(fields, dict):
         raise refused(repr(fields))
@@ -74,7 +84,7 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
         raise refused(f"quant_method {method!r}")
     bits = fields.get("bits", fields.get("w_bit"))
     groupsize = fields.get("group_size", fields.get("q_group_size"))
-    if bits != 4:
+    if type(bits) is not int or bits not in ((4, 8) if method == "gptq" else (4,)):
         raise refused(f"bits {bits!r}")
     if type(groupsize) is not int or groupsize < -1 or groupsize == 0:
         raise refused(f"group_size {groupsize!r}")
@@ -94,6 +104,7 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
     return Format(
         method=method,
         groupsize=groupsize,
+        bits=bits,
         less_one=layout.lower() == "gptq",
         symmetric=fields.get("sym") is True,
         act_order=method == "gptq" and fields.get("desc_act") is True,
@@ -104,36 +115,31 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
 # Unpacking
 
 
-def nibbles(words: Tensor) -> Tensor:
-    """int32 [rows, n] -> uint8 [rows, 8 n], the lowest 4 bits of a word first."""
-    pairs = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [rows, n] -> uint8 [rows, 32 / bits * n], the lowest bits of a word first."""
+    values = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return values if bits == 8 else unpack_nibbles(values, 2 * values.shape[1])
 
 
-def awq_nibbles(words: Tensor) -> Tensor:
+def unpack_awq(words: Tensor) -> Tensor:
     """int32 [rows, out / 8] -> uint8 [rows, out], in AWQ's order."""
-    return nibbles(words).unflatten(1, (-1, 8))[:, :, AWQ_PLACES].flatten(1)
+    return unpack_words(words, 4).unflatten(1, (-1, 8))[:, :, AWQ_PLACES].flatten(1)
 
 
-def unpack_weight(qweight: Tensor, method: str) -> Tensor:
+def unpack_weight(qweight: Tensor, form: Format) -> Tensor:
     """Levels uint8 [out, in]."""
-    return nibbles(qweight.t()) if method == "gptq" else awq_nibbles(qweight).t().contiguous()
+    return unpack_words(qweight.t(), form.bits) if form.method == "gptq" else unpack_awq(qweight).t().contiguous()
 
 
 def unpack_zeros(qzeros: Tensor, form: Format) -> Tensor:
     """Zeros uint8 [out, groups]."""
     if form.method == "awq":
-        return awq_nibbles(qzeros).t()
-    # Some writers call version 2 version 1. A symmetric zero is 8, which is stored as 7 in version 1.
-    if form.less_one and not (form.symmetric and bool((qzeros == -0x77777778).all())):
+        return unpack_awq(qzeros).t()
+    # Some writers call version 2 version 1. A symmetric zero is 8 (or 128), which is stored as 7 (127) in version 1.
+    if form.less_one and not (form.symmetric and bool((unpack_words(qzeros, form.bits) == form.middle).all())):
         # On whole words, modulo 2^32, which is how writers subtract: a zero of 0 borrows from the next.
-        qzeros = qzeros + 0x11111111
-    return nibbles(qzeros).t()
-
-
-def pack(levels: Tensor) -> Tensor:
-    """uint8 [out, in] -> uint8 [out, in / 2], even inputs in the low halves of the bytes."""
-    return levels[:, 0::2] | levels[:, 1::2] << 4
+        qzeros = qzeros + (0x11111111 if form.bits == 4 else 0x01010101)
+    return unpack_words(qzeros, form.bits).t()
 
 
 def sorted_inputs(g_idx: Tensor, groupsize: int) -> Tensor | None:
@@ -175,14 +181,19 @@ class QuantizedLinear:
     form: Format
     tensors: Mapping[str, Stored]  # qweight, qzeros, scales and maybe g_idx
     shape: tuple[int, int]  # [out, in]
-    groupsize: int
+    stored: Form  # in our layout
     order: Tensor | None
 
+    def is_exact(self) -> bool:
+        """Whether our layout holds the layer: int8 only if it is symmetric."""
+        return self.form.bits == 4 or bool((unpack_zeros(self.tensors["qzeros"].read(), self.form) == 128).all())
+
     def read(self, part: str) -> Iterator[Tensor]:
-        """`weight` uint8 [out, in / 2] in runs of rows; `zeros` uint8 [out, groups]; `scales`, like them, as stored."""
+        """`weight` uint8 [out, in / 2] or int8 [out, in], in runs of rows; `zeros` uint8 [out, groups], of int4;
+        `scales` [out, groups] as they are."""
         if part == "weight":
             for levels in self.levels(self.tensors["qweight"].read()):
-                yield pack(levels)
+                yield pack_nibbles(levels) if self.form.bits == 4 else (levels ^ 128).view(torch.int8)
         else:
             yield self.grid(part).contiguous()
 
@@ -190,7 +201,7 @@ class QuantizedLinear:
         """uint8 [out, in] in runs of rows, the inputs sorted."""
         rows = max(CHUNK_BYTES // self.shape[1] // 8, 1) * 8
         words = qweight.split(rows if self.form.method == "gptq" else rows // 8, dim=1)
-        for levels in (unpack_weight(part, self.form.method) for part in words):
+        for levels in (unpack_weight(part, self.form) for part in words):
             yield levels if self.order is None else levels.index_select(1, self.order)
 
     def grid(self, part: str) -> Tensor:
@@ -202,7 +213,7 @@ class QuantizedLinear:
             if not bool(values.isfinite().all()):
                 raise UserError(f"tensor '{self.name}.scales' holds NaN or infinity; get the weights again")
         inputs = self.shape[1]
-        return values[:, torch.arange(0, inputs, self.groupsize) // full_groupsize(self.form, inputs)]
+        return values[:, torch.arange(0, inputs, self.stored.groupsize) // full_groupsize(self.form, inputs)]
 
 
 def full_groupsize(form: Format, inputs: int) -> int:
@@ -226,10 +237,8 @@ class Dequantized:
         words = slice(first, stop) if linear.form.method == "gptq" else slice(first // 8, -(-stop // 8))
         levels = torch.cat(list(linear.levels(linear.tensors["qweight"].read()[:, words])))
         levels = levels[start - first : stop - first]
-        zeros, scales = (
-            linear.grid(part)[start:stop].float().repeat_interleave(linear.groupsize, 1) for part in ("zeros", "scales")
-        )
-        weight = (levels.float() - zeros) * scales
+        scales, zeros = (linear.grid(part)[start:stop].float() for part in ("scales", "zeros"))
+        weight = dequantize(levels.float(), scales, zeros, linear.stored.groupsize)
         if linear.order is not None:
             weight = torch.empty_like(weight).index_copy_(1, linear.order.long(), weight)
         return weight
@@ -250,15 +259,16 @@ def quantized_linear(
         )
     out, inputs = shape
     size = full_groupsize(form, inputs)
-    groupsize = next((fits for fits in GROUPSIZES if size % fits == inputs % fits == 0), None)
+    groupsize = max((fits for fits in GROUPSIZES if size % fits == inputs % fits == 0), default=None)
     if groupsize is None or out % 8:
         raise UserError(
             f"layer {name!r} has {inputs} inputs in groups of {size} and {out} outputs; only inputs and groups"
             " that 32 divides, and outputs that 8 divides, are supported, convert the original model"
         )
     groups = -(-inputs // size)
-    packed = (inputs // 8, out) if form.method == "gptq" else (inputs, out // 8)
-    shapes = {"qweight": packed, "qzeros": (groups, out // 8), "scales": (groups, out), "g_idx": (inputs,)}
+    per_word = 32 // form.bits
+    packed = (inputs // per_word, out) if form.method == "gptq" else (inputs, out // per_word)
+    shapes = {"qweight": packed, "qzeros": (groups, out // per_word), "scales": (groups, out), "g_idx": (inputs,)}
     found = {}
     for part, expected in shapes.items():
         full = f"{name}.{part}"
@@ -282,4 +292,4 @@ def quantized_linear(
             order = sorted_inputs(found["g_idx"].read(), size)
         except ValueError as error:
             raise UserError(f"tensor '{name}.g_idx' {error}; get the weights again") from error
-    return QuantizedLinear(name, form, found, shape, groupsize, order)
+    return QuantizedLinear(name, form, found, shape, Form(form.bits, groupsize), order)

@@ -142,8 +142,8 @@ def plan_tensors(
             ]
     if unequal:
         log(
-            f"warning: the parts of {', '.join(unequal)} are quantized differently and cannot be fused so;"
-            " they become floats"
+            f"warning: the parts of {', '.join(unequal)} are quantized differently, or to 8 bits that are not"
+            " symmetric; they become floats"
         )
     for name, tensor in tensors.items():
         if name in used or IGNORED.fullmatch(name):
@@ -159,7 +159,7 @@ def plan_tensors(
 
 def alike(parts: list[Source | QuantizedLinear]) -> bool:
     """Whether these can be one layer: none of them is quantized, or all, and one order of the inputs serves all."""
-    if not all(isinstance(part, QuantizedLinear) for part in parts):
+    if not all(isinstance(part, QuantizedLinear) and part.is_exact() for part in parts):
         return not any(isinstance(part, QuantizedLinear) for part in parts)
     orders = [torch.arange(part.shape[1]) if part.order is None else part.order for part in parts]
     return all(torch.equal(order, orders[0]) for order in orders)

@@ -11,8 +11,8 @@ a compiler there is one warning, and the reference versions do the work. packing
 which the CPU kernels read them, cuda.py into one of its own.
 
 On CPUs the quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of
-K, the group being the weight's own for int4 and 128 for int8. So products are of integers, which a CPU does four at a
-time. On CUDA they don't.
+K: the weight's own groups, or groups of 128 where a row of an int8 weight has one scale. So products are of integers,
+which a CPU does four at a time. On CUDA they don't.
 """
 
 import functools
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from errors import log
 from kernels import packing
 from kernels.build import cpu_library
-from kernels.packing import GROUPSIZES, dequantize_int4, unpack_int8
+from kernels.packing import GROUPSIZES, dequantize, unpack_nibbles
 
 INT8_GROUP = 128  # activations that share a scale, where the weights have no groups
 
@@ -35,6 +35,10 @@ INT8_GROUP = 128  # activations that share a scale, where the weights have no gr
 _library = torch.library.Library("brisk", "DEF")
 _library.define("linear_bf16(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 _library.define("linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None) -> Tensor")
+_library.define(
+    "linear_int8_grouped(Tensor x, Tensor packed, Tensor scales, int out_features, int groupsize, Tensor? bias=None) "
+    "-> Tensor"
+)
 _library.define(
     "linear_int4(Tensor x, Tensor packed, int out_features, int groupsize, ScalarType scale_dtype, int zero, "
     "Tensor? bias=None) -> Tensor"
@@ -76,9 +80,17 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 @_op(lambda x, packed, scales, bias=None: x.new_empty(*x.shape[:-1], scales.shape[0]))
 def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times an int8 weight from `pack_int8`, with a float32 scale for each of its N rows -> [..., N]."""
-    q = packed if packed.dtype == torch.int8 else unpack_int8(packed, scales.shape[0], x.shape[-1])
-    weight = q.float() * scales[:, None]
+    weight = unpack_int8(packed, scales.shape[0], x.shape[-1]).float() * scales[:, None]
     return _reference_linear(x, weight, INT8_GROUP, bias)
+
+
+@_op(lambda x, packed, scales, out_features, *args: x.new_empty(*x.shape[:-1], out_features))
+def linear_int8_grouped(
+    x: Tensor, packed: Tensor, scales: Tensor, out_features: int, groupsize: int, bias: Tensor | None = None
+) -> Tensor:
+    """x [..., K] times an int8 weight from `pack_int8` with scales from `pack_scales` -> [..., out_features]."""
+    q, grid = unpack_int8(packed, out_features, x.shape[-1]), unpack_scales(scales, out_features)
+    return _reference_linear(x, dequantize(q.float(), grid.float(), 0, groupsize), groupsize, bias)
 
 
 @_op(lambda x, packed, out_features, *args: x.new_empty(*x.shape[:-1], out_features))
@@ -93,8 +105,8 @@ def linear_int4(
 ) -> Tensor:
     """x [..., K] times an int4 weight from `pack_int4`, which also says what `zero` is -> [..., out_features]."""
     q, scales, zeros = unpack_int4(packed, out_features, x.shape[-1], groupsize, scale_dtype, zero)
-    weight = dequantize_int4(q, scales, zeros, x.shape[-1], groupsize, torch.float32)
-    return _reference_linear(x, weight, groupsize, bias)
+    levels = unpack_nibbles(q, x.shape[-1]).float()
+    return _reference_linear(x, dequantize(levels, scales.float(), zeros.float(), groupsize), groupsize, bias)
 
 
 @_op(lambda q, k_cache, v_cache, input_pos, window=None: torch.empty_like(q, memory_format=torch.contiguous_format))
@@ -162,6 +174,23 @@ def pack_int8(weight: Tensor) -> Tensor:
     return packing.pack_int8(weight)
 
 
+def unpack_int8(packed: Tensor, N: int, K: int) -> Tensor:
+    """What pack_int8 packed: int8 [N, K]."""
+    return packed if packed.dtype == torch.int8 else packing.unpack_int8(packed, N, K)
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """[N, groups] -> what linear_int8_grouped takes: [groups, N] on CUDA, else as packing.pack_scales has it."""
+    if scales.device.type == "cuda" and cuda_kernels() is not None:
+        return scales.t().contiguous()
+    return packing.pack_scales(scales)
+
+
+def unpack_scales(packed: Tensor, N: int) -> Tensor:
+    """What pack_scales packed: [N, groups]."""
+    return packed.t() if packed.ndim == 2 else packing.unpack_scales(packed, N)
+
+
 def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)], scales and zeros [N, groups] -> (packed, zero); packing.py and cuda.py say how."""
     cuda = cuda_kernels() if q.device.type == "cuda" else None
@@ -181,24 +210,51 @@ def unpack_int4(
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W int8, a scale a row. Takes the place of model.Linear."""
+    """y = x W^T + b with W int8, w = q * scale; a scale a row, or one for each group of K. Takes the place of
+    model.Linear."""
 
-    def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None, in_features: int):
+    def __init__(
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        out_features: int,
+        in_features: int,
+        groupsize: int = 0,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+    ):
+        """`groupsize` 0: a scale a row."""
         super().__init__()
-        self.in_features, self.out_features = in_features, scales.shape[0]
+        self.in_features, self.out_features, self.groupsize = in_features, out_features, groupsize
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("order", order, persistent=False)
 
     @classmethod
-    def from_canonical(cls, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> "Int8Linear":
-        """From int8 [N, K], scales [N] and a bias [N] of any float dtype. ValueError for other shapes."""
-        if weight.dtype != torch.int8 or weight.ndim != 2 or scales.shape != weight.shape[:1]:
-            raise ValueError(f"expected int8 [N, K] and scales [N], got {_describe(weight)} and {_describe(scales)}")
-        return cls(pack_int8(weight), scales.float().contiguous(), bias, weight.shape[1])
+    def from_canonical(
+        cls, weight: Tensor, scales: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+    ) -> "Int8Linear":
+        """From int8 [N, K]; scales [N] or [N, K / groupsize] and a bias [N], of any float dtype; an order of the
+        inputs as for Int4Linear. ValueError for other shapes."""
+        if weight.dtype != torch.int8 or weight.ndim != 2:
+            raise ValueError(f"expected int8 [N, K], got {_describe(weight)}")
+        N, K = weight.shape
+        groupsizes = {(N,): 0} | {(N, K // size): size for size in GROUPSIZES if K % size == 0}
+        if scales.shape not in groupsizes or not scales.dtype.is_floating_point:
+            raise ValueError(f"expected scales of one of {list(groupsizes)}, got {_describe(scales)}")
+        groupsize = groupsizes[scales.shape]
+        _check_order(order, K)
+        grid = pack_scales(scales) if groupsize else scales.float().contiguous()
+        return cls(pack_int8(weight), grid, N, K, groupsize, bias, order)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.brisk.linear_int8(x, self.packed, self.scales, self.bias)
+        x = x if self.order is None else x[..., self.order]
+        if not self.groupsize:
+            return torch.ops.brisk.linear_int8(x, self.packed, self.scales, self.bias)
+        return torch.ops.brisk.linear_int8_grouped(
+            x, self.packed, self.scales, self.out_features, self.groupsize, self.bias
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -247,8 +303,7 @@ class Int4Linear(nn.Module):
             raise ValueError(f"expected uint8 [N, {-(-K // 2)}] in groups of 32, 64 or 128, got {_describe(q)}")
         if scales.shape != shape or zeros.shape != shape or not scales.dtype.is_floating_point:
             raise ValueError(f"expected scales and zeros {shape}, got {_describe(scales)} and {_describe(zeros)}")
-        if order is not None and order.shape != (K,):
-            raise ValueError(f"expected an order of {K} inputs, got {_describe(order)}")
+        _check_order(order, K)
         packed, zero = pack_int4(q, scales, zeros, K, groupsize)
         return cls(packed, zero, N, K, groupsize, scales.dtype, bias, order)
 
@@ -262,6 +317,11 @@ class Int4Linear(nn.Module):
     def weight_bytes(self) -> int:
         """What one decode step reads."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def _check_order(order: Tensor | None, K: int) -> None:
+    if order is not None and order.shape != (K,):
+        raise ValueError(f"expected an order of {K} inputs, got {_describe(order)}")
 
 
 def _describe(tensor: Tensor) -> str:
@@ -280,6 +340,8 @@ def cuda_kernels() -> ModuleType | None:
     except ImportError as error:
         log(f"warning: no Triton, so quantized layers and attention will be slow: {error}")
         return None
-    for function in (cuda.linear_int8, cuda.linear_int4, cuda.decode_attention, linear_bf16):
+    for function in (
+        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16
+    ):  # fmt: skip
         _library.impl(function.__name__, function, "CUDA")
     return cuda

@@ -23,18 +23,20 @@ struct Vector {  // any tensor's data and its type
 };
 
 constexpr int64_t PANEL = 32;       // rows of a quantized weight that are interleaved
-constexpr int64_t ACT_GROUP = 128;  // activations share a scale in groups of this many for int8, of a group for int4
+constexpr int64_t ACT_GROUP = 128;  // activations that share a scale, where the weights have no groups; at most, else
 
 // A quantized weight as packing.py packs it: panels of 32 rows, one after another, K padded to whole groups.
-//   int8: for each 4 k, 32 rows of 4 bytes (w + 128). The scale of a row is in `scales`.
+//   int8: for each 4 k, 32 rows of 4 bytes (w + 128). `scales` are apart: one float a row, or in groups, of any type,
+//         [panels, groups, 32].
 //   int4: for each group: for each 8 k, 32 rows of 4 bytes as they are on disk (even k in the low nibble); 32 scales;
 //         32 zeros (bytes or floats), unless all zeros are the same integer; up to a whole number of cache lines.
 struct Weight {
     const uint8_t* packed;
-    const float* scales;  // int8
+    const void* scales;  // int8
     int bits;
+    bool grouped;  // the scales are those of groups, and not of rows
     int64_t n, k, group, groups;
-    Type scale_type;  // int4
+    Type scale_type;  // of groups
     int64_t zero;     // int4: the zero of all groups, or ZERO_BYTES or ZERO_FLOATS
     int64_t group_bytes;  // int4
     int64_t panel_bytes;

@@ -134,9 +134,12 @@ INLINE int32_t load4(const int8_t* from) {
 
 constexpr int64_t AHEAD = AVX512 ? 6144 : 2048;  // bytes
 
+// What is known of a weight at compile time.
+enum Kind { INT8, INT8_GROUPED, INT4 };
+
 // P panels [32, K] times R rows of activations -> y, without the scales of int8's rows.
-template <int R, int P>
-void panels_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[P][R][VECTORS]) {
+template <int R, int P, bool GROUPED>
+void panels_int8(const Weight& w, const uint8_t* at, int64_t panel, Activations x, f32s (&y)[P][R][VECTORS]) {
     constexpr bool FETCH = R > 2;  // with fewer, the hardware's own prefetching is as fast as memory
     constexpr int NV = AVX2 && R <= 2 ? 4 : 2;  // vectors of the panel at once
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++)
@@ -160,8 +163,19 @@ void panels_int8(const Weight& w, const uint8_t* at, Activations x, f32s (&y)[P]
                         UNROLL for (int v = 0; v < NV; v++) sums[p][r][v] = dot_int8(sums[p][r][v], ws[v], a);
                     }
                 }
-            UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-                y[p][r][h + v] += to_f32(sums[p][r][v]) * x.scale[r];
+            UNROLL for (int p = 0; p < P; p++) {
+                f32s scale[NV];
+                if constexpr (GROUPED)
+                    UNROLL for (int v = 0; v < NV; v++)
+                        scale[v] = load_lanes({w.scales, w.scale_type},
+                                              ((panel + p) * w.groups + g) * PANEL + (h + v) * LANES);
+                UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) {
+                    if constexpr (GROUPED)
+                        y[p][r][h + v] += to_f32(sums[p][r][v]) * (scale[v] * x.scale[r]);
+                    else
+                        y[p][r][h + v] += to_f32(sums[p][r][v]) * x.scale[r];
+                }
+            }
         }
         at += steps * 4 * PANEL, x.q += steps * 4 * R, x.scale += R, x.start += R;
     }
@@ -245,48 +259,46 @@ void panels_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)
         for (int v = 0; v < VECTORS; v += NV) add(w, panel, x, g, smaller(w.groups, g + step), v, y);
 }
 
-template <int BITS, int R, int P>
+template <Kind KIND, int R, int P>
 void linear_panels(const Weight& w, Activations x, int64_t panel, Vector bias, Type type, void* out) {
     f32s y[P][R][VECTORS];
     const uint8_t* packed = w.packed + panel * w.panel_bytes;
-    if constexpr (BITS == 8)
-        panels_int8<R, P>(w, packed, x, y);
-    else
+    if constexpr (KIND == INT4)
         panels_int4<R, P>(w, packed, x, y);
+    else
+        panels_int8<R, P, KIND == INT8_GROUPED>(w, packed, panel, x, y);
     for (int i = 0; i < P * VECTORS; i++) {
         const int64_t first = panel * PANEL + LANES * i, count = w.n - first;
         if (count <= 0) break;
-        f32s scale = BITS == 8 ? load_lanes({w.scales, F32}, first, count) : all(1.0f);
+        f32s scale = KIND == INT8 ? load_lanes({w.scales, F32}, first, count) : all(1.0f);
         f32s add = bias.data ? load_lanes(bias, first, count) : f32s{};
         for (int r = 0; r < R; r++)
             store_lanes(out, type, r * w.n + first, y[i / VECTORS][r][i % VECTORS] * scale + add, count);
     }
 }
 
-template <int BITS, int R>
+template <Kind KIND, int R>
 void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vector bias, Type type, void* out) {
     // Two panels at once are two streams from memory, and a sixth faster. Of more rows the sums fill the registers.
-    constexpr int AT_ONCE = AVX2 && R <= (BITS == 8 ? 2 : 1) ? 2 : 1;
+    constexpr int AT_ONCE = AVX2 && R <= (KIND == INT4 ? 1 : 2) ? 2 : 1;
     int64_t panel = begin;
-    for (; panel + AT_ONCE <= end; panel += AT_ONCE) linear_panels<BITS, R, AT_ONCE>(w, x, panel, bias, type, out);
-    for (; panel < end; panel++) linear_panels<BITS, R, 1>(w, x, panel, bias, type, out);
+    for (; panel + AT_ONCE <= end; panel += AT_ONCE) linear_panels<KIND, R, AT_ONCE>(w, x, panel, bias, type, out);
+    for (; panel < end; panel++) linear_panels<KIND, R, 1>(w, x, panel, bias, type, out);
 }
 
-template <int BITS, int R>
+template <Kind KIND, int R>
 void linear_tile(const Weight& w, Activations x, int rows, int64_t begin, int64_t end, Vector bias, Type type,
                  void* y) {
     if (rows == R)
-        linear_rows<BITS, R>(w, x, begin, end, bias, type, y);
+        linear_rows<KIND, R>(w, x, begin, end, bias, type, y);
     else if constexpr (R < TILE_ROWS)
-        linear_tile<BITS, R + 1>(w, x, rows, begin, end, bias, type, y);
+        linear_tile<KIND, R + 1>(w, x, rows, begin, end, bias, type, y);
 }
 
 void linear_quantized(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
                       void* y) {
-    if (w.bits == 8)
-        linear_tile<8, 1>(w, x, R, begin, end, bias, type, y);
-    else
-        linear_tile<4, 1>(w, x, R, begin, end, bias, type, y);
+    const auto tile = w.bits == 4 ? linear_tile<INT4, 1> : w.grouped ? linear_tile<INT8_GROUPED, 1> : linear_tile<INT8, 1>;
+    tile(w, x, R, begin, end, bias, type, y);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -179,21 +179,41 @@ void check_packed(const Tensor& packed, const Weight& w, int64_t panel_bytes) {
         "packed: expected ", panels * panel_bytes, " bytes for [", w.n, ", ", w.k, "], got ", packed.numel());
 }
 
+void check_group(int64_t group) {
+    STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "groupsize: expected 32, 64 or 128, got ", group);
+}
+
 Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& bias) {
     STD_TORCH_CHECK(scales.dim() == 1 && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
                     "scales: expected float32 [N]");
     const int64_t k = x.size(-1);
     Weight w{};
-    w.packed = (const uint8_t*)packed.const_data_ptr(), w.scales = (const float*)scales.const_data_ptr();
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.scales = scales.const_data_ptr();
     w.bits = 8, w.n = scales.size(0), w.k = k, w.group = ACT_GROUP, w.groups = (k + ACT_GROUP - 1) / ACT_GROUP;
     w.panel_bytes = PANEL * round_up(k, 16);
     check_packed(packed, w, w.panel_bytes);
     return linear_quantized(x, w, bias);
 }
 
+Tensor linear_int8_grouped(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t n, int64_t group,
+                           const OptionalTensor& bias) {
+    const int64_t k = x.size(-1), panels = (n + PANEL - 1) / PANEL;
+    check_group(group);
+    STD_TORCH_CHECK(k % group == 0 && scales.dim() == 3 && scales.size(0) == panels && scales.size(1) == k / group &&
+                        scales.size(2) == PANEL && scales.is_contiguous(),
+                    "expected whole groups of ", group, " columns and scales [", panels, ", ", k / group, ", ", PANEL,
+                    "], got ", k, " columns and scales ", shape_of(scales));
+    Weight w{};
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.scales = scales.const_data_ptr();
+    w.scale_type = type_of(scales.scalar_type()), w.grouped = true;
+    w.bits = 8, w.n = n, w.k = k, w.group = group, w.groups = k / group, w.panel_bytes = PANEL * k;
+    check_packed(packed, w, w.panel_bytes);
+    return linear_quantized(x, w, bias);
+}
+
 Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t n, int64_t group, ScalarType scale_type,
                    int64_t zero, const OptionalTensor& bias) {
-    STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "groupsize: expected 32, 64 or 128, got ", group);
+    check_group(group);
     STD_TORCH_CHECK(zero >= ZERO_FLOATS && zero <= 16, "zero: expected -2 to 16, got ", zero);
     Weight w{};
     w.packed = (const uint8_t*)packed.const_data_ptr(), w.bits = 4, w.n = n, w.k = x.size(-1), w.group = group;
@@ -428,6 +448,7 @@ extern "C" __attribute__((visibility("default"))) void brisk_use(const brisk::Li
 STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
     m.impl("linear_bf16", TORCH_BOX(&brisk::linear_bf16));
     m.impl("linear_int8", TORCH_BOX(&brisk::linear_int8));
+    m.impl("linear_int8_grouped", TORCH_BOX(&brisk::linear_int8_grouped));
     m.impl("linear_int4", TORCH_BOX(&brisk::linear_int4));
     m.impl("decode_attention", TORCH_BOX(&brisk::decode_attention));
     m.impl("reach", TORCH_BOX(&brisk::reach));

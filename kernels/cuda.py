@@ -1,6 +1,7 @@
 """The ops of this folder for CUDA, in Triton. __init__.py imports this file when it meets the first CUDA tensor.
 
     y = linear_int8(x, packed, scales, bias)                     # what torch.ops.brisk.linear_int8 does on CUDA, ...
+    y = linear_int8_grouped(x, packed, scales, out_features, groupsize, bias)
     y = linear_int4(x, packed, out_features, groupsize, scale_dtype, zero, bias)
     y = decode_attention(q, k_cache, v_cache, input_pos, window)
 
@@ -47,9 +48,13 @@ SPLIT_PROGRAMS = 256  # attention: two for each multiprocessor
 @triton.jit
 def _linear_int8(
     x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, R, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """x [R, K], w int8 [N, K], s [N] -> y [R, N]; EVEN: BN divides N and BC * BK divides K."""
+    """x [R, K], w int8 [N, K], s [N], or [K / GROUP, N] if there are groups, which are whole BK -> y [R, N].
+
+    EVEN: BN divides N and BC * BK divides K.
+    """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     w_ptr += (tl.program_id(1) * BN).to(tl.int64) * K
@@ -61,8 +66,15 @@ def _linear_int8(
         some = tl.full([BN], True, tl.int1) if EVEN else n < N
         w = tl.load(w_ptr + row[None, :, None] * K + k[:, None, :], inside[:, None, :] & some[None, :, None], 0)
         x = tl.load(x_ptr + r[None, None, :] * K + k[:, :, None], inside[:, :, None] & (r < R)[None, None, :], 0)
-        acc = tl.dot(w.to(x.dtype), x, acc)
-    y = tl.sum(acc, 0) * tl.load(s_ptr + n, n < N, 0)[:, None]
+        if GROUP:
+            c = start + tl.arange(0, BC) * BK
+            s = tl.load(s_ptr + (c // GROUP)[:, None] * N + n[None, :], (c < K)[:, None] & (n < N)[None, :], 0)
+            acc += tl.dot(w.to(x.dtype), x) * s.to(tl.float32)[:, :, None]
+        else:
+            acc = tl.dot(w.to(x.dtype), x, acc)
+    y = tl.sum(acc, 0)
+    if not GROUP:
+        y *= tl.load(s_ptr + n, n < N, 0)[:, None]
     _store(y, y_ptr, b_ptr, r, n, R, N, BIAS)
 
 
@@ -145,20 +157,35 @@ def _store(y, y_ptr, b_ptr, r, n, R, N, BIAS: tl.constexpr):
 
 def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times int8 [N, K], with a float32 scale for each row -> [..., N] in x's dtype."""
+    return _int8(x, packed, scales, 0, bias)
+
+
+def linear_int8_grouped(
+    x: Tensor, packed: Tensor, scales: Tensor, out_features: int, groupsize: int, bias: Tensor | None = None
+) -> Tensor:
+    """x [..., K] times int8 [N, K], with scales [K / groupsize, N] -> [..., N] in x's dtype."""
+    return _int8(x, packed, scales, groupsize, bias)
+
+
+def _int8(x: Tensor, packed: Tensor, scales: Tensor, groupsize: int, bias: Tensor | None) -> Tensor:
     (N, K), x, shape = packed.shape, *_as_rows(x)
-    if x.shape[1] != K or scales.shape != (N,):
-        raise RuntimeError(f"expected x [..., {K}] and scales [{N}], got {list(shape)} and {list(scales.shape)}")
+    expected = (K // groupsize, N) if groupsize else (N,)
+    if x.shape[1] != K or scales.shape != expected or (groupsize and K % groupsize):
+        raise RuntimeError(f"expected x [..., {K}] and scales {expected}, got {list(shape)} and {list(scales.shape)}")
     if _is_gemm(x):
         weight = torch.empty(N, K, dtype=x.dtype, device=x.device)
-        y = _gemm(x, torch.mul(packed, scales[:, None], out=weight), bias)
+        groups = (N, -1, groupsize or K)
+        torch.mul(packed.view(groups), scales.view(-1, N).t()[:, :, None], out=weight.view(groups))
+        y = _gemm(x, weight, bias)
     else:
         y = x.new_empty(len(x), N)
         BM, BN = _block(len(x), N)
-        BK = 128 if BN == 16 else 64  # 8 KB of weights a stage, or 16
+        width = 512 if BN == 16 else 256  # 8 KB of weights a stage, or 16
+        BK = min(width // 4, groupsize or width)
         with torch.cuda.device_of(x):
             _linear_int8[triton.cdiv(len(x), BM), triton.cdiv(N, BN)](
-                x, packed, scales, bias, y, len(x), N, K, BM, BN, 4, BK,
-                EVEN=N % BN == K % (4 * BK) == 0, BIAS=bias is not None, num_warps=4,
+                x, packed, scales, bias, y, len(x), N, K, groupsize, BM, BN, width // BK, BK,
+                EVEN=N % BN == K % width == 0, BIAS=bias is not None, num_warps=4,
             )  # fmt: skip
     return y.view(*shape[:-1], N)
 

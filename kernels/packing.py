@@ -1,8 +1,9 @@
 """From the layout on disk to the order in which the kernels of CPUs read weights, and memory in huge pages.
 
     packed = pack_int8(weight)                                           # int8 [N, K]
-    packed, zero = pack_int4(q, scales, zeros, K, groupsize)             # two weights in a byte [N, ceil(K / 2)]
-    weight = dequantize_int4(q, scales, zeros, K, groupsize, torch.float32)
+    packed, zero = pack_int4(q, scales, zeros, K, groupsize)             # q: two weights in a byte [N, ceil(K / 2)]
+    q = pack_nibbles(levels)                                             # which is the layout on disk
+    weight = dequantize(levels, scales, zeros, groupsize)
 
 CUDA has an order of its own, in cuda.py.
 """
@@ -35,6 +36,27 @@ def pack_int8(weight: Tensor) -> Tensor:
 def unpack_int8(packed: Tensor, N: int, K: int) -> Tensor:
     """What pack_int8 packed."""
     return (packed.transpose(1, 2).reshape(-1, packed.shape[1] * 4)[:N, :K] ^ 128).view(torch.int8)
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """[N, groups] of int8 in groups -> [N / 32, groups, 32], N rounded up: the order of reading."""
+    by_panel = _by_panel(scales)
+    return allocate(by_panel.shape, scales.dtype, scales.device).copy_(by_panel)
+
+
+def unpack_scales(packed: Tensor, N: int) -> Tensor:
+    """What pack_scales packed."""
+    return packed.transpose(1, 2).flatten(0, 1)[:N]
+
+
+def pack_nibbles(levels: Tensor) -> Tensor:
+    """uint8 [N, K] below 16, K even -> two in a byte [N, K / 2], the even k in the low half."""
+    return levels[:, 0::2] | levels[:, 1::2] << 4
+
+
+def unpack_nibbles(q: Tensor, K: int) -> Tensor:
+    """What pack_nibbles packed: uint8 [N, ceil(K / 2)] -> [N, K]."""
+    return torch.stack((q & 15, q >> 4), -1).flatten(1)[:, :K]
 
 
 def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
@@ -90,11 +112,13 @@ def unpack_int4(
     return q, scales, zeros.view(zero_dtype).transpose(1, 2).flatten(0, 1)[:N].float()
 
 
-def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int, dtype: torch.dtype) -> Tensor:
-    """w = (q - zero) * scale, [N, K], from the layout on disk."""
-    nibbles = torch.stack((q & 15, q >> 4), -1).flatten(1)[:, :K].float()
-    zeros, scales = (x.float().repeat_interleave(groupsize, 1)[:, :K] for x in (zeros, scales))
-    return ((nibbles - zeros) * scales).to(dtype)
+def dequantize(levels: Tensor, scales: Tensor, zeros: Tensor | int, groupsize: int) -> Tensor:
+    """w = (level - zero) * scale, [N, K], of levels [N, K] and scales [N, groups]; zeros are like them, or all one."""
+
+    def spread(grid: Tensor) -> Tensor:
+        return grid.repeat_interleave(groupsize, 1)[:, : levels.shape[1]]
+
+    return (levels - (zeros if isinstance(zeros, int) else spread(zeros))) * spread(scales)
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ import rounding
 from benchmarks import contenders, models, peers, report, startup, turns
 from config import ModelConfig
 from errors import UserError
+from kernels import packing
 from model import Linear, Transformer
 
 HERE = Path(bench.__file__).parent
@@ -249,7 +250,7 @@ def test_int4_is_nearly_as_good_as_with_the_search():
     levels, scales = models.round_int4(weight, 64)
     assert levels.min() == 0 and levels.max() == 15 and scales.shape == (64, 4)
     error, least = (
-        (rounding.dequantize_int4(*quantized) - weight).norm() / weight.norm()
+        (packing.dequantize(*quantized, rounding.ZERO, 64) - weight).norm() / weight.norm()
         for quantized in ((levels, scales), rounding.quantize_int4(weight, 64))
     )
     assert 0.05 < least < error < 1.3 * least

@@ -28,6 +28,7 @@ from convert_hf_checkpoint import convert
 from errors import UserError
 from formats import gptq_awq
 from formats.gptq_awq import Format, read_format
+from kernels import packing
 from model import Linear
 from weights import read_header, read_safetensors
 
@@ -49,9 +50,9 @@ CONFIGS = {
 # -- the formats, by their definition
 
 
-def word(values: list[int]) -> int:
-    """Eight numbers below 16, the first in the lowest bits."""
-    return sum(int(value) << (4 * i) for i, value in enumerate(values))
+def word(values: list[int], bits: int = 4) -> int:
+    """Numbers of so many bits, the first in the lowest ones."""
+    return sum(int(value) << (bits * i) for i, value in enumerate(values))
 
 
 def words(rows: list[list[int]], less: int = 0) -> torch.Tensor:
@@ -61,18 +62,19 @@ def words(rows: list[list[int]], less: int = 0) -> torch.Tensor:
     )
 
 
-def pack_outputs(matrix: np.ndarray, order: list[int], less: int = 0) -> torch.Tensor:
-    """[rows, out] -> int32 [rows, out / 8], the outputs of each word in this order."""
-    rows = [[word([row[8 * c + i] for i in order]) for c in range(len(row) // 8)] for row in matrix]
+def pack_outputs(matrix: np.ndarray, order: list[int], less: int = 0, bits: int = 4) -> torch.Tensor:
+    """[rows, out] -> int32 [rows, out / 8] (of 8 bits out / 4), the outputs of each word in this order."""
+    n = len(order)
+    rows = [[word([row[n * c + i] for i in order], bits) for c in range(len(row) // n)] for row in matrix]
     return words(rows, less)
 
 
-def pack_gptq(levels: np.ndarray, zeros: np.ndarray, version: str) -> dict[str, torch.Tensor]:
+def pack_gptq(levels: np.ndarray, zeros: np.ndarray, version: str, bits: int = 4) -> dict[str, torch.Tensor]:
     """Levels [in, out] and zeros [groups, out]."""
-    rows, columns = levels.shape
-    qweight = [[word(levels[8 * r : 8 * r + 8, c]) for c in range(columns)] for r in range(rows // 8)]
-    qzeros = pack_outputs(zeros, list(range(8)), less=0x11111111 if version == "v1" else 0)
-    return {"qweight": words(qweight), "qzeros": qzeros}
+    (rows, columns), n = levels.shape, 32 // bits
+    qweight = [[word(levels[n * r : n * r + n, c], bits) for c in range(columns)] for r in range(rows // n)]
+    less = word([1] * n, bits) if version == "v1" else 0
+    return {"qweight": words(qweight), "qzeros": pack_outputs(zeros, list(range(n)), less, bits)}
 
 
 def pack_awq(levels: np.ndarray, zeros: np.ndarray) -> dict[str, torch.Tensor]:
@@ -82,8 +84,9 @@ def pack_awq(levels: np.ndarray, zeros: np.ndarray) -> dict[str, torch.Tensor]:
 class Maker:
     """Draws quantized layers and remembers the floats that they stand for."""
 
-    def __init__(self, version: str, groupsize: int, symmetric: bool = False, act_order: bool = False):
+    def __init__(self, version: str, groupsize: int, symmetric: bool = False, act_order: bool = False, bits: int = 4):
         self.version, self.groupsize, self.symmetric, self.act_order = version, groupsize, symmetric, act_order
+        self.bits = bits
         self.random = np.random.default_rng(0)
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
@@ -103,15 +106,18 @@ class Maker:
     def layer(self, name: str, out: int, inputs: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The tensors, and the weight [out, in] in float64."""
         groups = self.groups(name, inputs)
+        count = 2**self.bits
         zeros = (
-            np.full((groups.max() + 1, out), 8)
+            np.full((groups.max() + 1, out), count // 2)
             if self.symmetric
-            else self.random.integers(0, 16, (groups.max() + 1, out))
+            else self.random.integers(0, count, (groups.max() + 1, out))
         )
-        levels = self.random.integers(0, 16, (inputs, out))
-        scales = self.random.uniform(0.005, 0.03, zeros.shape).astype(np.float16)
+        levels = self.random.integers(0, count, (inputs, out))
+        scales = (self.random.uniform(0.005, 0.03, zeros.shape) * 16 / count).astype(np.float16)
         weight = (levels - zeros[groups]) * scales[groups].astype(np.float64)
-        tensors = pack_awq(levels, zeros) if self.version == "awq" else pack_gptq(levels, zeros, self.version)
+        tensors = (
+            pack_awq(levels, zeros) if self.version == "awq" else pack_gptq(levels, zeros, self.version, self.bits)
+        )
         tensors["scales"] = torch.from_numpy(scales)
         if self.version != "awq":
             tensors["g_idx"] = torch.from_numpy(groups.astype(np.int32))
@@ -148,7 +154,7 @@ def make(
     save_tokenizer(folder, 300)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     fields = json.loads(model_config.to_json_string()) | {"architectures": [f"{family}ForCausalLM"], "dtype": "float16"}
-    said = CONFIGS[maker.version] | {"group_size": maker.groupsize}
+    said = CONFIGS[maker.version] | {"group_size": maker.groupsize, "bits": maker.bits}
     said |= {} if maker.version == "awq" else {"desc_act": maker.act_order, "sym": maker.symmetric}
     fields["quantization_config"] = said | (config or {})
     (folder / "config.json").write_text(json.dumps(fields))
@@ -162,9 +168,11 @@ def floats_of(out: Path) -> dict[str, torch.Tensor]:
     weights = {name: tensor.float() for name, tensor in tensors.items() if name.rpartition(".")[0] not in forms}
     weights |= {name: tensors[name].float() for name in tensors if name.endswith(".bias")}
     for layer, form in forms.items():
-        q, scales, zeros = (tensors[f"{layer}.{part}"] for part in ("weight", "scales", "zeros"))
-        group = int(form.removeprefix("int4-g"))
-        weight = kernels.dequantize_int4(q, scales, zeros, 2 * q.shape[1], group, torch.float32)
+        q, scales = (tensors[f"{layer}.{part}"] for part in ("weight", "scales"))
+        bits, group = map(int, re.fullmatch(r"int(\d)-g(\d+)", form).groups())
+        zeros = tensors[f"{layer}.zeros"].float() if bits == 4 else 0
+        levels = packing.unpack_nibbles(q, 2 * q.shape[1]) if bits == 4 else q
+        weight = packing.dequantize(levels.float(), scales.float(), zeros, group)
         order = tensors.get(f"{layer}.order")
         weights[f"{layer}.weight"] = weight if order is None else weight[:, order.argsort()]
     return weights
@@ -179,13 +187,18 @@ def same_weights(out: Path, model: transformers.PreTrainedModel) -> None:
 
 
 class FloatLinear(torch.nn.Module):
-    """A layer of ours with floats in place of int4: what it would be if activations were not rounded to 8 bits."""
+    """A layer of ours with floats in place of integers: what it would be if activations were not rounded to 8 bits."""
 
-    def __init__(self, linear: kernels.Int4Linear):
+    def __init__(self, linear: kernels.Int4Linear | kernels.Int8Linear):
         super().__init__()
-        K, group = linear.in_features, linear.groupsize
-        parts = kernels.unpack_int4(linear.packed, linear.out_features, K, group, linear.scale_dtype, linear.zero)
-        self.weight, self.bias = kernels.dequantize_int4(*parts, K, group, torch.float32), linear.bias
+        N, K, group = linear.out_features, linear.in_features, linear.groupsize
+        if isinstance(linear, kernels.Int8Linear):
+            levels, zeros = kernels.unpack_int8(linear.packed, N, K), 0
+            scales = kernels.unpack_scales(linear.scales, N)
+        else:
+            q, scales, zeros = kernels.unpack_int4(linear.packed, N, K, group, linear.scale_dtype, linear.zero)
+            levels = packing.unpack_nibbles(q, K)
+        self.weight, self.bias = packing.dequantize(levels.float(), scales.float(), zeros, group), linear.bias
         self.order = linear.order
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,7 +215,7 @@ def same_logits(out: Path, reference: transformers.PreTrainedModel) -> None:
         expected = reference(ids).logits
         rounded = model(ids, positions)
         for name, module in list(model.named_modules()):
-            if isinstance(module, kernels.Int4Linear):
+            if isinstance(module, (kernels.Int4Linear, kernels.Int8Linear)):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, FloatLinear(module))
         exact = model(ids, positions)
@@ -228,6 +241,45 @@ def test_gptq(tmp_path, version, symmetric, act_order):
     assert len(layers) == 8 and set(layers.values()) == {"int4-g32"}
     assert [name for name in tensors if name.endswith(".order")] == ([f"{name}.order" for name in layers] * act_order)
     assert all(tensors[f"{name}.scales"].dtype == torch.float16 for name in layers)
+
+
+@pytest.mark.parametrize(
+    ("version", "groupsize", "act_order", "form"),
+    [("v1", 32, False, "int8-g32"), ("v1", 128, True, "int8-g128"), ("v2", -1, False, "int8-g64")],
+)
+def test_gptq_of_8_bits(tmp_path, version, groupsize, act_order, form):
+    """As Qwen publishes them: symmetric, in int8 of groups."""
+    widths = dict(hidden_size=384, intermediate_size=192 if groupsize == -1 else 384, num_attention_heads=8)
+    maker = Maker(version, groupsize, symmetric=True, act_order=act_order, bits=8)
+    model = make(tmp_path / "in", maker, "Qwen2", num_hidden_layers=1, **widths)
+    assert " M parameters, int8 (GPTQ) and float16, " in convert(tmp_path / "in", tmp_path / "out")
+    same_weights(tmp_path / "out", model)
+    same_logits(tmp_path / "out", model)
+    tensors, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
+    layers = json.loads(metadata["quantized"])
+    assert metadata["mode"] == "gptq" and len(layers) == 4 and layers["layers.0.feed_forward.w2"] == form
+    assert [name for name in tensors if name.endswith(".order")] == ([f"{name}.order" for name in layers] * act_order)
+    assert all(tensors[f"{name}.weight"].dtype == torch.int8 for name in layers)
+    assert all(tensors[f"{name}.scales"].dtype == torch.float16 for name in layers)
+    assert not [name for name in tensors if name.endswith(".zeros")]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_gptq_of_8_bits_that_is_not_symmetric(tmp_path, capsys, version):
+    """Our int8 has no zeros: such layers become floats, and one line says so."""
+    model = make(tmp_path / "in", Maker(version, 32, act_order=True, bits=8), num_hidden_layers=1)
+    capsys.readouterr()
+    convert(tmp_path / "in", tmp_path / "out", torch.float32)
+    names = ", ".join(f"layers.0.{name}" for name in (
+        "attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"
+    ))  # fmt: skip
+    err = capsys.readouterr().err
+    assert re.fullmatch(f"warning: the parts of {names} [^\n]*8 bits that are not symmetric; they become floats\n", err)
+    tensors, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert "quantized" not in metadata and {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    expected = fused(model.state_dict(), False)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
@@ -437,9 +489,11 @@ def matrix(rows: st.SearchStrategy[int], columns: st.SearchStrategy[int]) -> st.
 @settings(max_examples=50, deadline=None)
 def test_unpack_weight(levels):
     for method, packed in (("gptq", pack_gptq(levels, levels[:1], "v2")), ("awq", pack_awq(levels, levels[:1]))):
-        found = gptq_awq.unpack_weight(packed["qweight"], method)
+        found = gptq_awq.unpack_weight(packed["qweight"], Format(method, 32))
         assert np.array_equal(found.numpy(), levels.T)
-        assert np.array_equal(gptq_awq.pack(found).numpy(), levels.T[:, 0::2] + 16 * levels.T[:, 1::2])
+        assert np.array_equal(packing.pack_nibbles(found).numpy(), levels.T[:, 0::2] + 16 * levels.T[:, 1::2])
+    packed = pack_gptq(levels * 17, levels[:1], "v2", 8)
+    assert np.array_equal(gptq_awq.unpack_weight(packed["qweight"], Format("gptq", 32, 8)).numpy(), levels.T * 17)
 
 
 @given(matrix(st.integers(1, 5), st.integers(1, 4).map(lambda n: 8 * n)))
@@ -451,6 +505,10 @@ def test_unpack_zeros(zeros):
         packed = pack_awq(levels, zeros) if version == "awq" else pack_gptq(levels, zeros, version)
         form = Format("awq" if version == "awq" else "gptq", 32, less_one=version == "v1")
         assert np.array_equal(gptq_awq.unpack_zeros(packed["qzeros"], form).numpy(), zeros.T)
+    for version in ("v1", "v2"):
+        packed = pack_gptq(levels, zeros * 17, version, 8)
+        form = Format("gptq", 32, 8, less_one=version == "v1")
+        assert np.array_equal(gptq_awq.unpack_zeros(packed["qzeros"], form).numpy(), zeros.T * 17)
 
 
 @given(st.permutations(range(24)), st.sampled_from([1, 5, 8, 24, 100]))
@@ -530,13 +588,13 @@ def test_hub(tmp_path):
     (tmp_path / "hub" / "org" / "good" / "config.json").write_text(json.dumps(config))
     shutil.copytree(tmp_path / "hub" / "org" / "good", tmp_path / "hub" / "org" / "bad")
     (tmp_path / "hub" / "org" / "good" / "quantize_config.json").write_text(json.dumps(fields))
-    (tmp_path / "hub" / "org" / "bad" / "quantize_config.json").write_text(json.dumps(fields | {"bits": 8}))
+    (tmp_path / "hub" / "org" / "bad" / "quantize_config.json").write_text(json.dumps(fields | {"bits": 3}))
     with FakeHub(tmp_path / "hub") as hub:
         environment = os.environ | hub.env(tmp_path / "home")
         done = run_script("--repo", "org/good", cwd=tmp_path, env=environment)
         assert done.returncode == 0 and "int4 (GPTQ)" in done.stderr, done.stderr
         hub.requests.clear()
-        assert "quantize_config.json: bits 8" in error_line(
+        assert "quantize_config.json: bits 3" in error_line(
             run_script("--repo", "org/bad", cwd=tmp_path, env=environment)
         )
         assert "model.safetensors" not in hub.fetched()
@@ -558,7 +616,7 @@ def refused(folder: Path, match: str) -> None:
         ("v1", {"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
         ("v1", {"quant_method": "fp8"}, "'fp8'"),
         ("v1", {"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
-        ("v1", {"bits": 8}, "bits 8"),
+        ("v1", {"bits": 2}, "bits 2"),
         ("v1", {"bits": 3}, "bits 3"),
         ("v1", {"bits": None}, "bits None"),
         ("v1", {"group_size": 0}, "group_size 0"),

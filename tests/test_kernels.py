@@ -155,6 +155,28 @@ def test_int8(op, shape, low):
 @given(
     shape=shapes,
     groupsize=st.sampled_from(kernels.GROUPSIZES),
+    groups=st.integers(1, 7),
+    scale_dtype=st.sampled_from(["bf16", "f16", "f32"]),
+    low=st.sampled_from([-128, -127, 0]),
+)
+def test_int8_grouped(op, shape, groupsize, groups, scale_dtype, low):
+    N, K = shape["N"], groups * groupsize
+    generator, x, bias = draw(shape | {"K": K})
+    q, scales = int8_weight(generator, N, K, groupsize, scale_dtype, low)
+    y = op.linear_int8_grouped(x, kernels.pack_int8(q), kernels.pack_scales(scales), N, groupsize, bias)
+    weight = q.double() * scales.double().repeat_interleave(groupsize, 1)
+    check(y, x, weight, bias, activation_error(x, weight, groupsize))
+
+
+def int8_weight(generator, N: int, K: int, groupsize: int, scale_dtype: str = "bf16", low: int = -128):
+    q = torch.randint(low, 128, (N, K), dtype=torch.int8, generator=generator)
+    return q, (torch.rand(N, K // groupsize, generator=generator) / 100).to(DTYPES[scale_dtype])
+
+
+@few
+@given(
+    shape=shapes,
+    groupsize=st.sampled_from(kernels.GROUPSIZES),
     scale_dtype=st.sampled_from(["bf16", "f16", "f32"]),
     zero_kind=st.sampled_from(["same", "whole", "float"]),
 )
@@ -164,7 +186,7 @@ def test_int4(op, shape, groupsize, scale_dtype, zero_kind):
     packed, zero = kernels.pack_int4(q, scales, zeros, shape["K"], groupsize)
     assert {"same": zero == 8, "whole": zero != packing.ZERO_FLOATS, "float": True}[zero_kind]
     y = op.linear_int4(x, packed, shape["N"], groupsize, scales.dtype, zero, bias)
-    weight = kernels.dequantize_int4(q, scales.double(), zeros.double(), shape["K"], groupsize, torch.float64)
+    weight = int4_floats(q, scales, zeros, shape["K"], groupsize)
     # The zero is subtracted after the sum: float32 rounds q and the zero on their own.
     apart = (x.double().abs() @ weight_size(scales, zeros, shape["K"], groupsize).T) * 2**-20
     check(y, x, weight, bias, activation_error(x, weight, groupsize) + apart)
@@ -180,6 +202,13 @@ def int4_weight(generator, N: int, K: int, groupsize: int, scale_dtype: str = "f
     elif zero_kind == "float":
         zeros = torch.randn(N, groups, generator=generator) * 10
     return q, scales, zeros
+
+
+def int4_floats(q, scales, zeros, K: int, groupsize: int) -> torch.Tensor:
+    """The weight [N, K] in float64, by the definition of the format."""
+    levels = torch.stack((q % 16, q // 16), -1).flatten(1)[:, :K].double()
+    zeros, scales = (grid.double().repeat_interleave(groupsize, 1)[:, :K] for grid in (zeros, scales))
+    return (levels - zeros) * scales
 
 
 def weight_size(scales: torch.Tensor, zeros: torch.Tensor, K: int, groupsize: int) -> torch.Tensor:
@@ -204,7 +233,9 @@ def test_int4_at_its_extremes(op, groupsize, zeros):
 
 def test_int4_low_nibble_is_the_even_k():
     q = torch.tensor([[0x21, 0x43]], dtype=torch.uint8)
-    weight = kernels.dequantize_int4(q, torch.tensor([[0.5]]), torch.tensor([[8.0]]), 4, 32, torch.float32)
+    levels = packing.unpack_nibbles(q, 4)
+    assert levels.tolist() == [[1, 2, 3, 4]] and torch.equal(packing.pack_nibbles(levels), q)
+    weight = packing.dequantize(levels.float(), torch.tensor([[0.5]]), torch.tensor([[8.0]]), 32)
     assert weight.tolist() == [[-3.5, -3.0, -2.5, -2.0]]
     layer = Int4Linear.from_canonical(q, torch.tensor([[0.5]]), torch.tensor([[8.0]]), 4, 32)
     assert layer(torch.eye(4)).flatten().tolist() == [-3.5, -3.0, -2.5, -2.0]
@@ -221,6 +252,8 @@ def test_packing_can_be_undone(N, K, groupsize, seed):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=generator)
     assert torch.equal(kernels.unpack_int8(kernels.pack_int8(w), N, K), w)
+    grid = torch.rand(N, -(-K // groupsize), generator=generator)
+    assert torch.equal(kernels.unpack_scales(kernels.pack_scales(grid), N), grid)
     kind = ["same", "whole", "float"][seed % 3]
     q, scales, zeros = int4_weight(generator, N, K, groupsize, ["bf16", "f16", "f32"][seed // 3 % 3], kind)
     packed, zero = kernels.pack_int4(q, scales, zeros, K, groupsize)
@@ -234,9 +267,11 @@ def test_what_is_not_finite_stays_so(op, value):
     x = torch.randn(3, 200).bfloat16()
     x[1, 77] = value
     w = torch.randint(-127, 128, (40, 200), dtype=torch.int8)
+    grid = kernels.pack_scales(torch.ones(40, 6))
     outputs = [
         op.linear_bf16(x, torch.randn(40, 200).bfloat16(), None),
         op.linear_int8(x, kernels.pack_int8(w), torch.ones(40), None),
+        op.linear_int8_grouped(x[:, :192], kernels.pack_int8(w[:, :192]), grid, 40, 32, None),
     ]
     for kind in ("same", "whole", "float"):
         q, scales, zeros = int4_weight(torch.Generator().manual_seed(0), 40, 200, 32, "bf16", kind)
@@ -286,13 +321,42 @@ def test_many_rows():
 def test_the_instruction_sets_agree():
     """Activations are quantized to the same integers everywhere, so only the order of float32 sums differs."""
     torch.manual_seed(0)
-    x = torch.randn(5, 500).bfloat16() * torch.tensor([1, 1e-3, 30, 1e5, 1]).bfloat16()[:, None]
-    layer = Int8Linear.from_canonical(torch.randint(-127, 128, (70, 500), dtype=torch.int8), torch.rand(70))
+    x = torch.randn(5, 512).bfloat16() * torch.tensor([1, 1e-3, 30, 1e5, 1]).bfloat16()[:, None]
     x = x.float()  # of bfloat16 numbers: many lie exactly between two integers once they are scaled
-    expected = kernels.linear_int8(x, layer.packed, layer.scales)
+    weight = torch.randint(-127, 128, (70, 512), dtype=torch.int8)
+    rows, groups = (Int8Linear.from_canonical(weight, scales) for scales in (torch.rand(70), torch.rand(70, 8)))
+    expected = {
+        rows: kernels.linear_int8(x, rows.packed, rows.scales),
+        groups: kernels.linear_int8_grouped(x, groups.packed, groups.scales, 70, 64),
+    }
     for isa in reversed(build.available_isas()):
         build.use_isa(isa)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        for layer, y in expected.items():
+            torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+
+
+def test_groups_of_equal_scales_are_rows():
+    """With a scale that all groups of a row share, and groups as large as those of the activations, both are one."""
+    torch.manual_seed(0)
+    weight, scales, bias = torch.randint(-128, 128, (70, 384), dtype=torch.int8), torch.rand(70), torch.randn(70)
+    rows = Int8Linear.from_canonical(weight, scales, bias)
+    groups = Int8Linear.from_canonical(weight, scales[:, None].repeat(1, 3), bias)
+    assert (rows.groupsize, groups.groupsize) == (0, 128)
+    for count in (1, 3, 9):
+        x = torch.randn(count, 384)
+        torch.testing.assert_close(groups(x), rows(x), rtol=1e-5, atol=1e-4)
+
+
+def test_order_of_an_int8_layer():
+    """y = W x[order], with any leading dimensions."""
+    weight, scales, order = torch.randint(-128, 128, (8, 64), dtype=torch.int8), torch.rand(8, 2), torch.randperm(64)
+    plain = Int8Linear.from_canonical(weight, scales)
+    ordered = Int8Linear.from_canonical(weight, scales, order=order.int())
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(ordered(x), plain(x[..., order]))
+    assert ordered.weight_bytes == plain.weight_bytes + 64 * 4
+    with pytest.raises(ValueError, match="order of 64 inputs"):
+        Int8Linear.from_canonical(weight, scales, order=order[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,9 +429,11 @@ def examples() -> dict[str, tuple]:
     q, scales, zeros = int4_weight(torch.Generator().manual_seed(0), 48, 100, 32, zero_kind="whole")
     packed, zero = kernels.pack_int4(q, scales, zeros, 100, 32)
     cache = torch.randn(2, 2, 300, 32).bfloat16()
+    int8, grid = int8_weight(torch.Generator().manual_seed(0), 48, 96, 32)
     return {
         "linear_bf16": (x, torch.randn(48, 100).bfloat16(), torch.randn(48).bfloat16()),
         "linear_int8": (x, kernels.pack_int8(torch.randint(-127, 128, (48, 100), dtype=torch.int8)), torch.rand(48)),
+        "linear_int8_grouped": (x[..., :96], kernels.pack_int8(int8), kernels.pack_scales(grid), 48, 32, None),
         "linear_int4": (x, packed, 48, 32, scales.dtype, zero, None),
         "decode_attention": (torch.randn(2, 1, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7], [299]]), 100),
     }
@@ -504,6 +570,9 @@ BYTES = torch.zeros(4, 16, dtype=torch.uint8)
     [
         lambda: Int8Linear.from_canonical(torch.zeros(4, 4), torch.ones(4)),
         lambda: Int8Linear.from_canonical(torch.zeros(4, 4, dtype=torch.int8), torch.ones(3)),
+        lambda: Int8Linear.from_canonical(torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 3)),
+        lambda: Int8Linear.from_canonical(torch.zeros(4, 48, dtype=torch.int8), torch.ones(4, 1)),
+        lambda: Int8Linear.from_canonical(torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 2).int()),
         lambda: Int4Linear.from_canonical(
             torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1), torch.ones(4, 1), 40, 32
         ),

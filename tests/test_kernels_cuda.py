@@ -157,6 +157,18 @@ def check_int8(shape: dict) -> None:
     check(y, x, weight, bias, weight.abs())
 
 
+def check_int8_grouped(shape: dict, groupsize: int, scale_dtype: str) -> None:
+    shape = shape | {"K": max(shape["K"] // groupsize, 1) * groupsize}
+    generator, x, bias = draw(shape)
+    N, K = shape["N"], shape["K"]
+    q, _ = int8_weight(generator, N, K)
+    scales = (torch.rand(N, K // groupsize, generator=generator) / 100).to(DTYPES[scale_dtype])
+    q, grid = on_device(q, scales.t().contiguous())
+    y = cuda.linear_int8_grouped(x, q, grid, N, groupsize, bias)
+    weight = q.double() * grid.t().double().repeat_interleave(groupsize, 1)
+    check(y, x, weight, bias, weight.abs())
+
+
 def check_int4(shape: dict, groupsize: int, scale_dtype: str, zero_kind: str) -> None:
     generator, x, bias = draw(shape)
     N, K = shape["N"], shape["K"]
@@ -164,7 +176,8 @@ def check_int4(shape: dict, groupsize: int, scale_dtype: str, zero_kind: str) ->
     packed, zero = cuda.pack_int4(q, scales, zeros, K, groupsize)
     assert zero_kind == "floats" or (zero == 8) == (bool((zeros == 8).all()))
     y = cuda.linear_int4(x, packed, N, groupsize, scales.dtype, zero, bias)
-    weight = kernels.dequantize_int4(q, scales.double(), zeros.double(), K, groupsize, torch.float64)
+    levels = torch.stack((q % 16, q // 16), -1).flatten(1)[:, :K].double()
+    weight = packing.dequantize(levels, scales.double(), zeros.double(), groupsize)
     # A nibble goes into the sum as 128 + q, or 1024 + q in float16.
     added = 15 + (1024 if x.dtype == torch.float16 else 128)
     size = ((added + zeros.double().abs()) * scales.double()).repeat_interleave(groupsize, 1)[:, :K]
@@ -176,6 +189,17 @@ def check_int4(shape: dict, groupsize: int, scale_dtype: str, zero_kind: str) ->
 @given(shape=shapes)
 def test_int8(shape):
     check_int8(shape)
+
+
+@runs
+@few
+@given(
+    shape=shapes,
+    groupsize=st.sampled_from(kernels.GROUPSIZES),
+    scale_dtype=st.sampled_from(["bf16", "f16", "f32"]),
+)
+def test_int8_grouped(shape, groupsize, scale_dtype):
+    check_int8_grouped(shape, groupsize, scale_dtype)
 
 
 @runs
@@ -197,6 +221,8 @@ def test_int4(shape, groupsize, scale_dtype, zero_kind):
 def test_sizes_that_all_blocks_divide(rows, dtype):
     shape = {"rows": rows, "N": 128, "K": 2048, "kind": "normal", "dtype": dtype, "bias": rows == 2, "seed": rows}
     check_int8(shape)
+    for groupsize in kernels.GROUPSIZES:
+        check_int8_grouped(shape, groupsize, "bf16")
     for zero_kind in ("same", "bytes", "floats"):
         check_int4(shape, 128, "bf16", zero_kind)
 
@@ -207,6 +233,7 @@ def test_sizes_that_all_blocks_divide(rows, dtype):
 def test_the_sizes_of_a_model(rows, N, K):
     shape = {"rows": rows, "N": N, "K": K, "kind": "normal", "dtype": "bf16", "bias": False, "seed": rows}
     check_int8(shape)
+    check_int8_grouped(shape, 32, "bf16")
     check_int4(shape, 32, "bf16", "same")
 
 
@@ -255,7 +282,7 @@ def layers(K: int, N: int, device: str = DEVICE, seed: int = 0) -> list[nn.Modul
     q, scales = int8_weight(generator, N, K)
     parts = int4_weight(generator, N, K, 32)
     packed, zero = cuda.pack_int4(*parts, K, 32)
-    made = Int8Linear(q, scales, None, K), Int4Linear(packed, zero, N, K, 32, parts[1].dtype, None)
+    made = Int8Linear(q, scales, N, K), Int4Linear(packed, zero, N, K, 32, parts[1].dtype, None)
     return [layer.to(device) for layer in made]
 
 
@@ -361,17 +388,19 @@ def examples(device: str) -> dict[str, tuple]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 96).bfloat16().to(device)
     int8, int4 = layers(96, 48, device)
+    grid = torch.rand(3, 48).bfloat16().to(device)
     cache = torch.randn(2, 2, 300, 32).bfloat16().to(device)
     pos = torch.tensor([[7], [299]], device=device)
     return {
         "linear_int8": (x, int8.packed, int8.scales, torch.randn(48).bfloat16().to(device)),
+        "linear_int8_grouped": (x, int8.packed, grid, 48, 32, None),
         "linear_int4": (x, int4.packed, 48, 32, int4.scale_dtype, int4.zero, None),
         "decode_attention": (torch.randn(2, 1, 8, 32).bfloat16().to(device), cache, cache + 1, pos, 100),
     }
 
 
 @runs
-@pytest.mark.parametrize("name", ["linear_int8", "linear_int4", "decode_attention"])
+@pytest.mark.parametrize("name", ["linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention"])
 def test_outputs_are_as_the_fake_versions_promise(name):
     arguments = examples(DEVICE)[name]
     y = getattr(cuda, name)(*arguments)
@@ -388,7 +417,9 @@ def test_layers_trace_without_data():
     assert (y.shape, y.dtype) == ((2, 1, 48), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["linear_bf16", "linear_int8", "linear_int4", "decode_attention"])
+@pytest.mark.parametrize(
+    "name", ["linear_bf16", "linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention"]
+)
 def test_cuda_tensors_come_here(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{name}", "CUDA")
 
@@ -409,7 +440,7 @@ def test_without_triton_there_is_one_warning():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["linear_int8", "linear_int4", "decode_attention"])
+@pytest.mark.parametrize("name", ["linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention"])
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.brisk, name).default, examples("cuda")[name])
 
@@ -420,7 +451,8 @@ def test_layers_pack_for_the_device():
     x = torch.randn(5, 256).bfloat16()
     q, scales = int8_weight(generator, 96, 256)
     parts = int4_weight(generator, 96, 256, 64, zero_kind="bytes")
-    for args, cls in (((q, scales), Int8Linear), ((*parts, 256, 64), Int4Linear)):
+    grid = torch.rand(96, 4, generator=generator).bfloat16()
+    for args, cls in (((q, scales), Int8Linear), ((q, grid), Int8Linear), ((*parts, 256, 64), Int4Linear)):
         y = cls.from_canonical(*on_device(*args))(x.cuda()).cpu()
         expected = cls.from_canonical(*args)(x.float())
         torch.testing.assert_close(y.float(), expected, atol=0.03 * float(expected.abs().max()), rtol=0.03)
@@ -533,6 +565,9 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
     x = torch.empty(rows, K, dtype=DTYPES[dtype], device="meta")
     scales = torch.empty(N, device="meta")
     cuda.linear_int8(x, torch.empty(N, K, dtype=torch.int8, device="meta"), scales)
+    check_compiled(compilers["_linear_int8"].compiled, tmp_path)
+    grid = torch.empty(K // 32, N, dtype=torch.bfloat16, device="meta")
+    cuda.linear_int8_grouped(x, torch.empty(N, K, dtype=torch.int8, device="meta"), grid, N, 32)
     check_compiled(compilers["_linear_int8"].compiled, tmp_path)
     for zero, zero_bytes in ((8, 0), (packing.ZERO_BYTES, 1)):
         packed = torch.empty(N * (K // 2 + K // 32 * (2 + zero_bytes)), dtype=torch.uint8, device="meta")

@@ -27,6 +27,7 @@ import rounding
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
+from kernels import packing
 from tokenizer import load_tokenizer
 from writer import write_safetensors
 
@@ -78,7 +79,9 @@ def dequantized(path: Path) -> dict[str, torch.Tensor]:
             weight = (levels - zeros.repeat(size, 1)) * scales.repeat(size, 1)
             weights[f"{layer}.weight"] = torch.from_numpy(weight).float()
         elif name.endswith("scales"):
-            weights[f"{layer}.weight"] = tensors[f"{layer}.weight"].float() * tensors[name].float()[:, None]
+            weight, scales = tensors[f"{layer}.weight"].float(), tensors[name].float()
+            scales = scales[:, None] if scales.dim() == 1 else scales
+            weights[f"{layer}.weight"] = weight * scales.repeat_interleave(weight.shape[1] // scales.shape[1], 1)
     return weights
 
 
@@ -117,6 +120,17 @@ def test_int8_is_within_half_a_step_of_the_formula(weight):
     assert ((levels.double() * s - exact).abs() <= s * (0.5 + 1e-4)).all()
 
 
+@given(matrix(128), st.sampled_from([32, 64, 128]))
+@settings(max_examples=60, deadline=None)
+def test_int8_in_groups_is_within_half_a_step(weight, size):
+    levels, scales = rounding.quantize_int8(weight, size)
+    assert levels.dtype == torch.int8 and levels.abs().max() <= 127 and scales.dtype == torch.bfloat16
+    exact, s = weight.double().unflatten(1, (-1, size)), scales.double()
+    torch.testing.assert_close(s, (exact.abs().amax(-1) / 127).clamp(min=TINY), rtol=2**-8, atol=0)
+    found = levels.double().unflatten(1, (-1, size)) * s[..., None]
+    assert ((found - exact).abs() <= s[..., None] * (0.5 + 1e-4)).all()
+
+
 def nearest(groups: torch.Tensor) -> torch.Tensor:
     """Rounding to -8..7 times a scale that makes the largest -8, in float64: what the search has to beat."""
     scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
@@ -130,7 +144,7 @@ def test_int4_is_no_worse_than_without_clipping(weight, size):
     levels, scales = rounding.quantize_int4(weight, size)
     assert torch.equal(levels, levels.round()) and levels.min() >= 0 and levels.max() <= 15
     assert torch.equal(scales, scales.bfloat16().float()) and scales.isfinite().all() and (scales != 0).all()
-    found = rounding.dequantize_int4(levels.double(), scales.double())
+    found = packing.dequantize(levels.double(), scales.double(), 8, size)
     assert (found[weight == 0] == 0).all()
     exact = weight.double().unflatten(1, (-1, size))
     errors = (found.unflatten(1, (-1, size)) - exact).square().sum(-1).sqrt()
@@ -141,7 +155,7 @@ def test_int4_is_no_worse_than_without_clipping(weight, size):
 
 def test_clipping_pays():
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    found = rounding.dequantize_int4(*rounding.quantize_int4(weight, 32))
+    found = packing.dequantize(*rounding.quantize_int4(weight, 32), 8, 32)
     plain = nearest(weight.unflatten(1, (-1, 32))).flatten(1)
     assert (found - weight).square().mean() < 0.95 * (plain - weight).square().mean()
 
@@ -206,7 +220,7 @@ def test_gptq_changes_outputs_less_than_rounding(act_order):
         return float((((change @ hessian.double()) * change).sum() / whole).sqrt())
 
     assert error == pytest.approx(off(rounded), rel=1e-3)
-    assert error < 0.6 * off(rounding.dequantize_int4(*rounding.quantize_int4(weight, 32)))
+    assert error < 0.6 * off(packing.dequantize(*rounding.quantize_int4(weight, 32), 8, 32))
 
 
 def test_inputs_that_never_moved_are_rounded():
@@ -218,6 +232,54 @@ def test_inputs_that_never_moved_are_rounded():
         levels = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
         for i in dead:
             assert torch.equal(levels[:, i], (weight[:, i] / scales[:, i // 32] + 8).round().clamp(0, 15).byte())
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30])
+def test_the_size_of_the_inputs_makes_no_difference(size):
+    """Squares that float32 has no room for, or only denormal numbers."""
+    weight, hessian = correlated(96, rows=8, seed=2)
+    expected, other = (
+        rounding.gptq_layer([weight.float()], hessian * scale, 32, act_order=True) for scale in (1.0, size)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected[0], other[0], strict=True))
+    assert other[1] == pytest.approx(expected[1], rel=1e-3)
+    small = (hessian * (1e-42 / hessian.diagonal().mean())).float()  # what float32 makes of them is little, but ends
+    assert rounding.gptq_layer([weight.float()], small, 32)[1] < 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_hessian_ends_in_an_error(value):
+    weight, hessian = (x.float() for x in correlated(64, rows=4))
+    hessian[3, 3] = value
+    with pytest.raises(UserError, match="calibrate on another text"):
+        rounding.gptq_layer([weight], hessian, 32)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_factor_does_not_depend_on_the_threads(threads):
+    _, hessian = correlated(400, rows=1)
+    factors = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        factors.append(rounding.inverse_factor(hessian))
+    assert all(torch.equal(factor, factors[0]) for factor in factors)
+    lower = torch.linalg.cholesky(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(400))
+    torch.testing.assert_close(factors[0].T @ factors[0], torch.cholesky_inverse(lower))
+
+
+def test_gptq_does_not_depend_on_the_threads(folder, threads):
+    written = []
+    for count in (1, 3):
+        threads(count)
+        out = quantize.quantize(folder, "int4-gptq", calibration=folder.parent / "calibration.txt", overwrite=True)
+        written.append(out.read_bytes())
+    assert written[0] == written[1]
 
 
 def test_each_layer_is_calibrated_on_the_quantized_ones_before_it(folder, hf_folder):
@@ -249,18 +311,27 @@ def test_each_layer_is_calibrated_on_the_quantized_ones_before_it(folder, hf_fol
 # -- files
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
-def test_what_is_written(mode, folder, hf_folder, monkeypatch, capsys):
-    extra = ["--calibration", folder.parent / "calibration.txt", "--act_order"] if "gptq" in mode else []
-    run("--mode", mode, "--checkpoint_path", folder, *extra, monkeypatch=monkeypatch)
-    written = folder / ("model_int8.safetensors" if mode == "int8" else f"model_{mode}-g32.safetensors")
+@pytest.mark.parametrize(
+    ("mode", "arguments", "name", "form"),
+    [
+        ("int8", [], "int8", "int8"),
+        ("int8", ["--groupsize", 32], "int8-g32", "int8-g32"),
+        ("int4", [], "int4-g32", "int4-g32"),
+        ("int4-gptq", ["--calibration", "calibration.txt", "--act_order"], "int4-gptq-g32-act_order", "int4-g32"),
+    ],
+    ids=["int8", "int8-g32", "int4", "int4-gptq"],
+)
+def test_what_is_written(mode, arguments, name, form, folder, hf_folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parent)
+    run("--mode", mode, "--checkpoint_path", folder, *arguments, monkeypatch=monkeypatch)
+    written = folder / f"model_{name}.safetensors"
     assert capsys.readouterr().out == "" and sorted(folder.glob(".*")) == []
     original, tensors = load_file(folder / "model.safetensors"), load_file(written)
     with safetensors.safe_open(written, "pt") as file:
         metadata = file.metadata()
     quantized = json.loads(metadata["quantized"])
     names = [f"layers.{i}.{name}" for i in range(2) for name in LAYERS] + ["output"]
-    assert quantized == dict.fromkeys(names, "int8" if mode == "int8" else "int4-g32")
+    assert quantized == dict.fromkeys(names, form)
     assert (metadata["format"], metadata["version"], metadata["mode"]) == ("gpt-brisk", "1", mode)
     for name, weight in original.items():
         layer, (out, *rest) = name.removesuffix(".weight"), weight.shape
@@ -272,10 +343,12 @@ def test_what_is_written(mode, folder, hf_folder, monkeypatch, capsys):
         }
         shapes = {kind: tuple(tensor.shape) for kind, tensor in found.items()}
         dtypes = [tensor.dtype for tensor in found.values()]
-        if mode == "int8":
+        groups = (out, rest[0] // 32)
+        if form == "int8":
             assert shapes == {"weight": (out, *rest), "scales": (out,)} and dtypes == [torch.int8, torch.float32]
+        elif form == "int8-g32":
+            assert shapes == {"weight": (out, *rest), "scales": groups} and dtypes == [torch.int8, torch.bfloat16]
         else:
-            groups = (out, rest[0] // 32)
             assert shapes == {"weight": (out, rest[0] // 2), "scales": groups, "zeros": groups}
             assert dtypes == [torch.uint8, torch.bfloat16, torch.uint8]
     assert not tensors
@@ -297,15 +370,16 @@ def test_shards_give_the_same_file(folder, hf_folder, tmp_path):
     assert other == tmp_path / "sharded/model_int4-g32.safetensors" and one.read_bytes() == other.read_bytes()
 
 
-def test_a_group_that_does_not_fit_becomes_smaller(folder):
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+def test_a_group_that_does_not_fit_becomes_smaller(folder, mode):
     """128 divides neither 64 nor 96 inputs."""
-    written = quantize.quantize(folder, "int4", groupsize=128)
-    assert written.name == "model_int4-g128.safetensors"
+    written = quantize.quantize(folder, mode, groupsize=128)
+    assert written.name == f"model_{mode}-g128.safetensors"
     with safetensors.safe_open(written, "pt") as file:
         forms = json.loads(file.metadata()["quantized"])
         assert file.metadata()["groupsize"] == "128"
-    assert {form for name, form in forms.items() if name.endswith("w2")} == {"int4-g32"}
-    assert {form for name, form in forms.items() if not name.endswith("w2")} == {"int4-g64"}
+    assert {form for name, form in forms.items() if name.endswith("w2")} == {f"{mode}-g32"}
+    assert {form for name, form in forms.items() if not name.endswith("w2")} == {f"{mode}-g64"}
     load_model(written)
 
 
@@ -314,7 +388,7 @@ def test_chunks_make_no_difference(folder, monkeypatch):
         written = quantize.quantize(folder, mode, calibration=folder.parent / "calibration.txt")
         whole = written.read_bytes()
         monkeypatch.setattr(quantize, "ELEMENTS", 5000)
-        quantize.quantize(folder, mode, calibration=folder.parent / "calibration.txt")
+        quantize.quantize(folder, mode, calibration=folder.parent / "calibration.txt", overwrite=True)
         monkeypatch.undo()
         same = np.frombuffer(whole, np.uint8) == np.frombuffer(written.read_bytes(), np.uint8)
         assert same.all() if mode != "int4-gptq" else same.mean() > 0.99  # a matmul may add up in another order
@@ -422,7 +496,8 @@ def test_quality_on_the_demo(tmp_path, monkeypatch):
     [
         (["--mode", "int3"], "int3"),
         (["--mode", "int4", "--groupsize", "48"], "48"),
-        (["--mode", "int8", "--groupsize", "32"], "--groupsize"),
+        (["--mode", "int8", "--out", "weights.bin"], "weights.bin: a weight file is called"),
+        (["--mode", "int8", "--out", "nowhere/model.safetensors"], "is no checkpoint of this model; copy"),
         (["--mode", "int4", "--act_order"], "--act_order"),
         (["--mode", "int4", "--calibration", "x"], "--calibration"),
         ([], "--mode"),
@@ -471,7 +546,76 @@ def test_no_group_fits(folder, tmp_path):
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "odd/model.safetensors")
     with pytest.raises(UserError, match=r"80 inputs of 'layers.0.feed_forward.w2'"):
         quantize.quantize(tmp_path / "odd", "int4")
+    with pytest.raises(UserError, match="take --mode int8 without --groupsize"):
+        quantize.quantize(tmp_path / "odd", "int8", 128)
     quantize.quantize(tmp_path / "odd", "int8")
+
+
+def test_settings_have_names_of_their_own(folder, monkeypatch):
+    """Each of these would be a loss if it took the place of another."""
+    text = folder.parent / "calibration.txt"
+    written = [
+        quantize.quantize(folder, "int8"),
+        quantize.quantize(folder, "int8", 32),
+        quantize.quantize(folder, "int8", keep_output=True),
+        quantize.quantize(folder, "int4-gptq", 64, text),
+        quantize.quantize(folder, "int4-gptq", 64, text, act_order=True, keep_output=True),
+    ]
+    assert [path.name.removeprefix("model_").removesuffix(".safetensors") for path in written] == [
+        "int8", "int8-g32", "int8-keep_output", "int4-gptq-g64", "int4-gptq-g64-act_order-keep_output"
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    again = ["--mode", "int4-gptq", "--checkpoint_path", folder, "--calibration", text, "--groupsize", 64]
+    there = "is there already, quantized to int4-gptq --groupsize 64 --calibration calibration.txt"
+    with pytest.raises(UserError, match=rf"g64\.safetensors {there};[^\n]*--overwrite"):
+        run(*again, monkeypatch=monkeypatch)
+    with pytest.raises(UserError, match=rf"keep_output\.safetensors {there} --act_order --keep_output;"):
+        run(*again, "--act_order", "--keep_output", monkeypatch=monkeypatch)
+    with pytest.raises(UserError, match=f"{there};"):
+        run("--mode", "int8", "--checkpoint_path", folder, "--out", written[3], monkeypatch=monkeypatch)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    run("--mode", "int8", "--checkpoint_path", folder, "--out", written[3], "--overwrite", monkeypatch=monkeypatch)
+    assert written[3].read_bytes() == before[written[0]]
+
+
+def test_out(folder, tmp_path):
+    """In the folder, or in another one of the same model; weights that quantize.py did not write stay."""
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other/model.safetensors").unlink()
+    default = quantize.quantize(folder, "int8")
+    for out in (folder / "mine.safetensors", tmp_path / "other/model.safetensors"):
+        assert quantize.quantize(folder, "int8", out=out) == out and out.read_bytes() == default.read_bytes()
+    load_model(tmp_path / "other")
+    before = (folder / "model.safetensors").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"model\.safetensors is there already, and quantize\.py did not write it"):
+            quantize.quantize(folder, "int8", out=folder / "model.safetensors", overwrite=overwrite)
+    (folder / "text.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="did not write it"):
+        quantize.quantize(folder, "int8", out=folder / "text.safetensors", overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() == before
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.1}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its folder is no checkpoint of this model"):
+        quantize.quantize(folder, "int8", out=tmp_path / "other/model_int8.safetensors")
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}])
+def test_several_ranks_are_refused(folder, monkeypatch, environment):
+    for name, value in ({"RANK": "0"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start it without torchrun"):
+        run("--mode", "int8", "--checkpoint_path", folder, monkeypatch=monkeypatch)
+    assert not list(folder.glob("*int8*"))
+
+
+@pytest.mark.slow
+def test_torchrun_is_refused_in_one_line(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "quantize.py", "--mode", "int8", "--checkpoint_path", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
+    assert "start it without torchrun" in done.stderr and not list(folder.glob("*int8*"))
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
@@ -535,7 +679,7 @@ def test_interrupted(folder, monkeypatch):
     before, files = written.read_bytes(), sorted(folder.iterdir())
     calls = []
 
-    def third_time(weight):
+    def third_time(weight, groupsize):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -543,7 +687,7 @@ def test_interrupted(folder, monkeypatch):
 
     monkeypatch.setattr(quantize, "quantize_int8", third_time)
     with pytest.raises(KeyboardInterrupt):
-        quantize.quantize(folder, "int8")
+        quantize.quantize(folder, "int8", overwrite=True)
     monkeypatch.undo()
     assert sorted(folder.iterdir()) == files and written.read_bytes() == before
 
@@ -554,11 +698,11 @@ def test_interrupted(folder, monkeypatch):
         "        if i == 3: os.kill(os.getpid(), 9)\n"
         "        yield result\n"
         "original, quantize.rounded_layers = quantize.rounded_layers, work\n"
-        "quantize.quantize(sys.argv[1], 'int8')"
+        "quantize.quantize(sys.argv[1], 'int8', overwrite=True)"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
     assert sorted(folder.glob("*.safetensors")) == [folder / "model.safetensors", written]
     assert written.read_bytes() == before
-    quantize.quantize(folder, "int8")
+    quantize.quantize(folder, "int8", overwrite=True)
     assert sorted(folder.iterdir()) == files and written.read_bytes() == before

@@ -96,7 +96,8 @@ def quantized(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("quantized")
     path, _ = make_model(folder, "Llama", dict(head_dim=64, intermediate_size=256, attention_bias=True, mlp_bias=True))
-    paths = {"int8": quantize.quantize(path, "int8", 32), "int4": quantize.quantize(path, "int4", 32)}
+    forms = {"int8": ("int8", None), "int8-g32": ("int8", 32), "int4": ("int4", 32)}
+    paths = {name: quantize.quantize(path, *form) for name, form in forms.items()}
     widths = dict(head_dim=24, intermediate_size=160, vocab_size=401)
     uneven, _ = make_model(folder / "uneven", "Llama", widths | dict(attention_bias=True, mlp_bias=True))
     paths["uneven"] = quantize.quantize(uneven, "int4", 32)
