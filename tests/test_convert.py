@@ -244,6 +244,18 @@ def test_index_of_other_shards(tmp_path, capfd, form):
     os.rename(source / f"{stem}-00003-of-00005.{suffix}", source / "elsewhere")
     with pytest.raises(UserError, match=f"in has no {stem}-00001-of-00002.{suffix}, though its {name}.index.json"):
         convert(source, tmp_path / "out")
+    # Or one that is named holds them all.
+    for file in source.glob(f"{stem}-*{suffix}"):
+        file.unlink()
+    (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(
+        model.state_dict(), source / f"{stem}-00002-of-00002.{suffix}"
+    )
+    both = old | {"lm_head.weight": f"{stem}-00002-of-00002.{suffix}"}
+    (source / f"{name}.index.json").write_text(json.dumps({"weight_map": both}))
+    capfd.readouterr()
+    convert(source, tmp_path / "one")
+    assert re.fullmatch(rf"warning: [^\n]+; {stem}-00002-of-00002\.{suffix} is read instead\n", capfd.readouterr().err)
+    same(tmp_path / "one", fused(model.state_dict(), tied=False))
     if form == "safetensors":
         model.save_pretrained(source)  # a single file beside the old index, of which it knows nothing
         convert(source, tmp_path / "single")
@@ -601,6 +613,14 @@ def test_other_kinds_are_called_by_their_names(tmp_path, files, said):
     if files[0].endswith(("gguf", "onnx")) or files == ["adapter_model.bin"]:
         with pytest.raises(UserError, match=said):  # the file itself
             convert(tmp_path / "in" / files[0], tmp_path / "out")
+
+
+def test_pointers_of_git_lfs(tmp_path):
+    save(tmp_path / "in")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
+    (tmp_path / "in" / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match=r"model\.safetensors is no more than a pointer of git-lfs; run `git lfs pull`"):
+        convert(tmp_path / "in", tmp_path / "out")
 
 
 def test_weights_that_mlx_quantized(tmp_path):
