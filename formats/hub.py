@@ -33,19 +33,19 @@ WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin", "gptq_model-*g.safetensors", "gptq_model-*g.bin", "*.pth",
 )  # fmt: skip
 OTHER_KINDS = (  # a file that tells a folder without weights of ours, what it is, what to do
-    ("adapter_*", "a LoRA adapter ({})", "merge it into its base model (peft: merge_and_unload), and convert that"),
-    ("model_index.json", "a diffusers pipeline ({})", "take a language model"),
-    ("*.gguf", "GGUF files ({})", "convert the model that they were made from, in safetensors"),
-    ("weights*.npz", "weights of mlx ({})", "convert the original model"),
-    ("params.json", "a model in the form of its authors ({})", "get it in the form of Hugging Face, with config.json"),
-    ("consolidated*", "a model in the form of its authors ({})", "get it in the form of Hugging Face"),
-    ("*.onnx", "ONNX weights ({})", "get the model in safetensors"),
-    ("onnx*", "ONNX weights ({})", "get the model in safetensors"),
-    ("tf_model*", "TensorFlow weights ({})", "get the model in safetensors"),
-    ("flax_model*", "Flax weights ({})", "get the model in safetensors"),
-    ("*.nemo", "NeMo weights ({})", "get the model in safetensors"),
-    ("checkpoint-*", "the checkpoints of a training run ({})", "name one of them"),
-    ("tokenizer*", "a tokenizer ({})", "put the weights beside it, or name the folder that has them"),
+    ("adapter_*", "a LoRA adapter", "merge it into its base model (peft: merge_and_unload), and convert the result"),
+    ("model_index.json", "a diffusers pipeline", "take a language model"),
+    ("*.gguf", "a GGUF file", "convert the model that it was made from, in safetensors"),
+    ("weights*.npz", "weights of mlx", "convert the original model"),
+    ("params.json", "a model in the form of its authors", "get it in the form of Hugging Face, with config.json"),
+    ("consolidated*", "a model in the form of its authors", "get it in the form of Hugging Face, with config.json"),
+    ("*.onnx", "ONNX weights", "get the model in safetensors"),
+    ("onnx*", "ONNX weights", "get the model in safetensors"),
+    ("tf_model*", "TensorFlow weights", "get the model in safetensors"),
+    ("flax_model*", "Flax weights", "get the model in safetensors"),
+    ("*.nemo", "NeMo weights", "get the model in safetensors"),
+    ("checkpoint-*", "the checkpoints of a training run", "name one of them"),
+    ("tokenizer*", "a tokenizer", "put the weights beside it, or name the folder that has them"),
 )
 
 
@@ -224,4 +224,6 @@ def refuse_other_kinds(names: Iterable[str], where: object) -> None:
         return
     for form, what, advice in OTHER_KINDS:
         if found := sorted(fnmatch.filter(names, form)):
-            raise UserError(f"{where} has no weights to convert but {what.format(found[0])}; {advice}")
+            if isinstance(where, Path) and where.is_file():
+                raise UserError(f"{where} is {what}; {advice}")
+            raise UserError(f"{where} has no weights to convert, but {what} ({found[0]}); {advice}")
