@@ -73,12 +73,15 @@ def find_weights(source: Path) -> tuple[Path, Weights]:
     if not source.is_dir():
         raise UserError(f"{source} is not there; name the folder of a Hugging Face checkpoint")
     names = [entry.name for entry in source.iterdir()]
-    return source, choose_weights(names, source, lambda index: read_index(source / index))
+    return source, choose_weights(names, source, lambda index: read_index(source / index), partial=True)
 
 
 def open_weights(folder: Path, weights: Weights) -> dict[str, Source]:
     """The tensors of weight files, by the names that they have there."""
     files = [folder / name for name in weights.files]
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1000 and b"https://git-lfs" in file.read_bytes():
+            raise UserError(f"{file} is no more than a pointer of git-lfs; run `git lfs pull` in {folder}")
     if weights.files[0].endswith(".safetensors"):
         tensors: dict[str, Source] = {}
         for file in files:
@@ -90,7 +93,13 @@ def open_weights(folder: Path, weights: Weights) -> dict[str, Source]:
     else:
         tensors = dict(PickledFiles(files).tensors)
     if weights.index:
-        check_index(folder / weights.index, tensors)
+        try:
+            check_index(folder / weights.index, tensors)
+        except UserError as error:
+            if not weights.missing:
+                raise
+            what = f"{folder} has no {weights.missing}, though its {weights.index} names it"
+            raise UserError(f"{what}; get the complete model") from error
     # What torch.compile and DistributedDataParallel put before the names of a model they wrap.
     return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
 

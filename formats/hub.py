@@ -33,19 +33,19 @@ WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin", "gptq_model-*g.safetensors", "gptq_model-*g.bin", "*.pth",
 )  # fmt: skip
 OTHER_KINDS = (  # a file that tells a folder without weights of ours, what it is, what to do
-    ("adapter_*", "a LoRA adapter ({})", "merge it into its base model (peft: merge_and_unload), and convert that"),
-    ("model_index.json", "a diffusers pipeline ({})", "take a language model"),
-    ("*.gguf", "GGUF files ({})", "convert the model that they were made from, in safetensors"),
-    ("weights*.npz", "weights of mlx ({})", "convert the original model"),
-    ("params.json", "a model in the form of its authors ({})", "get it in the form of Hugging Face, with config.json"),
-    ("consolidated*", "a model in the form of its authors ({})", "get it in the form of Hugging Face"),
-    ("*.onnx", "ONNX weights ({})", "get the model in safetensors"),
-    ("onnx*", "ONNX weights ({})", "get the model in safetensors"),
-    ("tf_model*", "TensorFlow weights ({})", "get the model in safetensors"),
-    ("flax_model*", "Flax weights ({})", "get the model in safetensors"),
-    ("*.nemo", "NeMo weights ({})", "get the model in safetensors"),
-    ("checkpoint-*", "the checkpoints of a training run ({})", "name one of them"),
-    ("tokenizer*", "a tokenizer ({})", "put the weights beside it, or name the folder that has them"),
+    ("adapter_*", "a LoRA adapter", "merge it into its base model (peft: merge_and_unload), and convert the result"),
+    ("model_index.json", "a diffusers pipeline", "take a language model"),
+    ("*.gguf", "a GGUF file", "convert the model that it was made from, in safetensors"),
+    ("weights*.npz", "weights of mlx", "convert the original model"),
+    ("params.json", "a model in the form of its authors", "get it in the form of Hugging Face, with config.json"),
+    ("consolidated*", "a model in the form of its authors", "get it in the form of Hugging Face, with config.json"),
+    ("*.onnx", "ONNX weights", "get the model in safetensors"),
+    ("onnx*", "ONNX weights", "get the model in safetensors"),
+    ("tf_model*", "TensorFlow weights", "get the model in safetensors"),
+    ("flax_model*", "Flax weights", "get the model in safetensors"),
+    ("*.nemo", "NeMo weights", "get the model in safetensors"),
+    ("checkpoint-*", "the checkpoints of a training run", "name one of them"),
+    ("tokenizer*", "a tokenizer", "put the weights beside it, or name the folder that has them"),
 )
 
 
@@ -156,15 +156,19 @@ class Weights:
     """The weight files of a folder or repo."""
 
     files: list[str]
-    index: str | None = None  # names the tensors that they hold; None where there is no index, or it is of other files
+    index: str | None = None  # names the tensors that they have to hold; None where there is none, or it is of others
+    missing: str | None = None  # a file that the index names and that is not there
     warning: str | None = None
 
 
-def choose_weights(names: Iterable[str], where: object, read_index: Callable[[str], list[Path]]) -> Weights:
+def choose_weights(
+    names: Iterable[str], where: object, read_index: Callable[[str], list[Path]], partial: bool = False
+) -> Weights:
     """The weight files to read of a folder or repo: those of the first form in WEIGHT_FILES.
 
     Shards whose index is complete go before a single file. Where an index names files that are not there, a single file
-    or other shards may be: a model that was uploaded again. UserError, which says what is there, when there are none.
+    or other shards may be: a model that was uploaded again. `partial`: or some of the shards may hold all tensors.
+    UserError, which says what is there, when there are none.
     """
     names = {name for name in names if "/" not in name}
     refuse_other_kinds(names, where)
@@ -176,15 +180,18 @@ def choose_weights(names: Iterable[str], where: object, read_index: Callable[[st
         if index is None:
             return Weights([single])
         files = [path.name for path in read_index(index)]
-        missing = [name for name in files if name not in names]
+        missing = next((name for name in files if name not in names), None)
         if not missing:
             unread = f"warning: {single} is not read, but the shards that {index} names" if single else None
-            return Weights(files, index, unread)
+            return Weights(files, index, warning=unread)
         others = [single] if single else complete_shards(names, index.removesuffix(".index.json"))
-        if not others:
-            raise UserError(f"{where} has no {missing[0]}, though its {index} names it; get the complete model")
-        read = others[0] if len(others) == 1 else f"{others[0]} to {others[-1]}"
-        return Weights(others, None, f"warning: {index} names {missing[0]}, which is not there; {read} is read instead")
+        there = [name for name in files if name in names and partial]
+        if not others and not there:
+            raise UserError(f"{where} has no {missing}, though its {index} names it; get the complete model")
+        read = others or there
+        shown = read[0] if len(read) == 1 else f"{read[0]} to {read[-1]}"
+        warning = f"warning: {index} names {missing}, which is not there; {shown} is read instead"
+        return Weights(read, None if others else index, missing, warning)
     raise UserError(f"{where} has no weights (model.safetensors, pytorch_model.bin or .pth); take another")
 
 
@@ -217,4 +224,6 @@ def refuse_other_kinds(names: Iterable[str], where: object) -> None:
         return
     for form, what, advice in OTHER_KINDS:
         if found := sorted(fnmatch.filter(names, form)):
-            raise UserError(f"{where} has no weights to convert but {what.format(found[0])}; {advice}")
+            if isinstance(where, Path) and where.is_file():
+                raise UserError(f"{where} is {what}; {advice}")
+            raise UserError(f"{where} has no weights to convert, but {what} ({found[0]}); {advice}")

@@ -186,7 +186,7 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
     replace_folder(out.resolve(), write)
     return (
         f"wrote {out}: {count(new) / 1e6:,.1f} M parameters ({new.n_layers} layers, hidden size {new.dim}, ffn"
-        f" {new.ffn_dim}, {new.n_heads} heads and {new.n_kv_heads} key heads of {new.head_dim}), {gb(size)}; try:"
+        f" {new.ffn_dim}, {new.n_heads} heads and {new.n_kv_heads} key/value heads of {new.head_dim}), {gb(size)}; try:"
         f" python generate.py --checkpoint_path {shlex.quote(str(out))}"
     )
 

@@ -244,6 +244,18 @@ def test_index_of_other_shards(tmp_path, capfd, form):
     os.rename(source / f"{stem}-00003-of-00005.{suffix}", source / "elsewhere")
     with pytest.raises(UserError, match=f"in has no {stem}-00001-of-00002.{suffix}, though its {name}.index.json"):
         convert(source, tmp_path / "out")
+    # Or one that is named holds them all.
+    for file in source.glob(f"{stem}-*{suffix}"):
+        file.unlink()
+    (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(
+        model.state_dict(), source / f"{stem}-00002-of-00002.{suffix}"
+    )
+    both = old | {"lm_head.weight": f"{stem}-00002-of-00002.{suffix}"}
+    (source / f"{name}.index.json").write_text(json.dumps({"weight_map": both}))
+    capfd.readouterr()
+    convert(source, tmp_path / "one")
+    assert re.fullmatch(rf"warning: [^\n]+; {stem}-00002-of-00002\.{suffix} is read instead\n", capfd.readouterr().err)
+    same(tmp_path / "one", fused(model.state_dict(), tied=False))
     if form == "safetensors":
         model.save_pretrained(source)  # a single file beside the old index, of which it knows nothing
         convert(source, tmp_path / "single")
@@ -575,11 +587,11 @@ def test_what_is_no_checkpoint(tmp_path):
     ("files", "said"),
     [
         (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*merge_and_unload"),
-        (["adapter_model.bin"], "a LoRA adapter"),
+        (["adapter_model.bin"], "a LoRA adapter.*; merge"),
         (["model_index.json", "unet/model.safetensors"], "a diffusers pipeline .*; take a language model"),
-        (["model-q4_k_m.gguf", "config.json"], "GGUF files .*; convert the model that they were made from"),
-        (["onnx/model.onnx", "config.json"], "ONNX weights .*safetensors"),
-        (["model.onnx"], "ONNX weights"),
+        (["model-q4_k_m.gguf", "config.json"], "a GGUF file.*; convert the model that it was made from"),
+        (["onnx/model.onnx", "config.json"], "ONNX weights.*safetensors"),
+        (["model.onnx"], "ONNX weights.*; get"),
         (["tf_model.h5", "config.json"], "TensorFlow weights .*safetensors"),
         (["flax_model.msgpack", "tokenizer.json"], "Flax weights .*safetensors"),
         (["weights.npz", "config.json"], "weights of mlx .*; convert the original"),
@@ -596,11 +608,19 @@ def test_other_kinds_are_called_by_their_names(tmp_path, files, said):
     for name in files:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text("{}")
-    with pytest.raises(UserError, match=f"in has no weights to convert but {said}"):
+    with pytest.raises(UserError, match=f"in has no weights to convert, but {said}"):
         convert(tmp_path / "in", tmp_path / "out")
     if files[0].endswith(("gguf", "onnx")) or files == ["adapter_model.bin"]:
-        with pytest.raises(UserError, match=said):  # the file itself
+        with pytest.raises(UserError, match=f"{files[0]} is {said}"):
             convert(tmp_path / "in" / files[0], tmp_path / "out")
+
+
+def test_pointers_of_git_lfs(tmp_path):
+    save(tmp_path / "in")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
+    (tmp_path / "in" / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match=r"model\.safetensors is no more than a pointer of git-lfs; run `git lfs pull`"):
+        convert(tmp_path / "in", tmp_path / "out")
 
 
 def test_weights_that_mlx_quantized(tmp_path):
@@ -1117,8 +1137,8 @@ def test_what_the_hub_refuses(tmp_path):
         ("org/na--me", None): "org/na--me is not a model on the hub",
         ("org/name", "v9"): "org/name has no revision 'v9'; see its branches",
         ("org/gated", None): "org/gated is gated; ask for access at https://huggingface.co/org/gated, .*HF_TOKEN",
-        ("org/gguf", None): r"org/gguf has no weights to convert but GGUF files \(model.gguf\)",
-        ("org/lora", None): r"org/lora has no weights to convert but a LoRA adapter \(adapter_model.safetensors\)",
+        ("org/gguf", None): r"org/gguf has no weights to convert, but a GGUF file \(model.gguf\)",
+        ("org/lora", None): r"org/lora has no weights to convert, but a LoRA adapter \(adapter_model.safetensors\)",
         ("org/unsupported", None): "config.json: model_type: 'gpt2'",
         ("org/incomplete", None): "org/incomplete has no model-00003-of-",
     }
