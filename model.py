@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config import ModelConfig, RopeConfig
 from kernels import packing
 
-DECODE_QUERIES = 16  # tokens of a row: up to so many, as decode steps have them, attention is that of the decode kernel
+DECODE_QUERIES = 16  # of a row: up to so many attention takes the decode kernel, and no decode step has more
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Group:
     def from_rank_0(self, produce: Callable[[], T]) -> T:
         """What `produce` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank.
 
-        It may take as long as it wants, like a user at a keyboard.
+        There is no time limit: it may wait for a user at a keyboard.
         """
         if self.size == 1:
             return produce()
@@ -171,12 +171,12 @@ class AllReduce(nn.Module):
         if self.name == "":
             return torch.ops.brisk.all_reduce(x)
         fits = self.symmetric is not None and x.nbytes <= self.symmetric.nbytes
-        if fits and x.dtype != torch.float16:  # of which PyTorch has no one-shot sum
+        if fits and x.dtype != torch.float16:  # PyTorch has no one-shot all-reduce of that
             return one_shot_all_reduce(self.symmetric, x, self.name)
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", self.name))
 
 
-# An op of its own: Inductor would replace the buffer of PyTorch's by one that it fills by another kernel.
+# An op of its own: with PyTorch's, Inductor would replace the buffer by one of its own, which takes another kernel.
 @torch.library.custom_op("brisk::one_shot_all_reduce", mutates_args=())
 def one_shot_all_reduce(buffer: Tensor, x: Tensor, name: str) -> Tensor:
     """The sum over the ranks of a process group; `buffer` [bytes] is this rank's symmetric memory."""
