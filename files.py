@@ -82,7 +82,7 @@ def lock_temporary(path: Path, is_folder: bool = False) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the renames in a folder last."""
+    """Flushes a folder to the disk, so that a rename in it survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,7 +114,7 @@ def write_atomically(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def gb(count: float) -> str:
-    """Bytes as people read them: "2.2 GB"."""
+    """A number of bytes for people: "2.2 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
