@@ -31,7 +31,7 @@ STEPS = 20  # per turn; the first two are not counted
 
 
 def take_turns(args: argparse.Namespace, folder: Path) -> None:
-    """Runs in the single process and in each rank."""
+    """What the one process and each rank do."""
     with join(torch.device("cpu")) as group:
         model = random_model(ModelConfig.from_hf(SHAPES[args.shape]), "cpu", group=group)
         if args.mode != "bf16":
