@@ -1,10 +1,13 @@
-# make demo: text from the embedded model.  make test: the linter and the tests, a process on each core (threads of
-# several processes would wait for each other).  Both make .venv first.
+# make demo: generates text with the embedded model.
+# make test: runs the linter and all tests, one process per core with one thread each. (With more threads the processes
+#            would wait for each other.)
+# Both make .venv first.
 PYTHON ?= python3
 RUN = .venv/bin/python
-INSTALL = $(RUN) -m pip install -q --no-compile  # which takes as long as the rest; Python compiles what it imports
-# First, so that all processes end together.
-LONGEST = $(patsubst %,tests/test_%.py,tp speculate kernels_cuda bench lifeline compiled engine)
+# Without --no-compile, byte-compiling takes as long as the rest. Python compiles a module when it is first imported.
+INSTALL = $(RUN) -m pip install -q --no-compile
+# These test files start first, so that all processes end at about the same time.
+LONGEST = $(patsubst %,tests/test_%.py,tp readme speculate kernels_cuda bench lifeline compiled engine)
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 .PHONY: demo test clean
@@ -26,5 +29,5 @@ test: .venv/dev
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
-clean:
-	rm -rf .venv build bench_out
+clean:  # the last is where tests/test_readme.py runs the READMEs' commands
+	rm -rf .venv build bench_out $(HOME)/.cache/gpt-brisk/readme-*

@@ -1,1 +1,1 @@
-"""The embedded model, and the scripts that made it."""
+"""The demo models, and the scripts that made them."""

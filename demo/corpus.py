@@ -1,8 +1,8 @@
 """What the demo's target learns from: the source of the Python standard library, as text, tokens and batches.
 
-training, held_out = read_corpus()                        # {path: text}; the files in HELD_OUT are never trained on
-train_tokenizer(training, path)                           # a sentencepiece tokenizer.model
-batches = corpus_batches(documents, rank, world, seed)    # of tokens, and of the token after each
+training, held_out = read_corpus()                        # {path: text}; no model is trained on the files in HELD_OUT
+train_tokenizer(training, path)                           # writes a sentencepiece tokenizer.model
+batches = corpus_batches(documents, rank, world, seed)    # pairs (tokens, next tokens)
 """
 
 import hashlib
@@ -23,16 +23,16 @@ HELD_OUT = [
     "bisect.py", "calendar.py", "cmd.py", "csv.py", "fractions.py", "getopt.py",
     "graphlib.py", "heapq.py", "queue.py", "sched.py", "shlex.py", "textwrap.py",
 ]  # fmt: skip
-# Tests are another language of their own, and the rest is tables rather than code.
+# Tests are written in a style of their own, and the others hold tables rather than code.
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 SKIPPED_FILES = ("html/entities.py", "_sysconfigdata")
 
 VOCAB_SIZE, CONTEXT, UNK, BOS, EOS = 4096, 1024, 0, 1, 2
-BATCH = 8  # windows a step: small, because on a CPU steps are scarcer than data
+BATCH = 8  # windows per step: small, because on a CPU time limits the number of steps
 
 
 def read_corpus() -> tuple[dict[str, str], dict[str, str]]:
-    """The standard library's source as {path: text}: what is trained on, and what is held out."""
+    """The standard library's source as {path: text}: the training files, and the held-out files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     training, held_out, seen = {}, {}, set()
     for path in sorted(root.rglob("*.py")):
@@ -40,7 +40,7 @@ def read_corpus() -> tuple[dict[str, str], dict[str, str]]:
         if SKIPPED_FOLDERS & set(path.relative_to(root).parts) or name.startswith(SKIPPED_FILES):
             continue
         try:
-            with tokenize.open(path) as file:  # obeys the file's own coding line
+            with tokenize.open(path) as file:  # decodes by the file's own coding line
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):
             continue
@@ -54,7 +54,7 @@ def read_corpus() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def train_tokenizer(texts: dict[str, str], path: Path) -> None:
-    """Sentencepiece BPE that changes no character of the text (but U+2581, its own mark for a space)."""
+    """Trains a sentencepiece BPE that changes no character of a text except U+2581, its own mark for a space."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts.values() for line in text.split("\n") if line.strip()),
         model_writer=(model := io.BytesIO()),
@@ -63,14 +63,14 @@ def train_tokenizer(texts: dict[str, str], path: Path) -> None:
         byte_fallback=True,
         character_coverage=0.9995,
         required_chars="".join(map(chr, range(33, 127))),
-        # Nothing is normalised, and runs of spaces may become tokens: indentation is part of the language.
+        # Nothing is normalised, and runs of spaces may become tokens, because indentation matters in Python.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
         allow_whitespace_only_pieces=True,
-        split_by_unicode_script=False,  # else `__init__` and `self.` could never be pieces
+        split_by_unicode_script=False,  # otherwise `__init__` and `self.` could not be pieces
         split_digits=True,
-        # A newline is always a token of its own, so the tokens of a prompt do not depend on what follows its line.
+        # A newline is always a token of its own, so the tokens of a line do not depend on what follows it.
         user_defined_symbols=["\n"],
         unk_id=UNK, bos_id=BOS, eos_id=EOS, pad_id=-1,
         num_threads=os.cpu_count(),
@@ -91,7 +91,7 @@ def windows(documents: list[list[int]], generator: random.Random) -> torch.Tenso
 
 
 def corpus_batches(documents: list[list[int]], rank: int, world: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Endless batches, epoch after epoch: one process's share of BATCH windows, and the token after each of theirs."""
+    """Endless batches, epoch after epoch: one process's share of BATCH windows, as tokens and next tokens."""
     generator = random.Random(seed)
     while True:
         epoch = windows(documents, generator)

@@ -1,8 +1,8 @@
-"""The demo's two models: Llama under Hugging Face's names, so that the state_dict is the checkpoint.
+"""The demo's two models: a Llama with Hugging Face's parameter names, so that its state_dict is the checkpoint.
 
 model = Llama(SHARED | TARGET)          # or DRAFT
 logits = model(tokens)                  # [B, S] -> [B, S, V]
-save_hf(model, folder, tokenizer)       # an ordinary Hugging Face folder
+save_hf(model, folder, tokenizer)       # writes an ordinary Hugging Face folder
 """
 
 import json
@@ -18,12 +18,12 @@ from demo.corpus import BOS, CONTEXT, EOS, VOCAB_SIZE
 
 TARGET = {"hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 8, "num_key_value_heads": 4,
           "intermediate_size": 768}  # fmt: skip
-# As wide as the target, whose embedding and layers it starts from; and few layers, because a step of a draft is mostly
-# overhead, which grows with their number.
+# As wide as the target, whose embedding and layers it starts from. It has few layers, because a step of a draft is
+# mostly overhead, which grows with the number of layers.
 DRAFT = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
          "intermediate_size": 640}  # fmt: skip
-# What both models share, in the words of HF's config.json. Heads, kv heads and ffn divide by 4 (tensor parallelism),
-# and every matrix's input by 32 even then (int4 groups).
+# What both models share, in the fields of HF's config.json. Heads, KV heads and feed-forward width are divisible by 4
+# (ranks of tensor parallelism), and the inputs of every matrix by 32 (int4 groups), even on one of 4 ranks.
 SHARED = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "head_dim": 32,
     "max_position_embeddings": CONTEXT, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
@@ -80,7 +80,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens [B, S <= CONTEXT] -> logits [B, S, V]. The embedding is the output matrix too."""
+    """Tokens [B, S <= CONTEXT] -> logits [B, S, V]. The output projection is tied to the embedding."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -94,17 +94,17 @@ class Llama(nn.Module):
         )
         hd = config["head_dim"]
         frequencies = config["rope_theta"] ** (-torch.arange(0, hd, 2) / hd)
-        angles = torch.outer(torch.arange(CONTEXT), frequencies).repeat(1, 2)  # [CONTEXT, hd], both halves alike
+        angles = torch.outer(torch.arange(CONTEXT), frequencies).repeat(1, 2)  # [CONTEXT, hd], its two halves are equal
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                # Each layer adds twice to the residual stream: starting small keeps the sum from growing.
+                # Each layer adds twice to the residual stream: small initial weights keep the sum from growing.
                 outward = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config["num_hidden_layers"]) if outward else 0.02)
 
     def forward(self, tokens: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
-        """With a cache [layers, 2, B, kv_heads, T, head_dim] it is one token of each row, at position `start`."""
+        """With a cache [layers, 2, B, kv_heads, T, head_dim], S is 1: the token of each row at position `start`."""
         rope = tuple(table[start : start + tokens.shape[1]] for table in (self.cos, self.sin))
         x = self.model["embed_tokens"](tokens)
         for i, block in enumerate(self.model["layers"]):
@@ -113,13 +113,13 @@ class Llama(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE, HF's rotate-half form: x [B, H, S, hd], cos and sin [S, hd]."""
+    """RoPE in HF's rotate-half form: x [B, H, S, hd], cos and sin [S, hd] -> [B, H, S, hd]."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
 def save_hf(model: Llama, folder: Path, tokenizer: Path) -> None:
-    """An ordinary Hugging Face Llama folder with bfloat16 weights."""
+    """Writes an ordinary Hugging Face Llama folder with bfloat16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": model.config,

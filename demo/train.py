@@ -1,13 +1,13 @@
-"""Trains the demo checkpoint: a small Llama on the source of the Python standard library, and a smaller draft of it.
+"""Trains the demo's two models on the source of the Python standard library: a small Llama, and a smaller draft for it.
 
     python demo/train.py --out build/demo_hf --minutes 45 --draft_minutes 12
 
-Needs requirements-dev.txt, and no data but the running interpreter's own library: its source is the corpus
-(corpus.py), a byte-fallback sentencepiece tokenizer is trained on the same text, and the files named in HELD_OUT
-are seen by neither. Writes two ordinary Hugging Face folders, OUT/target and OUT/draft (config.json, model.safetensors,
-tokenizer.model; the models are in model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and
-OUT/report.json (what was reached). The learning rate follows the minutes of work, so any number of them ends annealed.
-Killed and started again with the same --out, it goes on from its last save.
+Needs requirements-dev.txt and no other data: the corpus is the source of the running interpreter's own library
+(corpus.py). A sentencepiece tokenizer with byte fallback is trained on the same text. The files named in HELD_OUT are
+kept from both. Writes two ordinary Hugging Face folders, OUT/target and OUT/draft (config.json, model.safetensors,
+tokenizer.model; the models are in model.py), and beside them OUT/heldout.txt, OUT/calibration.txt and OUT/report.json
+(the results). The learning rate falls to zero over the given minutes, however many there are. A run that was killed
+continues from its last save when it is started again with the same --out.
 """
 
 import argparse
@@ -40,16 +40,16 @@ from demo.model import DRAFT, SHARED, TARGET, Llama, save_hf
 from errors import UserError
 
 LEARNING_RATE = 4e-3
-WARMUP = 0.02  # of the time
+WARMUP = 0.02  # share of the training time
 
-WRITTEN = 512  # tokens of a text that the target writes for the draft, prompt included
-WRITTEN_ROWS = 64  # such texts at a time
-LIKELIEST = 16  # of the target's tokens at a position: what the draft learns from
+WRITTEN = 512  # length in tokens of a text that the target writes for the draft, prompt included
+WRITTEN_ROWS = 64  # texts written at a time
+LIKELIEST = 16  # the draft learns from this many of the target's most likely tokens at each position
 
 
 # ---- training ----
 
-# Without instructions for it, bfloat16 takes a CPU ten times as long as float32.
+# On a CPU without bfloat16 instructions, bfloat16 takes ten times as long as float32.
 CPU_HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
@@ -59,7 +59,7 @@ def autocast(device: str):
 
 @torch.no_grad()
 def held_out_loss(model: Llama, ids: list[int], device: str, limit: int | None = None) -> float:
-    """Mean negative log-likelihood (nats a token) of bos + ids in windows of CONTEXT, every id predicted once."""
+    """Mean negative log-likelihood (nats per token) of `ids` after bos, each predicted once, in windows of CONTEXT."""
     stream = torch.tensor([BOS, *ids[:limit]])
     total = 0.0
     for start in range(0, len(stream) - 1, CONTEXT):
@@ -72,7 +72,7 @@ def held_out_loss(model: Llama, ids: list[int], device: str, limit: int | None =
 
 @torch.no_grad()
 def greedy_agreement(draft: Llama, target: Llama, ids: list[int], device: str) -> float:
-    """Share of positions of the text at which draft and target would both say the same next token."""
+    """Share of the text's positions at which draft and target predict the same next token."""
     stream, agreed = torch.tensor([BOS, *ids]), 0
     for start in range(0, len(ids), CONTEXT):
         window = stream[start : start + CONTEXT][: len(ids) - start].to(device)
@@ -83,38 +83,38 @@ def greedy_agreement(draft: Llama, target: Llama, ids: list[int], device: str) -
 
 @torch.no_grad()
 def accepted_lengths(draft: Llama, target: Llama, ids: list[int], device: str) -> dict[str, float]:
-    """What greedy speculation does on 20 prompts of 64 tokens, each continued by 256: shares and mean lengths."""
+    """Greedy speculation on 20 prompts of 64 tokens, each continued by 256 -> agreement and mean accepted tokens."""
     starts = range(0, len(ids) - 64, (len(ids) - 64) // 19)
     prompts = [[BOS, *ids[start : start + 63]] for start in starts]
     tokens, _, _ = write(target, prompts, 320, torch.zeros(len(prompts), 1), device)
     with autocast(device):
-        said = draft(tokens[:, :-1].to(device)).argmax(-1).cpu()
-    same = (said == tokens[:, 1:])[:, 63:].tolist()  # of the 256 new tokens
+        proposed = draft(tokens[:, :-1].to(device)).argmax(-1).cpu()
+    same = (proposed == tokens[:, 1:])[:, 63:].tolist()  # for the 256 new tokens
     figures = {"agreement_written": sum(map(sum, same)) / 256 / len(prompts)}
     for k in (4, 8):
         rounds = 0
         for row in same:
-            at = 0
-            while at < len(row):
-                ahead = row[at : at + k]
-                at += (ahead.index(False) if False in ahead else k) + 1
+            position = 0
+            while position < len(row):
+                proposals = row[position : position + k]
+                position += (proposals.index(False) if False in proposals else k) + 1
                 rounds += 1
-        # A round is the accepted tokens of the draft and one of the target.
+        # A round yields the accepted tokens of the draft and one token of the target.
         figures[f"accepted_of_{k}"] = 256 * len(prompts) / rounds - 1
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-# ---- what the target writes, for the draft to learn from ----
+# ---- texts that the target writes, for the draft to learn from ----
 
 
 @torch.no_grad()
 def write(
     target: Llama, prompts: list[list[int]], length: int, temperatures: torch.Tensor, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Continues prompts to `length` tokens at temperatures [B, 1], of which 0 is greedy.
+    """Continues prompts to `length` tokens at temperatures [B, 1], where 0 is greedy.
 
-    Returns the tokens, int64 [B, length], and of what the target says after each but the last, int16 and float16
-    [B, length - 1, LIKELIEST]: the likeliest tokens and their log-probabilities.
+    Returns the tokens, int64 [B, length], and for each position but the last the target's most likely next tokens and
+    their log-probabilities, int16 and float16 [B, length - 1, LIKELIEST].
     """
     B = len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -130,7 +130,7 @@ def write(
         logits = target(tokens[:, t : t + 1], cache, t)[:, 0]
         top, ids = logits.topk(LIKELIEST)
         likeliest[:, t], logprobs[:, t] = ids, top - logits.logsumexp(-1, keepdim=True)
-        # Gumbel noise, of the likeliest tokens only: at low temperatures there is nothing else to draw.
+        # Gumbel noise on the most likely tokens only: at low temperatures no other is ever drawn.
         drawn = (top - temperatures * torch.empty_like(top).exponential_().log()).argmax(-1, keepdim=True)
         tokens[:, t + 1] = torch.where(lengths > t + 1, tokens[:, t + 1], ids.gather(1, drawn)[:, 0])
     return tokens.cpu(), likeliest, logprobs
@@ -139,9 +139,10 @@ def write(
 def write_texts(
     target: Llama, documents: list[list[int]], newline: int, minutes: float, device: str, seed: int, path: Path
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `write` returns of many texts: for so many minutes, the target continues 8 to 160 tokens of documents.
+    """What `write` returns, for many texts: the target continues prompts of 8 to 160 tokens for `minutes` minutes.
 
-    Three of four texts are greedy, the others of a low temperature.
+    The prompts are taken from the documents. Three of four texts are greedy, the others sampled at a low temperature.
+    The result is kept in `path`; if that exists, it is read instead.
     """
     if path.exists():
         return torch.load(path)
@@ -164,7 +165,7 @@ def write_texts(
 
 
 def written_batches(texts: tuple[torch.Tensor, ...], rows: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Endless batches of what write_texts returned, `rows` texts each: tokens but the last, ids, log-probabilities."""
+    """Endless batches of `rows` texts from write_texts: the tokens without the last, ids and log-probabilities."""
     generator = torch.Generator().manual_seed(seed)
     tokens, likeliest, logprobs = texts
     while True:
@@ -178,17 +179,18 @@ def next_token_loss(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor
 
 
 def draft_loss(logits: torch.Tensor, likeliest: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Half the target's first choice, on which greedy speculation depends, and half its distribution."""
-    said = logits.log_softmax(-1).gather(-1, likeliest)
-    # All the less likely tokens count as one.
+    """Mean of two cross-entropies: with the target's first choice, on which greedy speculation depends, and with its
+    distribution."""
+    draft_logprobs = logits.log_softmax(-1).gather(-1, likeliest)
+    # All other tokens count as one.
     p = logprobs.exp()
-    rest, said_rest = (1 - x.sum(-1).clamp(max=1 - 1e-4) for x in (p, said.exp()))
-    divergence = -(p * said).sum(-1) - rest * said_rest.log()
-    return 0.5 * (divergence - said[..., 0]).mean()
+    rest, draft_rest = (1 - x.sum(-1).clamp(max=1 - 1e-4) for x in (p, draft_logprobs.exp()))
+    cross_entropy = -(p * draft_logprobs).sum(-1) - rest * draft_rest.log()
+    return 0.5 * (cross_entropy - draft_logprobs[..., 0]).mean()
 
 
 def start_from(draft: Llama, target: Llama) -> None:
-    """Copies what fits of the target: its embedding, its first layer and its last but one."""
+    """Copies the target's embedding, first layer and last layer but one into the draft, cut to the draft's shapes."""
     source = {name.replace(f"layers.{TARGET['num_hidden_layers'] - 2}.", "layers.1."): p
               for name, p in target.named_parameters() if ".layers.1." not in name}  # fmt: skip
     with torch.no_grad():
@@ -197,9 +199,9 @@ def start_from(draft: Llama, target: Llama) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024), scaled to AdamW's step size (Liu et al. 2025) so that one rate fits both.
+    """Muon (Jordan 2024), scaled to AdamW's step size (Liu et al. 2025) so that one learning rate fits both.
 
-    torch.optim.Muon is the same in bfloat16, which a CPU without instructions for it takes 15 times as long for.
+    torch.optim.Muon does the same in bfloat16, which takes 15 times as long on a CPU without bfloat16 instructions.
     """
 
     @torch.no_grad()
@@ -220,13 +222,13 @@ class Muon(torch.optim.Optimizer):
 
 
 class Clock:
-    """Seconds of work: the first step, which compiles, and what interrupts a later one do not count."""
+    """Counts seconds of work, without the first step, which compiles, and without interruptions of later steps."""
 
     def __init__(self):
         self.last, self.steps = time.monotonic(), []
 
     def tick(self) -> float:
-        """Ends a step, and begins the next; returns the seconds that it counts."""
+        """Ends a step and begins the next -> the seconds that are counted for the step."""
         last, self.last = self.last, time.monotonic()
         self.steps = [*self.steps[-20:], self.last - last]
         usual = statistics.median(self.steps[:-1]) if len(self.steps) > 1 else 0.0
@@ -237,10 +239,10 @@ def train(
     name: str, model: Llama, source: Callable[[int], Iterator], loss_fn: Callable[..., torch.Tensor], first_length: int,
     learning_rate: float, minutes: float, held_out: list[int], device: str, seed: int, state_path: Path,
 ) -> dict:  # fmt: skip
-    """Trains in place for so many minutes on source(seed): batches (tokens [B, S], *what loss_fn takes after logits).
+    """Trains in place for `minutes` minutes on the batches of source(seed): tokens [B, S], then what loss_fn takes.
 
-    For the first 60 % of the time they are cut to first_length. Runs in every process of the group at once: each has
-    batches of its own, and all make the same step. Returns what was done.
+    For the first 60 % of the time the texts are cut to first_length. Runs in every process of the group at once: each
+    has batches of its own, and all take the same step. Returns the numbers of steps and tokens, and the minutes.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     parameters = list(model.parameters())
@@ -272,11 +274,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, (done + 1e-3) / WARMUP) * (1 - done)
         batch = [t.to(device) for t in next(batches)]
-        if done < 0.6:  # attention costs less, and the rest of the time is enough to learn whole ones
+        if done < 0.6:  # short texts make attention cheaper, and the remaining time is enough to learn long ones
             batch = [t.unflatten(1, (-1, first_length)).flatten(0, 1) for t in batch]
         loss = compiled(*batch)
         loss.backward()
-        # One message a step: the gradients, and the clock, on which all have to agree.
+        # One message per step: the gradients, and the time, on which all processes have to agree.
         shared = [p.grad for p in parameters] + [torch.tensor([clock.tick(), loss.item()], device=device)]
         flat = torch.cat([t.flatten() for t in shared])
         dist.all_reduce(flat)
@@ -306,12 +308,14 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/demo_hf"), help="where target/ and draft/ are written")
-    parser.add_argument("--minutes", type=float, default=45, help="of work on the target")
-    parser.add_argument("--draft_minutes", type=float, default=12, help="of work on the draft, a third for its texts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=45, help="training time of the target")
+    parser.add_argument("--draft_minutes", type=float, default=12, help="of the draft; a third is for its texts")
+    parser.add_argument("--threads", type=int, default=2, help="processes, with one thread each")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the texts")
     args = parser.parse_args()
     if args.minutes <= 0 or args.draft_minutes <= 0 or args.threads <= 0:
         raise UserError("--minutes, --draft_minutes and --threads must be above zero")
@@ -330,8 +334,9 @@ def main() -> None:
     characters, tokens = sum(map(len, training.values())), sum(map(len, documents))
     print(f"{len(documents)} files, {characters / 1e6:.2f}M characters, {tokens / 1e6:.2f}M tokens", flush=True)
 
-    # A process a core, each with a thread: the matrices are so small that threads would mostly wait for each other.
-    # glibc is told to keep freed memory: mapping the activations anew each step costs as much as computing them.
+    # One process per core, with one thread each: the matrices are so small that threads would mostly wait for each
+    # other. glibc is told to keep freed memory: mapping the activations again in each step costs as much as computing
+    # them.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     processes = 1 if torch.cuda.is_available() else args.threads
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -340,11 +345,11 @@ def main() -> None:
 
 
 def train_both(rank: int, processes: int, address: str, args: argparse.Namespace, documents: list, text: str) -> None:
-    """One process of the training: the target, then the draft that learns from it. Rank 0 writes and reports."""
+    """One process: trains the target, then the draft that learns from it. Rank 0 writes the files and the report."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    # One process may evaluate and save while the other waits.
+    # Rank 0 evaluates and saves while the others wait.
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
     tokenizer_path = args.out / "tokenizer.model"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
@@ -356,7 +361,7 @@ def train_both(rank: int, processes: int, address: str, args: argparse.Namespace
     def fit(name: str, model: Llama, *how) -> None:
         figures = train(name, model, *how, ids, device, args.seed, args.out / f"{name}.state.pt")
         for p in model.parameters():
-            p.data = p.data.to(torch.bfloat16).float()  # the figures are of the weights as saved
+            p.data = p.data.to(torch.bfloat16).float()  # the figures are those of the saved weights
         if rank == 0:
             save_hf(model, args.out / name, tokenizer_path)
             loss = held_out_loss(model, ids, device)

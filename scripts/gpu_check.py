@@ -1,11 +1,11 @@
-"""What only a machine with an NVIDIA GPU can tell, in one call: the CUDA tests, each kernel's speed, and bench.py.
+"""Runs everything that needs an NVIDIA GPU: the CUDA tests, the speed of each kernel, bench.py, and several ranks.
 
     python scripts/gpu_check.py                     # results go to $OUT if that is set, else to gpu_check/
-    python scripts/gpu_check.py FOLDER --only tests kernels bench ranks           # some of the four
+    python scripts/gpu_check.py FOLDER --only tests kernels bench ranks           # some of the four parts
 
-Leaves tests.txt, kernels.json (the layers and the attention of the 8b shape, in microseconds and GB/s) and the report
-of bench.py. It goes on after a failure, and ends with 1 if there was one. All of it should take some ten minutes, most
-of them compiling, and 40 GB of the GPU's memory.
+Writes tests.txt, kernels.json (the layers and the attention of the 8b shape, in microseconds and GB/s) and the report
+of bench.py. A failure does not stop it; the exit code is then 1. All parts should take about ten minutes, most of them
+for compiling, and 40 GB of the GPU's memory.
 """
 
 import argparse
@@ -30,11 +30,11 @@ import torch.nn.functional as F  # noqa: E402
 from kernels import Int4Linear, Int8Linear  # noqa: E402
 
 LAYERS = {"wqkv": (6144, 4096), "wo": (4096, 4096), "w13": (28672, 4096), "w2": (4096, 14336), "output": (128256, 4096)}
-ROTATED = 2**29  # bytes of weights that a measurement goes through, so that none are still in the L2 cache
+ROTATED = 2**29  # bytes of weights that a measurement reads in turn, so that none are still in the L2 cache
 
 
 def microseconds(calls: list[Callable]) -> float:
-    """Of one of these calls in a CUDA graph of all of them, the median of 20 replays."""
+    """Time of one call, when all of them run in one CUDA graph: the median of 20 replays."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -54,7 +54,7 @@ def microseconds(calls: list[Callable]) -> float:
 
 
 def linear_layers(mode: str, N: int, K: int) -> list[Callable]:
-    """As many random layers of that size as fill the cache several times."""
+    """Random layers of N outputs and K inputs, so many that they fill the L2 cache several times."""
     count = max(2, ROTATED // (N * K * {"bf16": 4, "int8": 2, "int4": 1}[mode] // 2))
     if mode == "bf16":
         weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
@@ -119,10 +119,10 @@ def run_bench(folder: Path) -> bool:
 
 
 def run_ranks(folder: Path) -> bool:
-    """Tensor parallelism over all GPUs, if there are several: the same text as one, and bench.py."""
+    """Tensor parallelism over all GPUs, if there are several: the text must be that of one GPU; runs bench.py."""
     count = torch.cuda.device_count()
     if count < 2:
-        print("ranks: skipped, there is one GPU", flush=True)
+        print("ranks: skipped, this machine has only one GPU", flush=True)
         return True
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     greedy = ["generate.py", "--compile", "--dtype", "float32", "--temperature", "0", "--prompt", "import os"]
@@ -138,9 +138,14 @@ PARTS = {"tests": run_tests, "kernels": run_kernels, "bench": run_bench, "ranks"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The CUDA tests, each kernel's speed, and bench.py.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(os.environ.get("OUT") or "gpu_check"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser = argparse.ArgumentParser(
+        description="Run the CUDA tests, time each kernel, run bench.py, and try several ranks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(os.environ.get("OUT") or "gpu_check"), help="for results"
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to run")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA GPU was found; run this on a machine that has one", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""Two ranks of one core each against one process of two threads, on CPUs: they take turns, since machines drift.
+"""Times two ranks of one core each beside one process with two threads, on a CPU. They take turns, because the speed
+of a machine changes over time.
 
     python scripts/tp_in_turns.py [--mode int4] [--shape 1b] [--ranks 2] [--turns 40]
 
-Prints medians over the turns of a decode step, and the bytes of weights that a rank holds against those of the one.
-A turn is 20 greedy steps at position 100. Whoever waits sleeps.
+Prints the median time of a decode step for both, and the share of the weights that a rank holds. A turn is 20 greedy
+steps at position 100; the others sleep meanwhile.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from config import ModelConfig  # noqa: E402
 from engine import Engine, weight_bytes  # noqa: E402
 from tp import join  # noqa: E402
 
-STEPS = 20  # of a turn; the first two are left out
+STEPS = 20  # per turn; the first two are not counted
 
 
 def take_turns(args: argparse.Namespace, folder: Path) -> None:
@@ -55,11 +56,13 @@ def take_turns(args: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Two ranks against one process, in turns.")
-    parser.add_argument("--mode", choices=MODES, default="int4")
-    parser.add_argument("--shape", choices=[*SHAPES], default="1b")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=40)
+    parser = argparse.ArgumentParser(
+        description="Time ranks beside one process, in turns.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--mode", choices=MODES, default="int4", help="how the weights are stored")
+    parser.add_argument("--shape", choices=[*SHAPES], default="1b", help="of the random model")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the torchrun")
+    parser.add_argument("--turns", type=int, default=40, help="of each side")
     args = parser.parse_args()
     if "TP_IN_TURNS" in os.environ:
         take_turns(args, Path(os.environ["TP_IN_TURNS"]))
@@ -70,9 +73,9 @@ def main() -> None:
         commands = [[sys.executable, *launcher, *sys.argv] for launcher in ([], torchrun)]
         processes = [subprocess.Popen(command, env=environment) for command in commands]
         if any(process.wait() for process in processes):
-            raise SystemExit("error: it did not run to the end")
+            raise SystemExit("error: one of the processes failed; its message is above")
         one, ranks = (json.loads((Path(folder) / f"{size}.json").read_text()) for size in (1, args.ranks))
-    begin = max(result["turns"][0][0] for result in (one, ranks))  # one may have begun, or ended, alone
+    begin = max(result["turns"][0][0] for result in (one, ranks))  # at the beginning and the end one may have run alone
     end = min(result["turns"][-1][0] for result in (one, ranks))
     steps = [[seconds for at, seconds in result["turns"] if begin <= at <= end] for result in (one, ranks)]
     single, shared = map(statistics.median, steps)

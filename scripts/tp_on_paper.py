@@ -1,18 +1,21 @@
-"""What tensor parallelism should give on GPUs, by a formula, beside what gpt-fast published. Nothing here is measured.
+"""Estimates the speed of tensor parallelism on GPUs by a formula, beside figures that gpt-fast published.
+
+Nothing here is measured.
 
     python scripts/tp_on_paper.py                                                    # H100: 3.35 TB/s
-    python scripts/tp_on_paper.py --bandwidth 4.8 --latency 18 24 29                 # H200; us on 2, 4, 8 GPUs
+    python scripts/tp_on_paper.py --bandwidth 4.8 --latency 18 24 29                 # H200; us on 2, 4 and 8 GPUs
 
 A decode step on N GPUs takes
 
     bytes / (N x bandwidth x share)  +  (2 x layers + 2) x latency(N)
 
-`bytes` are the weights that a step reads, 2, 1 or 0.5625 for each in bf16, int8 and int4 with groups of 32;
-`share` is the part of the peak bandwidth that the kernels reach. An all-reduce follows the attention and the
-feed-forward of each layer, the embedding and the output projection. A token's hidden state has 8 to 16 kB, which takes
-NVLink less than 0.1 us, so an all-reduce costs its latency, whatever the model's width. The latencies are those that
-gpt-fast's figures for Llama 2 7B imply (README, A100s of 330 W, one-shot all-reduces); all the waiting of GPUs for each
-other is in them. Its figures for 70B are then predictions.
+`bytes` is the size of the weights that a step reads: 2 bytes per weight in bf16, 1 in int8, 0.5625 in int4 with groups
+of 32. `share` is the share of the peak bandwidth that the kernels reach. There is an all-reduce after the attention and
+after the feed-forward of each layer, after the embedding and after the output projection. A token's hidden state has 8
+to 16 kB, which NVLink sends in less than 0.1 us. So an all-reduce costs its latency, however wide the model is.
+
+The latencies were chosen so that the formula gives gpt-fast's figures for Llama 2 7B (its README: A100s of 330 W,
+one-shot all-reduces); they include the time that GPUs wait for each other. For 70B the formula then predicts.
 """
 
 import argparse
@@ -24,7 +27,7 @@ SHAPES = {  # layers, hidden size, feed-forward width, heads and key-value heads
     "Llama 2 7B": (32, 4096, 11008, 32, 32, 128, 32000),
     "Llama 2 70B": (80, 8192, 28672, 64, 8, 128, 32000),
 }
-BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # a weight
+BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}  # per weight
 PUBLISHED = {  # gpt-fast's README, tok/s at batch 1
     ("Llama 2 7B", "bf16"): {1: 104.9, 2: 168.84, 4: 254.02, 8: 328.43},
     ("Llama 2 70B", "bf16"): {2: 21.32, 4: 38.01, 8: 62.50},
@@ -34,28 +37,31 @@ PUBLISHED = {  # gpt-fast's README, tok/s at batch 1
 
 
 def step_bytes(shape: str, mode: str) -> float:
-    """The weights that a step reads: all but the embedding."""
+    """Bytes of the weights that a step reads: all but the embedding."""
     layers, dim, ffn, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
     attention = dim * (heads + 2 * kv_heads) * head_dim + heads * head_dim * dim
     return (layers * (attention + 3 * dim * ffn) + vocabulary * dim) * BYTES[mode]
 
 
 def tokens_a_second(shape: str, mode: str, gpus: int, bandwidth: float, share: float, latency: float) -> float:
-    """By the formula; bandwidth in TB/s, latency in us."""
+    """The formula; bandwidth in TB/s, latency in us."""
     communication = (2 * SHAPES[shape][0] + 2) * latency * 1e-6 if gpus > 1 else 0
     return 1 / (step_bytes(shape, mode) / (gpus * bandwidth * 1e12 * share) + communication)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decode speed of 1 to 8 GPUs, on paper.")
-    parser.add_argument("--bandwidth", type=float, default=3.35, help="of one GPU's memory, TB/s")
-    parser.add_argument("--shares", type=float, nargs=3, default=[0.8, 0.8, 0.65], help="of it in bf16, int8, int4")
-    parser.add_argument("--latency", type=float, nargs=3, default=[18, 24, 29], help="of an all-reduce, us")
+    parser = argparse.ArgumentParser(
+        description="Estimate the decode speed of 1 to 8 GPUs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bandwidth", type=float, default=3.35, help="of one GPU's memory, in TB/s")
+    add("--shares", type=float, nargs=3, default=[0.8, 0.8, 0.65], help="that bf16, int8 and int4 reach of it")
+    add("--latency", type=float, nargs=3, default=[18, 24, 29], help="of an all-reduce on 2, 4 and 8 GPUs, in us")
     args = parser.parse_args()
     latency = dict(zip((1, 2, 4, 8), (0, *args.latency), strict=True))
     shares = dict(zip(BYTES, args.shares, strict=True))
 
-    print(f"Formula, {args.bandwidth} TB/s, tok/s at batch 1 (of it communication):\n")
+    print(f"Formula, {args.bandwidth} TB/s, tok/s at batch 1 (share of communication):\n")
     print("| | a step reads, GB | 1 GPU | 2 | 4 | 8 |\n|---|---:|---:|---:|---:|---:|")
     for shape, mode in itertools.product(("Llama 3.1 8B", "Llama 3.1 70B"), BYTES):
         cells = []
@@ -65,7 +71,7 @@ def main() -> None:
             cells.append(f"{rate:.0f}" + (f" ({waiting:.0%})" if gpus > 1 else ""))
         print(f"| {shape} {mode} | {step_bytes(shape, mode) / 1e9:.1f} | {' | '.join(cells)} |")
 
-    print("\ngpt-fast, published, and the formula with an A100's 1.40 TB/s (its own bf16 rate on one GPU):\n")
+    print("\ngpt-fast's published figures, and the formula with the 1.40 TB/s that its bf16 rate on one A100 means:\n")
     print("| | GPUs | published | formula |\n|---|---:|---:|---:|")
     for (shape, mode), rates in PUBLISHED.items():
         for gpus, rate in rates.items():
