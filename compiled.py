@@ -1,33 +1,39 @@
-"""torch.compile for CPUs, whose result outlives the process: the next one loads it, and neither traces nor compiles.
+"""torch.compile for CPUs whose result outlives the process: the next one loads it, and neither traces nor compiles.
 
     step = CompiledFunction(decode_step)
     step(model, None, sampler, model.key_pos, 0, False, None)
 
-Inductor keeps the kernels that it has built. To find out which of them it wants, though, each process imports the
-compiler and traces the function anew, which takes twice as long as importing PyTorch. What comes of it is simple:
-where in the arguments the tensors are, a Python function by Inductor that calls the kernels, and which of its outputs
-are the result. The first call notes these as they go by. They are saved only if they explain all of the call: every
-tensor that went in was found in the arguments, and all that came out is the result.
+Inductor keeps the kernels that it has built, but to find out which of them a function needs, every process imports the
+compiler and traces the function anew. PyTorch's own answer, torch.compile(...).aot_compile and
+torch.compiler.load_compiled_function, saves the tracing but not the import: until its second token the 1.1 B shape in
+int4 took 10.3 s of CPU time that way and takes 2.7 s this way, the demo 8.3 s and 1.3 s. Hence this file, and the
+private names of Inductor in it. All that a call needs is: where in the arguments the tensors are, a Python function by
+Inductor that calls the kernels, and which of its outputs are the result. The first call records these. They are saved
+only if they explain all of the call: every tensor that went in was found in the arguments, and all that came out is the
+result.
 
-A program is kept under a hash of everything that tracing may depend on: this folder's code, PyTorch, the processor, the
-threads, and the arguments but for the numbers in tensors. So a function may read whatever it likes of its arguments,
-of the world outside only constants, and must change nothing but tensors. It also runs faster than what torch.compile
-returns, which looks at every call whether all of this is still so.
+A program is kept under a hash of everything that tracing may depend on: the code of the function and of its arguments'
+classes, with all that their modules import from this folder; PyTorch, the processor, the threads; and the arguments
+but for the numbers in tensors. So a function may read whatever it likes of its arguments, of the world outside only
+constants, and must change nothing but tensors. A program also runs faster than what torch.compile returns, which
+checks at every call whether all of this is still so.
 """
 
 import ast
+import atexit
 import builtins
 import contextlib
 import contextvars
 import dataclasses
 import functools
-import hashlib
+import gc
 import importlib.util
 import inspect
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -35,29 +41,32 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from errors import UserError
-from kernels.build import cache_folder, cpu_library, processor_flags
+from kernels.build import cache_folder, cpu_library, digest, mark_used, processor_flags, prune, writable
 
 # Sizes were checked at every call of every kernel: that took 10 us a layer. A norm of one row took 30 us on two threads
 # that had to meet twice; on one it takes two. Inductor writes out an expression at each of its uses, and what that
 # consists of at each of its own: hashing a position took it 4 s, until expressions of 8 operations got a name.
 OPTIONS = {"size_asserts": False, "cpp.min_chunk_size": 8192, "realize_opcount_threshold": 8}
-PROGRAM = "program.json"
-# As this process found them: later the files may be others than what it runs, and Inductor sets the variable itself.
-CACHE = cache_folder("TORCHINDUCTOR_CACHE_DIR")
+PROGRAM = "program"
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+CACHE = cache_folder(VARIABLE)  # Inductor sets the variable later
 FOLDER = Path(__file__).parent
-SOURCES = [path.read_bytes() for path in sorted([*FOLDER.glob("*.py"), *FOLDER.glob("kernels/*.py")]) if path.is_file()]
+# Of each file the name of its module or package, and the text as this process found it: what it runs.
+SOURCES = {str(path): (path.stem, path.read_bytes()) for path in FOLDER.glob("*.py")}
+SOURCES |= {str(path): (path.parent.name, path.read_bytes()) for path in FOLDER.glob("*/*.py")}
+IMPORT = re.compile(rb"^ *(?:from|import) (.+)", re.MULTILINE)
+COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as Inductor has it
 SETTINGS = [  # that change what is compiled
     f"{name}={value}"
     for name, value in sorted(os.environ.items())
-    if name.startswith(("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "ATEN_CPU_CAPABILITY"))
-    and name != "TORCHINDUCTOR_CACHE_DIR"
+    if name.startswith(("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "ATEN_CPU_CAPABILITY")) and name != VARIABLE
 ]
 
 
@@ -95,20 +104,17 @@ def kind_of(value: Any) -> Any:
 # What a program depends on
 
 
-@functools.cache
 def programs_folder() -> Path:
-    """The programs of this code on this machine. Where it exists, the compiler will probably not be needed."""
-    machine = platform.machine(), processor_flags(), sys.version, torch.__version__
-    return CACHE / "programs" / hash_of((SOURCES, SETTINGS, machine))
+    """All programs. Where it exists, the compiler will probably not be needed."""
+    return CACHE / "programs"
 
 
 def version_of(function: Callable, args: tuple) -> str:
+    """A hash of all that tracing depends on."""
+    machine = platform.machine(), processor_flags(), sys.version, torch.__version__
     state = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
-    return hash_of((describe(function, {}), describe(state, {}), describe(args, {})))
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+    calls = describe(function, {}), describe(state, {}), describe(args, {})
+    return digest(repr((hash_of_module(__name__), SETTINGS, machine, calls)).encode())
 
 
 def describe(value: Any, seen: dict[int, int]) -> Any:
@@ -139,14 +145,30 @@ def describe(value: Any, seen: dict[int, int]) -> Any:
 
 
 def hash_of_module(name: str) -> str:
-    """Of its code, which need not be in this folder. That of a notebook is never the same."""
+    """Of its code and of what it imports from this folder. That of a notebook is never the same."""
     file = getattr(sys.modules[name], "__file__", None)
-    return hash_of_file(file) if file else os.urandom(16).hex()
+    return hash_of_code(file) if file else os.urandom(16).hex()
+
+
+def hash_of_code(file: str) -> str:
+    """Of a file and of all files of this folder that it imports, directly or not."""
+    hashes: dict[str, str] = {}
+    files = [file]
+    while files:
+        file = files.pop()
+        if file not in hashes:
+            hashes[file], imported = read_code(file)
+            files += imported
+    return digest(repr(sorted(hashes.values())).encode())
 
 
 @functools.cache
-def hash_of_file(path: str) -> str:
-    return hash_of(Path(path).read_bytes())
+def read_code(file: str) -> tuple[str, list[str]]:
+    """The hash of a file, and the files of this folder that it may import: of a package every one. Each word of an
+    import is taken for a module, because one too many does no harm, and one too few would."""
+    text = SOURCES[file][1] if file in SOURCES else Path(file).read_bytes()
+    words = set(re.findall(r"\w+", b" ".join(IMPORT.findall(text)).decode()))
+    return digest(text), [path for path, (name, _) in SOURCES.items() if name in words]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,23 +180,31 @@ def record(function: Callable, args: tuple, folder: Path) -> tuple[Callable, Any
     check_compiler()
     prepare_compiler()
     notes = Notes()
-    # Dynamo keeps what it compiles, a few for each code object, and would try them first.
-    parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    copy = FunctionType(function.__code__.replace(), *parts)
-    compiled = torch.compile(copy, backend=notes.backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(fresh(function), backend=notes.backend, fullgraph=True, dynamic=False)
     with (
+        # Where a program is damaged, what Inductor kept of the same compilation may be so as well.
+        torch._inductor.utils.fresh_cache() if folder.exists() else contextlib.nullcontext(),
         kernels_together(),
         torch._functorch.config.patch(enable_autograd_cache=False),  # it would pass over `inner`
         torch._dynamo.config.patch(run_gc_after_compile=False),  # takes half a second and finds nothing
     ):
         result = compiled(*args)
-    program = notes.explain(function, args, result)
-    notes.end()
-    if program is None:
-        return compiled, result
-    with contextlib.suppress(OSError):  # nowhere to write: the next process compiles again
-        save(folder, program)
+        program = notes.explain(function, args, result)
+        notes.end()
+        if program is None:
+            return compiled, result
+        with contextlib.suppress(OSError):  # nowhere to write, as check_compiler has said
+            save(folder, program)
     return load(function, args, folder) or compiled, result
+
+
+def fresh(function: Callable) -> Callable:
+    """The function or method with a code object of its own: Dynamo compiles only a few times for each, and keeps and
+    tries all that it compiled."""
+    if inspect.ismethod(function):
+        return MethodType(fresh(function.__func__), function.__self__)
+    parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    return FunctionType(function.__code__.replace(), *parts)
 
 
 class Notes:
@@ -297,37 +327,43 @@ def place_of(kernel: Any) -> tuple[str, str] | None:
 
 
 def save(folder: Path, program: dict[str, Any]) -> None:
-    """Writes the program and copies of its kernels, all or nothing."""
+    """Writes the program and copies of its kernels, all or nothing, and deletes programs that are no longer used. The
+    first line of a program is the hash of what follows, the name of its library that of the library."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made, kernels = Path(temporary) / folder.name, {}
         made.mkdir()
         for name, (file, module) in sorted(program["kernels"].items()):
-            kernels[name] = f"{hash_of(Path(file).read_bytes())}.so", module
-            shutil.copyfile(file, made / kernels[name][0])
-        (made / PROGRAM).write_text(json.dumps(program | {"kernels": kernels}))
-        try:
-            made.rename(folder)
-        except OSError:  # there is one, which could not be loaded
-            shutil.rmtree(folder)
-            made.rename(folder)
+            library = Path(file).read_bytes()
+            kernels[name] = f"{digest(library)}.so", module
+            (made / kernels[name][0]).write_bytes(library)
+        text = json.dumps(program | {"kernels": kernels})
+        (made / PROGRAM).write_text(f"{digest(text.encode())}\n{text}")
+        shutil.rmtree(folder, ignore_errors=True)  # where there is one, it could not be loaded
+        made.rename(folder)
+    prune(folder.parent.iterdir())
 
 
 def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
-    """The program as a function of args like these; None if it has not been saved."""
+    """The program as a function of args like these; None if it has not been saved, or is damaged."""
     scope = dict(GIVEN)
-    # Where a kernel finds what tells it the address of a tensor.
-    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
+    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # how a kernel finds a tensor's address
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
     try:
-        program = json.loads((folder / PROGRAM).read_text())
+        hash_of_text, _, text = (folder / PROGRAM).read_bytes().partition(b"\n")
+        if hash_of_text.decode() != digest(text):
+            return None
+        program = json.loads(text)
+        if any(digest((folder / file).read_bytes()) not in file for file in dict(program["kernels"].values())):
+            return None
         for name, (file, module) in program["kernels"].items():
             scope[name] = import_library(folder / file, module).kernel
         exec(compile(program["source"], str(folder / PROGRAM), "exec"), scope)
         call, outputs = scope["call"], program["outputs"]
         found = find(program["inputs"], function, args)
-    except (OSError, ValueError, ImportError, LookupError, NameError, AttributeError):
+    except (OSError, ValueError, ImportError):
         return None
+    mark_used(folder)
     places = {id(value): at for at, value in enumerate(args) if isinstance(value, Tensor)}
     changing = [(i, places[id(tensor)]) for i, tensor in enumerate(found) if id(tensor) in places]
 
@@ -356,20 +392,24 @@ def import_library(path: Path, name: str) -> ModuleType:
 def check_compiler() -> None:
     """Imports what torch.compile would at its first call. UserError where it would not find a C++ compiler or Python.h,
     which distributions have in a package of its own."""
-    import torch._inductor.compile_fx  # noqa: F401
-    from torch._inductor import codecache, cpp_builder, exc
-
-    for name in ("torch_key", "triton_key"):  # of its cache: hashes of all of PyTorch, of all of Triton, made meanwhile
-        key = getattr(codecache, name, None)
-        if hasattr(key, "prefetch"):
-            key.prefetch()
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        raise UserError("--compile needs a C++ compiler; install g++ (apt install g++) or leave it out") from error
+    if shutil.which(COMPILER) is None:
+        problem = f"--compile needs a C++ compiler, and '{COMPILER}' was not found"
+        raise UserError(f"{problem}; install g++ (apt install g++) or leave it out")
     schemes = sysconfig.get_default_scheme(), "posix_prefix"  # Debian's own Python has its headers in the second
     if not any(Path(sysconfig.get_path("include", scheme), "Python.h").exists() for scheme in schemes):
         raise UserError("--compile needs Python.h; install Python's headers (apt install python3-dev) or leave it out")
+    check_cache()
+    import torch._inductor.compile_fx  # noqa: F401
+
+
+@functools.cache
+def check_cache() -> None:
+    """Gives Inductor a temporary folder, with a warning, where it could not write to its own."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    folder = stack.enter_context(writable(CACHE, VARIABLE))
+    if folder != CACHE:
+        os.environ[VARIABLE] = str(folder)
 
 
 @functools.cache
@@ -392,10 +432,22 @@ def prepare_compiler() -> None:
 
 
 @contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: a compilation makes millions of objects, and hardly any garbage."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()  # what a compilation leaves behind stays, and would be searched at every collection and at the end
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
 def kernels_together() -> Iterator[None]:
     """Has Inductor build the kernels of a graph as one library. Of the second that g++ takes for one, most is for the
-    header that they share: a decode step has a dozen, which took two cores 8 s and take one 3 s."""
-    from torch._inductor import async_compile
+    header that they share: a decode step has a dozen, which took two cores 8 s and take one 3 s. UserError where the
+    compiler fails, as clang++ does without a package of OpenMP's headers."""
+    from torch._inductor import async_compile, exc
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     sources: list[str] = []  # of all kernels, and the modules of those that are built
@@ -420,6 +472,12 @@ def kernels_together() -> Iterator[None]:
     async_compile.CppPythonBindingsCodeCache = Together
     try:
         yield
+    except exc.InductorError as error:
+        messages = [line.strip() for line in str(error).splitlines() if " error: " in line]
+        if not messages:
+            raise
+        problem = f"{COMPILER} failed: {messages[0]}"
+        raise UserError(f"--compile: {problem}; install g++, name another compiler with CXX or leave it out") from error
     finally:
         async_compile.CppPythonBindingsCodeCache = CppPythonBindingsCodeCache
 

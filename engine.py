@@ -12,7 +12,6 @@ The engine does as it is told; scheduler.py decides which request is in which ro
 """
 
 import contextlib
-import gc
 import itertools
 import sys
 import time
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiled import CompiledFunction, kernels_together, prepare_compiler
+from compiled import CompiledFunction, fresh, kernels_together, prepare_compiler, without_collection
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from model import Transformer
@@ -159,10 +158,7 @@ class Engine:
             )
         if compile_prefill and self.device.type == "cpu":
             prepare_compiler()
-        self._hidden = {
-            model: torch.compile(model.hidden, fullgraph=True, dynamic=False) if compile_prefill else model.hidden
-            for model in self.models
-        }
+        self._hidden = {model: model.hidden for model in self.models}
         self.stats = Stats()
 
     @property
@@ -175,15 +171,19 @@ class Engine:
         return self.pace.choices != (0,)
 
     def compile(self, function: Callable) -> Callable:
-        """The function, compiled if that is what was asked for."""
+        """The function, compiled if that is what was asked for, until the next `setup`."""
         if not self.compiles_steps:
             return function
-        if self.device.type == "cpu":
-            return self._compiled.setdefault(function, CompiledFunction(function))
-        # CUDA graphs: the launches of a decode step cost more than its work on small models.
-        graphs = self.device.type == "cuda" and self.group.backend != "gloo"
-        options = {"size_asserts": False, "triton.cudagraphs": graphs}
-        return torch.compile(function, options=options, fullgraph=True, dynamic=False)
+        if function not in self._compiled:
+            if self.device.type == "cpu":
+                self._compiled[function] = CompiledFunction(function)
+            else:
+                # CUDA graphs: the launches of a decode step cost more than its work on small models.
+                graphs = self.device.type == "cuda" and self.group.backend != "gloo"
+                options = {"size_asserts": False, "triton.cudagraphs": graphs}
+                compiled = torch.compile(fresh(function), options=options, fullgraph=True, dynamic=False)
+                self._compiled[function] = compiled
+        return self._compiled[function]
 
     def setup(
         self,
@@ -200,10 +200,12 @@ class Engine:
         those of so many most likely tokens. `eos_ids`: the ids that min_new_tokens bans. `bad_words`: the room for them
         (how many a row, of how many ids each).
         """
-        self._compiled: dict[Callable, CompiledFunction] = {}  # earlier ones hold the earlier caches
+        self._compiled: dict[Callable, Callable] = {}  # earlier ones hold the earlier caches
         self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
         for model in self.models:
             model.setup_caches(batch_size, max_seq_length)
+            if self.fixed_lengths:
+                self._hidden[model] = torch.compile(fresh(model.hidden), fullgraph=True, dynamic=False)
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
         self.logprobs = logprobs
@@ -264,6 +266,9 @@ class Engine:
                 input_ids = in_vocabulary(model, input_ids)
             input_pos = torch.tensor([positions], device=self.device)
             key_pos = self.key_positions(model, first + count)
+            if self.fixed_lengths and not pads:  # one compilation for all lengths
+                for tensor in (input_ids, input_pos):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
             if every:
                 hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows)[0])
             else:
@@ -330,11 +335,11 @@ class Engine:
                 for cache in (layer.attention.kv_cache.k, layer.attention.kv_cache.v):
                     cache[row, :, begin:end] = cache[source, :, begin:end]
 
+    @without_collection()
     def warm_up(self, prompt_length: int | None = None) -> float:
         """Compiles what prompts of this length (by default: of any) will call -> seconds. What it leaves in the caches
         is never seen."""
         begun = time.perf_counter()
-        gc.disable()  # a compilation makes millions of objects, and hardly any garbage
         lengths: tuple[int, ...] = (1,)
         if self.fixed_lengths or self.device.type == "cuda":  # where Triton compiles as well
             chunk = PREFILL_LENGTHS[-1]
@@ -358,8 +363,6 @@ class Engine:
                 fastest = min(end - begin for begin, end in itertools.pairwise(times))
                 self.pace.seconds[k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
         self.forget()
-        gc.freeze()  # what a compilation leaves behind stays, and would be searched at every collection and at the end
-        gc.enable()
         return time.perf_counter() - begun
 
 

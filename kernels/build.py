@@ -2,10 +2,11 @@
 
     library = cpu_library()           # registers torch.ops.brisk for CPUs; None, after a warning, without a compiler
 
-They are built at the first use and kept in ~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR).
-GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
+They are built at the first use, by g++ (11 or newer), clang++ (14 or newer) or what CXX names, and kept in
+~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -17,6 +18,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +35,8 @@ OPS = ["cpu_ops.cpp", "cpu_ranks.cpp"]
 # What an instruction set needs, as Linux calls it; the compiler's flags have no underscores.
 AVX2 = ["avx2", "fma", "f16c"]
 AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16"))]
+COMPILERS = "g++ 11 or newer, or clang++ 14 or newer"
+KEPT, KEPT_SECONDS = 100, 30 * 24 * 3600  # files that were compiled: how many, and for how long after their last use
 ISA_FEATURES = {"avx512": AVX512, "avx2": AVX2, "portable": []}
 
 
@@ -58,8 +63,7 @@ def cpu_library() -> ctypes.CDLL | None:
     if wanted not in isas:
         raise UserError(f"GPT_BRISK_ISA={wanted}: this processor does not have it; unset it")
     try:
-        with ThreadPoolExecutor() as pool:
-            ops, kernels = (ctypes.CDLL(str(path)) for path in pool.map(build, ("ops", wanted)))
+        ops, kernels = load("ops", wanted)
     except (OSError, subprocess.SubprocessError) as error:
         log(f"warning: the CPU kernels could not be built, so this will be slow: {error}")
         return None
@@ -75,12 +79,17 @@ def open_channel(file: int, rank: int, size: int) -> None:
 
 def use_isa(isa: str) -> None:
     """Goes on with the kernels of another instruction set, which this processor must have."""
-    _use(cpu_library(), ctypes.CDLL(str(build(isa))))
+    _use(cpu_library(), *load(isa))
 
 
 def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
     tables = (ctypes.c_char.in_dll(kernels, name) for name in ("brisk_linear", "brisk_attention"))
     ops.brisk_use(*map(ctypes.byref, tables))  # they stay: ctypes never unloads a library
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of what was compiled. Files there may be damaged, and loading a damaged library can end the process; so a
+# file is read only if its content has the hash that its name or its first line says.
 
 
 def cache_folder(variable: str) -> Path:
@@ -90,43 +99,129 @@ def cache_folder(variable: str) -> Path:
     return Path(os.environ.get(variable) or cache / "gpt-brisk")
 
 
-def build(name: str) -> Path:
-    """Compiles "ops", or the kernels for an instruction set, unless that was done before -> the library.
+@contextlib.contextmanager
+def writable(folder: Path, variable: str) -> Iterator[Path]:
+    """The folder, made if need be; where nothing can be written to it, after a warning, a temporary one."""
+    problem = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = error.strerror
+    if problem is None:
+        yield folder
+        return
+    log(f"warning: {folder} cannot be written ({problem}), so the next start compiles again; set {variable} to another")
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def mark_used(path: Path) -> None:
+    with contextlib.suppress(OSError):  # in a folder that can only be read
+        os.utime(path)
+
+
+def prune(paths: Iterable[Path]) -> None:
+    """Deletes files and folders that nobody has used for a month, and all but the 100 that were used last."""
+    used = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # another process has deleted it
+            used.append((path.stat().st_mtime, path))
+    used.sort(reverse=True)
+    for i, (seconds, path) in enumerate(used):
+        if i < KEPT and seconds > time.time() - KEPT_SECONDS:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def load(*names: str) -> list[ctypes.CDLL]:
+    """Libraries, each "ops" or the kernels for an instruction set, compiled unless that was done before.
 
     Raises OSError or SubprocessError.
     """
+    folder = cache_folder("TORCH_EXTENSIONS_DIR")
+    found = [find(folder, name) for name in names]
+    if None not in found:
+        return [ctypes.CDLL(str(path)) for path in found]
+    with writable(folder, "TORCH_EXTENSIONS_DIR") as folder, ThreadPoolExecutor() as pool:
+        paths = pool.map(functools.partial(build, folder), names)
+        return [ctypes.CDLL(str(path)) for path in paths]
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """The library in the folder, if it is there and undamaged."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{commands(name)[0]}_*.so"):
+            if path.stem.endswith(digest(path.read_bytes())):
+                mark_used(path)
+                return path
+    return None
+
+
+def commands(name: str) -> tuple[str, list[str], list[str]]:
+    """What the library is called, but for the hash of its content; arguments that compile and that link it."""
     sources = [FOLDER / source for source in (OPS if name == "ops" else KERNELS)]
     compile = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-c", *map(str, sources)]
     link = ["-shared", *(f"{source.stem}.o" for source in sources)]
     if name == "ops":
         torch_folder = Path(torch.__file__).parent
         # PyTorch's stable interface, as of 2.10: its headers compile in a third of the time of the others.
-        compile += ["-fopenmp", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(torch_folder / "include")]
-        # Without -fopenmp: its symbols are then found in the OpenMP library that PyTorch has loaded, whatever its name.
+        compile += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(torch_folder / "include")]
+        # OpenMP's functions are those of the library that PyTorch has loaded, whatever its name; `#pragma omp`, which
+        # would be passed over without -fopenmp, is an error.
+        compile += ["-Werror=unknown-pragmas"]
         link += ["-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"]
     else:
         compile += [f"-DBRISK_ISA={name}", *(f"-m{feature.replace('_', '')}" for feature in ISA_FEATURES[name])]
         compile += ["-mprefer-vector-width=512"] * (name == "avx512")
     texts = [path.read_bytes() for path in (*(FOLDER / header for header in HEADERS), *sources)]
-    version = hashlib.sha256(repr((texts, compile, link, torch.__version__, platform.machine())).encode()).hexdigest()
-    folder = cache_folder("TORCH_EXTENSIONS_DIR")
-    library = folder / f"brisk_{name}_{version[:16]}.so"
-    if library.exists():
-        return library
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler (g++) was found")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock, tempfile.TemporaryDirectory(dir=folder) as temporary:
+    version = digest(repr((texts, compile, link, torch.__version__, platform.machine())).encode())
+    return f"brisk_{name}_{version[:16]}", compile, link
+
+
+def find_compiler() -> list[str]:
+    """The command that CXX names, or the first compiler there is. Raises FileNotFoundError."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise FileNotFoundError(f"no C++ compiler ({' '.join(named) or 'g++'}) was found; install {COMPILERS}")
+
+
+def build(folder: Path, name: str) -> Path:
+    """Compiles a library into the folder, unless another process just did. OSError if it can't be compiled."""
+    stem, compile, link = commands(name)
+    compiler = find_compiler()
+    with open(folder / f"{stem}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as temporary:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one builds
-        if library.exists():
+        if library := find(folder, name):
             return library
-        for arguments in (compile, [*link, "-o", library.name]):
-            result = subprocess.run(
-                [*shlex.split(compiler), *arguments], cwd=temporary, stderr=subprocess.PIPE, text=True
-            )
-            if result.returncode:
-                lines = [line for line in result.stderr.splitlines() if "error" in line] or [f"{compiler} failed"]
-                raise OSError(lines[0])
-        os.replace(f"{temporary}/{library.name}", library)
+        built = Path(temporary, f"{stem}.so")
+        for arguments in (compile, [*link, "-o", built.name]):
+            run(compiler, arguments, temporary)
+        library = folder / f"{stem}_{digest(built.read_bytes())}.so"
+        os.replace(built, library)
+    prune(folder.glob("brisk_*"))
     return library
+
+
+def run(compiler: list[str], arguments: list[str], folder: str) -> None:
+    """Runs the compiler in a folder. OSError with its first message if it fails."""
+    options = dict(cwd=folder, env=os.environ | {"LC_ALL": "C"}, text=True, errors="replace")
+    result = subprocess.run([*compiler, *arguments], stderr=subprocess.PIPE, **options)
+    if result.returncode:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, **options).stdout.partition("\n")[0]
+        message = next((line for line in result.stderr.splitlines() if "error" in line), f"exit {result.returncode}")
+        name = " ".join(compiler) + (f" ({version})" if version else "")
+        raise OSError(f"{name} failed: {message.strip()}; install {COMPILERS}, or name another compiler with CXX")

@@ -12,8 +12,8 @@ namespace {
 // Of each 32 k dot_int4 keeps two sums in 16 bits: of the k with k % 8 < 4, and of the others. Each starts from -zero
 // times the sum of its activations; both are in one number of 32 bits.
 int32_t start_of_pairs(i32s sum, int32_t zero) {
-    sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
-    sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6);
+    sum += SHUFFLE(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
+    sum += SHUFFLE(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6);
     return (uint16_t)(-zero * sum[0]) | (uint32_t)(-zero * sum[4]) << 16;
 }
 #endif
@@ -50,7 +50,7 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
             typedef int8_t i8x16 __attribute__((vector_size(16)));
             i8x16 q = load<i8x16>(in_order);
             if (w.bits == 4)  // the low nibbles of 4 bytes are k 0 2 4 6, the high ones 1 3 5 7
-                q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+                q = SHUFFLE(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
             for (int j = 0; j < 4; j++) memcpy(to.q + (((first + k) / 4 + j) * R + r) * 4, (int8_t*)&q + 4 * j, 4);
 #if AVX2
             if (w.bits == 4 && k % 32) to.start[(first + k) / 32 * R + r] = start_of_pairs(sum, zero), sum = i32s{};

@@ -1,7 +1,6 @@
 // The ops of this folder on CPUs: checks and threads. The work itself is done by the kernels in cpu_linear.cpp
 // and cpu_attention.cpp.
 
-#include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,6 +17,16 @@
 #include <vector>
 
 #include "cpu.h"
+
+// GCC's OpenMP functions, which every OpenMP library has that PyTorch comes with. For `#pragma omp` clang would call
+// those of its own library, and the one of GNU, with which most builds of PyTorch come, lacks them.
+extern "C" {
+int omp_in_parallel();
+int omp_get_thread_num();
+int omp_get_num_threads();
+void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+void GOMP_barrier();
+}
 
 namespace brisk {
 namespace {
@@ -73,8 +82,8 @@ void parallel(const Work& work) {
     const bool in_team = omp_in_parallel();  // a team of its own then, of one: its barriers are not those around it
     const int threads = in_team ? 1 : torch::stable::get_num_threads();
     if (threads == 1 && !in_team) return work(0, 1);
-#pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num(), omp_get_num_threads());
+    const auto run = [](void* work) { (*(const Work*)work)(omp_get_thread_num(), omp_get_num_threads()); };
+    GOMP_parallel(run, (void*)&work, threads, 0);
 }
 
 struct Range {
@@ -157,7 +166,7 @@ Tensor linear_quantized(const Tensor& input, Weight w, const OptionalTensor& bia
     Queue queue(panels);
     parallel([&](int thread, int threads) {
         quantize(share(rows * w.groups, thread, threads));
-#pragma omp barrier
+        GOMP_barrier();
         // Of several tiles all take a panel before the next: it comes from memory once.
         const int64_t step = tiles == 1 ? panels : 1;
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
@@ -249,7 +258,7 @@ void gemm(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, int64_t ro
         const Range mine = share(tiles, thread, threads);
         for (int64_t row = mine.begin * GEMM_ROWS; row < smaller(rows, mine.end * GEMM_ROWS); row += GEMM_ROWS)
             linear->gemm_tile(x, k, rows, row, floats);
-#pragma omp barrier
+        GOMP_barrier();
         for (Range part = queue.take(); part.begin < part.end; part = queue.take())
             for (int64_t block = part.begin; block < part.end; block++)
                 linear->gemm(w, n, k, floats, rows, block * GEMM_COLUMNS, bias, y, (float*)scratch.get());
@@ -288,7 +297,7 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
                     kernels.to_floats(x_data + row * k, k, r.end - r.begin, row - r.begin,
                                       (float*)floats.get() + r.begin * stride);
             }
-#pragma omp barrier
+            GOMP_barrier();
         }
         for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
             for (int64_t block = mine.begin; block < mine.end; block++)
@@ -367,7 +376,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                                    out + G * padded, out + G * padded + G, out, (float*)scratch.get());
                 }
             }
-#pragma omp barrier
+        GOMP_barrier();
         const Range rows = share(B * S * H, thread, threads);
         for (int64_t row = rows.begin; row < rows.end; row++) {
             const int64_t rb = row / (S * H), s = row / H % S, head = row % H / G, g = row % G;

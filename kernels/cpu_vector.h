@@ -19,7 +19,13 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (decltype((a) == (b))){__VA_ARGS__})  // the other came with GCC 12
+#endif
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace brisk {
@@ -169,17 +175,17 @@ INLINE Pairs pairs_of(const uint16_t* at) {
 
 // 2 LANES floats in order <-> those at even places, and those at odd ones.
 INLINE Pairs split(f32s low, f32s high) {
-    return {__builtin_shufflevector(low, high, EVERY_OTHER(0)), __builtin_shufflevector(low, high, EVERY_OTHER(1))};
+    return {SHUFFLE(low, high, EVERY_OTHER(0)), SHUFFLE(low, high, EVERY_OTHER(1))};
 }
 INLINE void join(Pairs p, float* to) {
-    store(to, __builtin_shufflevector(p.even, p.odd, BY_TURNS(0)));
-    store(to + LANES, __builtin_shufflevector(p.even, p.odd, BY_TURNS(LANES / 2)));
+    store(to, SHUFFLE(p.even, p.odd, BY_TURNS(0)));
+    store(to + LANES, SHUFFLE(p.even, p.odd, BY_TURNS(LANES / 2)));
 }
 
 // Each lane becomes what the N around it, a power of 2, combine to.
 template <int N, class V, class Combine>
 INLINE V fold(V v, Combine combine) {
-#define WITH(...) v = combine(v, __builtin_shufflevector(v, v, __VA_ARGS__))
+#define WITH(...) v = combine(v, SHUFFLE(v, v, __VA_ARGS__))
 #if AVX512
     if constexpr (N > 8) WITH(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     if constexpr (N > 4) WITH(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
@@ -257,8 +263,8 @@ INLINE void transpose(f32s (&v)[LANES]) {
 #define EXCHANGE(size, LOW, HIGH)                                     \
     UNROLL for (int i = 0; i < LANES; i++) if (!(i & size)) {         \
         const f32s a = v[i], b = v[i + size];                         \
-        v[i] = __builtin_shufflevector(a, b, LOW);                    \
-        v[i + size] = __builtin_shufflevector(a, b, HIGH);            \
+        v[i] = SHUFFLE(a, b, LOW);                    \
+        v[i + size] = SHUFFLE(a, b, HIGH);            \
     }
 #define LIST(...) __VA_ARGS__
 #if AVX2

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -15,12 +16,16 @@ import pytest
 import torch
 from conftest import GREEDY, nothing_compiles
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import compiled
+from checkpoint import load_model
 from compiled import CompiledFunction, describe, version_of
 from engine import Engine, Request
 from errors import UserError
+from kernels import build
 from sampling import SamplingParams
+from speculate import decode_step
 
 HERE = Path(__file__).parent
 
@@ -129,30 +134,64 @@ def test_a_call_that_cannot_be_explained_is_right_all_the_same(function, empty_c
     assert not empty_cache.exists()
 
 
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "zeroed": lambda data: bytes(len(data)),
+    "partly zeroed": lambda data: data[:-4096] + bytes(4096),
+    "empty": lambda data: b"",
+    "null": lambda data: b"null",
+    "not text": lambda data: b"\xff" + data,
+    "other": lambda data: data.replace(b"call", b"cull").replace(b"kernel", b"kennel"),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("damage", ["truncated", "no call", "no kernel", "empty"])
-def test_a_damaged_program_is_made_anew(damage, empty_cache, monkeypatch):
-    x = torch.linspace(0, 1, 8)[None]
-    expected = CompiledFunction(step)(Counter(), None, x, 1, "")
-    other = empty_cache.with_name("other")  # Python does not load a library again that it has loaded from its place
-    shutil.copytree(empty_cache, other)
-    monkeypatch.setattr(compiled, "programs_folder", lambda: other)
-    (folder,) = other.iterdir()
-    program, kernel = folder / "program.json", next(folder.glob("*.so"))
-    if damage == "truncated":
-        program.write_text(program.read_text()[:100])
-    elif damage == "no call":
-        program.write_text(program.read_text().replace("call", "cull"))
-    else:
-        kernel.unlink()
-        if damage == "empty":
-            kernel.touch()
-    with pytest.raises(AssertionError, match="step is compiled"), nothing_compiles():
-        CompiledFunction(step)(Counter(), None, x, 1, "")
+def test_a_damaged_program_is_made_anew(empty_cache, monkeypatch):
+    args = Counter(), None, torch.linspace(0, 1, 8)[None], 1, ""
+    expected = CompiledFunction(step)(*args)
+    (folder,) = empty_cache.iterdir()
+    other = empty_cache.with_name("other") / folder.name  # a library that is loaded must not be written to
+    shutil.copytree(folder, other)
+    for file in other.iterdir():
+        content = file.read_bytes()
+        for damage in DAMAGE.values():
+            file.write_bytes(damage(content))
+            assert compiled.load(step, args, other) is None
+        file.unlink()
+        assert compiled.load(step, args, other) is None
+        file.write_bytes(content)
+    file.write_bytes(bytes(100))
+    monkeypatch.setattr(compiled, "programs_folder", lambda: other.parent)
     for mended in (False, True):
         with nothing_compiles() if mended else contextlib.nullcontext():
-            got = CompiledFunction(step)(Counter(), None, x, 1, "")
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            got = CompiledFunction(step)(Counter(), *args[1:])
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_programs_that_are_not_used_are_deleted(empty_cache, monkeypatch):
+    def call() -> None:
+        CompiledFunction(only_changes)(Counter())
+
+    def age(name: str, days: float) -> Path:
+        folder = empty_cache / name
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+        return folder
+
+    call()
+    (used,) = empty_cache.iterdir()
+    age(used.name, 40)
+    call()
+    assert time.time() - used.stat().st_mtime < 60
+    old, recent = age("old", 31), age("recent", 29)
+    build.prune(empty_cache.iterdir())
+    assert set(empty_cache.iterdir()) == {used, recent} and not old.exists()
+    monkeypatch.setattr(build, "KEPT", 1)
+    age(used.name, 40)
+    monkeypatch.setattr(compiled, "version_of", lambda *args: "of another version")
+    call()
+    assert [path.name for path in empty_cache.iterdir()] == ["of another version"]
 
 
 @torch.no_grad()
@@ -165,6 +204,21 @@ def test_nowhere_to_save(empty_cache):
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compiled, "CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setenv(compiled.VARIABLE, str(compiled.CACHE))
+    monkeypatch.setattr(compiled.atexit, "register", lambda close: closers.append(close))
+    closers = []
+    compiled.check_cache.__wrapped__()
+    temporary = Path(os.environ[compiled.VARIABLE])
+    (temporary / "kernel").touch()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"warning: .*cache cannot be written .*TORCHINDUCTOR_CACHE_DIR", warning)
+    closers[0]()
+    assert not temporary.exists()
+
+
 @torch.no_grad()
 def test_a_compiler_that_is_switched_off(empty_cache, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # as by TORCHDYNAMO_DISABLE=1
@@ -172,6 +226,13 @@ def test_a_compiler_that_is_switched_off(empty_cache, monkeypatch):
     expected = step(Counter(), None, x, 1, "")
     for got, wanted in zip(CompiledFunction(step)(Counter(), None, x, 1, ""), expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", ""])
+def test_no_compiler(compiler, monkeypatch):
+    monkeypatch.setattr(compiled, "COMPILER", compiler)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler.*install g\+\+"):
+        compiled.check_compiler()
 
 
 @torch.no_grad()
@@ -215,6 +276,28 @@ def test_the_version_depends_on_all_but_the_numbers_of_tensors():
         torch.set_num_threads(threads)
 
 
+def test_the_version_depends_on_the_code_that_is_traced(monkeypatch, engine):
+    engine.setup(batch_size=1, max_seq_length=64)
+    args = engine.model, None, engine.sampler, engine.model.key_pos, 0, False, None
+
+    def with_change_of(file: str) -> str:
+        with monkeypatch.context() as patch:
+            path = str(HERE.parent / file)
+            name, text = compiled.SOURCES[path]
+            patch.setitem(compiled.SOURCES, path, (name, text + b"# changed"))
+            compiled.read_code.cache_clear()
+            return version_of(decode_step, args)
+
+    versions = {file: with_change_of(file) for file in ("generate.py", "bench.py", "prompts.py", "tests/conftest.py")}
+    compiled.read_code.cache_clear()
+    same = version_of(decode_step, args)
+    assert set(versions.values()) == {same}
+    traced = "speculate.py", "model.py", "sampling.py", "config.py", "kernels/__init__.py", "kernels/packing.py"
+    versions = {file: with_change_of(file) for file in (*traced, "compiled.py")}
+    compiled.read_code.cache_clear()
+    assert len({same, *versions.values()}) == 1 + len(versions)
+
+
 def test_the_version_depends_on_what_a_function_holds():
     def scaled(by):
         return lambda x, more=by: (x * by * more,)
@@ -249,8 +332,54 @@ def test_tokens_of_a_loaded_step_are_those_of_eager(engine, empty_cache):
     folders = list(empty_cache.iterdir())
     assert len(folders) == 2
     for folder in folders:  # all kernels in one library
-        assert len(json.loads((folder / "program.json").read_text())["kernels"]) > 5
+        assert len(json.loads((folder / "program").read_text().partition("\n")[2])["kernels"]) > 5
         assert len(list(folder.glob("*.so"))) == 1
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """torch.compile traces, and compiles nothing -> how often it did."""
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **others: compile(*args, **others | {"backend": counter}))
+    monkeypatch.setattr("engine.prepare_compiler", lambda: None)
+    return counter
+
+
+def first_token(engine: Engine, length: int) -> int:
+    return engine.start(0, Request([5 + i % 7 for i in range(length)], GREEDY, 1))[0][0, 2].item()
+
+
+@pytest.mark.slow
+def test_an_engine_may_be_set_up_more_often_than_dynamo_compiles_one_function(engine, traces):
+    engine.setup(1, 64, plain=True)
+    expected = first_token(engine, 20)
+    mine = Engine(engine.model, compile_prefill=True)
+    for i in range(1, torch._dynamo.config.recompile_limit + 2):
+        mine.setup(1, 64, plain=True)
+        assert first_token(mine, 20) == expected
+        assert traces.frame_count == i
+
+
+def test_a_prefill_with_dynamic_rope_is_compiled_for_any_length(base_folder, tmp_path, traces):
+    folder = tmp_path / "dynamic"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope, "max_position_embeddings": 32}))
+    eager, mine = (Engine(load_model(folder), compile_prefill=compile) for compile in (False, True))
+    for each in (eager, mine):
+        each.setup(1, 128, plain=True)
+    for length in (*range(20, 30), 1, 100, 2, 3, 60):
+        assert first_token(mine, length) == first_token(eager, length)
+    assert traces.frame_count <= 4  # one token, the few that decode_attention takes, and more of them
+
+
+def test_a_failed_warm_up_leaves_garbage_collection_on(engine, monkeypatch):
+    engine.setup(1, 64, plain=True)
+    monkeypatch.setattr(engine, "start", lambda *args: [][0])
+    with pytest.raises(IndexError):
+        engine.warm_up()
+    assert gc.isenabled()
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ activations are quantized, each is off by at most half a step of its group.
 import ctypes
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -538,11 +540,95 @@ def test_without_a_compiler_there_is_one_warning(tmp_path):
         "import kernels, torch; x = torch.ones(1, 4).bfloat16(); w = torch.ones(1, 4).bfloat16();"
         "print([torch.ops.brisk.linear_bf16(x, w).item() for _ in range(2)])"
     )
-    result = run(code, CXX="/bin/false", TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert result.stdout == "[4.0, 4.0]\n" and result.stderr.count("warning:") == 1
-    assert not list(tmp_path.glob("*.so"))
-    result = run(code, CXX="", PATH="/nowhere", TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert result.stdout == "[4.0, 4.0]\n" and "no C++ compiler" in result.stderr
+    for environment, words in (
+        (dict(CXX="false"), "be slow: false ("),
+        (dict(CXX="/no/such/compiler"), "no C++ compiler (/no/such/compiler)"),
+        (dict(CXX="", PATH="/nowhere"), "no C++ compiler (g++)"),
+    ):
+        result = run(code, **environment, TORCH_EXTENSIONS_DIR=str(tmp_path))
+        assert result.stdout == "[4.0, 4.0]\n"
+        (warning,) = result.stderr.splitlines()
+        assert warning.startswith("warning: ") and words in warning and f"install {build.COMPILERS}" in warning
+        assert not list(tmp_path.glob("*.so"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++-11", "g++-13", "g++-14", "clang++"])
+def test_other_compilers(compiler, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    code = """
+import torch, kernels
+from kernels import build
+build.load("ops", *build.ISAS)
+for isa in build.available_isas():
+    build.use_isa(isa)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 320, generator=generator) for n in (40, 48))
+    x, weight = x.bfloat16(), weight.bfloat16()
+    torch.set_num_threads(2)
+    layer = kernels.Int8Linear.from_canonical((weight * 30).to(torch.int8), torch.full((48,), 1 / 30))
+    for rows in (1, 5, 40):
+        for y in (torch.ops.brisk.linear_bf16(x[:rows], weight), layer(x[:rows])):
+            torch.testing.assert_close(y.float(), x[:rows].float() @ weight.float().T, atol=2, rtol=0.02)
+print("done")
+"""
+    result = run(code, CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert (result.stdout, result.stderr) == ("done\n", "")
+    assert len(list(tmp_path.glob("*.so"))) == 1 + len(build.ISAS)
+
+
+@pytest.fixture
+def copying_compiler(tmp_path, monkeypatch):
+    """A compiler that takes no time: it copies a library that there is -> the folder where libraries are kept."""
+    real = build.load("portable")[0]._name
+    script = tmp_path / "compiler"
+    script.write_text(f"""#!/bin/sh
+for last; do :; done
+echo called >> {tmp_path}/calls
+[ "$1" = -shared ] && cp {real} "$last" || true
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def test_a_damaged_library_is_built_anew(copying_compiler, tmp_path):
+    (library,) = (Path(library._name) for library in build.load("portable"))
+    content, calls = library.read_bytes(), tmp_path / "calls"
+    assert calls.read_text().count("called") == 2  # it compiles, and it links
+    assert build.find(copying_compiler, "portable") == library
+    for damaged in (content[: len(content) // 2], bytes(len(content)), content[:-4096] + bytes(4096), b""):
+        library.unlink()  # what is loaded must not be written to
+        library.write_bytes(damaged)
+        assert build.find(copying_compiler, "portable") is None
+    build.load("portable")
+    assert calls.read_text().count("called") == 4 and library.read_bytes() == content
+
+
+def test_libraries_that_are_not_used_are_deleted(copying_compiler, tmp_path):
+    def age(path: Path, days: int) -> Path:
+        os.utime(path, (time.time() - days * 86400,) * 2)
+        return path
+
+    library = age(Path(build.load("portable")[0]._name), 40)
+    build.load("portable")  # which uses it
+    paths = [
+        copying_compiler / name for name in ("brisk_avx2_0.so", "brisk_avx2_0.lock", "brisk_avx2_1.so", "other.so")
+    ]
+    for path, days in zip(paths, (31, 31, 29, 99), strict=True):
+        path.touch()
+        age(path, days)
+    build.build(copying_compiler, "avx2")
+    assert [path.exists() for path in (library, *paths)] == [True, False, False, True, True]
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(copying_compiler, capsys):
+    copying_compiler.touch()  # a file
+    build.load("portable", "avx2")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {copying_compiler} cannot be written") and "TORCH_EXTENSIONS_DIR" in warning
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch):
@@ -552,13 +638,13 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path):
-    code = "from kernels import build; print(build.build('ops'))"
+    code = "from kernels import build; print(build.load('ops'))"
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "g++ -pipe"}  # arguments are allowed
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert both[0].communicate()[0] == both[1].communicate()[0]
+    assert all(process.communicate()[0].startswith("[<CDLL") for process in both)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
 
 
