@@ -6,20 +6,72 @@ values in tensors: `/set` changes them without a compilation.
 
 import itertools
 import json
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine import Engine
+from engine import Engine, Request
 from errors import UserError, log
 from prompts import SETTINGS, Target, check_settings, make_request
-from scheduler import generate
+from scheduler import Token, generate
 
 HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop ["\\n", "User:"]
 /set NAME null    what the setting was when the chat began
 /show             all settings
+/system TEXT      start anew with this system message; without TEXT, with none
 /clear            start anew
-/exit             end, as Ctrl-D does"""
+/exit             end, as Ctrl-D does
+A message that begins with a slash is written with two: //text. Text of several lines is one message where it is
+pasted, or between lines of three quotes: \"\"\". Ctrl-C ends a reply; before a message it ends the chat.
+The first message draws with the seed that was set, each further one with the next number."""
+QUOTES = '"""'
+REPLY_SHARE = 4  # a reply has room for this fraction of the context, or for max_new_tokens if those are fewer
+
+
+@dataclass
+class Conversation:
+    """What has been said, and what of it the KV cache holds."""
+
+    system: str | None
+    variables: dict[str, Any]  # of the chat template
+    messages: list[dict[str, str]] = field(default_factory=list)  # of the user and the model, in turns
+    tokens: list[int] = field(default_factory=list)  # all of it, where there is no chat template
+    cached: list[int] = field(default_factory=list)  # what the cache holds, and a token more
+    questions: int = 0  # since the seed was set
+
+    def start_anew(self, system: str | None) -> None:
+        self.system, self.messages, self.tokens, self.cached = system, [], [], []
+
+    def prompt(self, target: Target, text: str) -> list[int]:
+        """The tokens of the conversation and the user's next words."""
+        tokenizer = target.tokenizer
+        if not tokenizer.has_chat_template:
+            new = tokenizer.encode("\n" + text if self.tokens else text, add_special_tokens=not self.tokens)
+            return self.tokens + new
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [*system, *self.messages, {"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(messages, variables=self.variables)
+        return tokenizer.encode(rendered, add_special_tokens=False)
+
+    def forget(self, target: Target, text: str, wanted: int) -> list[int]:
+        """The prompt, with room for `wanted` tokens behind it if need be by forgetting what was said first. UserError
+        where the words alone leave no room."""
+        ids, dropped = self.prompt(target, text), 0
+        while target.limit - len(ids) < wanted and self.messages:
+            del self.messages[:2]
+            dropped += 1
+            ids = self.prompt(target, text)
+        if dropped:
+            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
+            log(f"the context of {target.limit} tokens is full: the oldest {turns} forgotten")
+        elif self.tokens and target.limit - len(ids) < wanted:
+            bos = ids[: ids[0] == target.tokenizer.bos_id]
+            ids = bos + ids[len(ids) + len(bos) + wanted - target.limit :]
+            log(f"the context of {target.limit} tokens is full: the oldest text is forgotten")
+        if len(ids) >= target.limit:
+            raise UserError(f"these {len(ids)} tokens leave no room in {target.limit}; give a shorter text")
+        return ids
 
 
 def write(text: str) -> None:
@@ -27,70 +79,94 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def converse(engine: Engine, target: Target, settings: dict[str, Any]) -> None:
+def converse(
+    engine: Engine, target: Target, settings: dict[str, Any], system: str | None, variables: dict[str, Any]
+) -> None:
     """Answers stdin until it ends. With a chat template the lines are a user's messages; without one the model
-    continues the text so far."""
+    continues the text so far. `settings` has a seed."""
     chatting = target.tokenizer.has_chat_template
     log("a chat" if chatting else "this model has no chat template: it continues what you write")
     log("/clear starts anew, /set and /show are for settings, /help explains, /exit or Ctrl-D ends")
     defaults = settings
-    messages: list[dict[str, str]] = []
-    history: list[int] = []  # all of the conversation
-    cached: list[int] = []  # what the cache holds, and a token more
-    while (line := engine.group.from_rank_0(ask)) is not None and line.strip() not in ("/exit", "/quit"):
-        command, _, rest = line.strip().partition(" ")
+    conversation = Conversation(system, variables)
+    while (asked := engine.group.from_rank_0(ask)) is not None:
+        text, may_be_command = asked
         try:
-            if line.strip() == "/clear":
-                messages, history, cached = [], [], []
-            elif line.strip() == "/help":
+            if not text.strip():
+                continue
+            if not may_be_command or not text.startswith("/") or text.startswith("//"):
+                text = text[1:] if may_be_command and text.startswith("//") else text
+                answer(engine, target, settings, text, conversation)
+                continue
+            command, _, rest = text.strip().partition(" ")
+            if command in ("/exit", "/quit"):
+                break
+            elif command == "/clear":
+                conversation.start_anew(conversation.system)
+            elif command == "/system":
+                if not chatting:
+                    raise UserError("this model has no chat template for a system message; write it as text")
+                conversation.start_anew(rest.strip() or None)
+                log("started anew " + ("without a system message" if conversation.system is None else "with it"))
+            elif command == "/help":
                 log(HELP)
-            elif line.strip() == "/show":
+            elif command == "/show":
                 for name, value in effective(settings, target).items():
                     log(f"{name} {json.dumps(value, ensure_ascii=False)}")
             elif command == "/set":
                 settings = changed(engine, target, settings, defaults, rest)
-            elif line.strip():
-                messages, history = answer(engine, target, settings, line, messages, history, cached)
+                if rest.split()[0] == "seed":
+                    conversation.questions = 0
+            else:
+                raise UserError(f"{command} is not a command; /help lists them, //... is a message that begins with /")
         except UserError as error:  # no reason to lose the conversation
             log(f"error: {error}")
 
 
-def answer(
-    engine: Engine,
-    target: Target,
-    settings: dict[str, Any],
-    line: str,
-    messages: list[dict[str, str]],
-    history: list[int],
-    cached: list[int],
-) -> tuple[list[dict[str, str]], list[int]]:
-    """Writes the model's answer to `line` -> the conversation with both, as messages and as tokens."""
-    tokenizer = target.tokenizer
-    asked = [*messages, {"role": "user", "content": line}]
-    if tokenizer.has_chat_template:
-        ids = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special_tokens=False)
-    else:
-        ids = history + tokenizer.encode("\n" + line if history else line, add_special_tokens=not history)
-    room = target.limit - len(ids)
-    if room < 1:
-        raise UserError(f"the conversation has no room left in {target.limit} tokens; /clear starts a new one")
-    same = (a == b for a, b in zip(ids[:-1], cached[:-1], strict=False))
-    start = sum(itertools.takewhile(bool, same))
+def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, conversation: Conversation) -> None:
+    """Writes the model's answer to `text`, and adds both to the conversation."""
     new = make_request(target, [0], settings).max_new_tokens  # if there is room for them
-    request = make_request(target, ids, settings | {"max_new_tokens": min(new, room)}, start=start)
-    cached[:], reply = ids, []
-    for token in generate(engine, tokenizer, [request]):
-        write(token.text)
-        reply.append(token)
-    write("\n")
-    log(str(engine.stats))
-    if reply[-1].finish_reason == "length":
+    ids = conversation.forget(target, text, min(new, target.limit // REPLY_SHARE))
+    room = target.limit - len(ids)
+    same = (a == b for a, b in zip(ids[:-1], conversation.cached[:-1], strict=False))
+    start = sum(itertools.takewhile(bool, same))
+    own = {"max_new_tokens": min(new, room), "seed": (settings["seed"] + conversation.questions) % 2**63}
+    request = make_request(target, ids, settings | own, start=start)
+    conversation.questions += 1
+    reply, interrupted = write_reply(engine, target, request)
+    if not reply:
+        conversation.cached = ids[: start + 1]  # the prefill had not ended
+        log("interrupted before the reply began; the message is forgotten")
+        return
+    if interrupted:
+        log("interrupted; what was said stays in the conversation")
+    elif reply[-1].finish_reason == "length":
         more = "/set max_new_tokens allows more" if new < room else "/clear makes room"
         log(f"cut off after {request.max_new_tokens} tokens; {more}")
-    said = {"role": "assistant", "content": "".join(token.text for token in reply)}
+    said = "".join(token.text for token in reply)
+    if target.tokenizer.has_chat_template:
+        conversation.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
     ended = reply[-1].id in request.eos_ids
-    cached[:] = ids + [token.id for token in (reply[:-1] if ended else reply)]
-    return [*asked, said], [*cached]
+    conversation.tokens = ids + [token.id for token in (reply[:-1] if ended else reply)]
+    conversation.cached = list(conversation.tokens)
+
+
+def write_reply(engine: Engine, target: Target, request: Request) -> tuple[list[Token], bool]:
+    """Writes the reply as it comes -> its tokens, and whether Ctrl-C ended it. (Of several ranks it ends them all:
+    they would stop at different tokens.)"""
+    reply: list[Token] = []
+    try:
+        for token in generate(engine, target.tokenizer, [request]):
+            reply.append(token)
+            write(token.text)
+    except KeyboardInterrupt:
+        if engine.group.size > 1:
+            raise
+        write("\n")
+        return reply, True
+    write("\n")
+    log(str(engine.stats))
+    return reply, False
 
 
 def effective(settings: dict[str, Any], target: Target) -> dict[str, Any]:
@@ -124,13 +200,28 @@ def changed(
     return settings
 
 
-def ask() -> str | None:
-    """The user's next line, or None at the end of the input."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        import readline  # noqa: F401  gives input() its line editing and history
+def ask() -> tuple[str, bool] | None:
+    """The user's next message, and whether it may be a command; None at the end of the input.
 
+    It is a line, or the lines between three quotes and three quotes, or at a terminal what was pasted.
+    """
+    line = read_line("> ")
+    if line is None or not line.startswith(QUOTES):
+        return None if line is None else (line, "\n" not in line)
+    lines = [line.removeprefix(QUOTES)]
+    while not lines[-1].rstrip().endswith(QUOTES) and (line := read_line("... ")) is not None:
+        lines.append(line)
+    return "\n".join(lines).rstrip().removesuffix(QUOTES).strip("\n"), False
+
+
+def read_line(prompt: str) -> str | None:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        import readline  # gives input() its line editing and history
+
+        if os.environ.get("TERM", "dumb") != "dumb":  # line breaks in what is pasted then do not end the message
+            readline.parse_and_bind("set enable-bracketed-paste on")
         try:
-            return input("> ")
+            return input(prompt)
         except EOFError:
             return None
     line = sys.stdin.readline()

@@ -30,7 +30,7 @@ class HelpFormatter(argparse.HelpFormatter):
         text = action.help or ""
         if action.dest == "help" or action.required or "default" in text:
             return text
-        default = {None: "none", False: "off"}.get(action.default, "%(default)s")
+        default = "none" if action.default is None else "off" if action.default is False else "%(default)s"
         return f"{text}; default: {default}" if text else f"default: {default}"
 
 

@@ -219,6 +219,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
     path = weights_path(args.checkpoint_path or DEMO)
     config = load_config(path.parent)
     tokenizer = load_tokenizer(path.parent, config.vocab_size)
+    if args.interactive and not tokenizer.has_chat_template and (args.system is not None or args.template_vars):
+        raise UserError("this model has no chat template for --system or --template_vars; leave them out")
     context, paths = config.context_length, [path]
     if args.draft_checkpoint_path:
         paths.append(weights_path(args.draft_checkpoint_path))

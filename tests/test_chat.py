@@ -1,11 +1,13 @@
 """--interactive, within this process (a terminal's part is in test_process.py)."""
 
 import json
+import re
 
 import pytest
 import transformers
 from conftest import assert_refused, converse, greedy
 
+import chat
 from prompts import SETTINGS
 
 
@@ -73,14 +75,89 @@ def test_clear_and_the_ways_to_end(script, request, name, prefills):
     assert (nothing.code, nothing.out) == (0, "")
 
 
-def test_a_full_context_is_said_and_clear_helps(script, chat_folder):
-    result = converse(
-        script, chat_folder, "hello", "x" * 60, "/clear", "hello", args=("--max_seq_length", 24, "--max_new_tokens", 20)
-    )
+def test_a_message_longer_than_the_context(script, chat_folder):
+    args = ("--max_seq_length", 24, "--max_new_tokens", 20)
+    result = converse(script, chat_folder, "hello", "x" * 60, "/clear", "hello", args=args)
     assert result.code == 0
-    replies = converse(script, chat_folder, "hello", args=("--max_seq_length", 24, "--max_new_tokens", 20))
-    assert result.out == replies.out * 2
-    assert len([line for line in result.err.splitlines() if "no room left in 24 tokens; /clear" in line]) == 1
+    assert result.out == converse(script, chat_folder, "hello", args=args).out * 2
+    assert len([line for line in result.err.splitlines() if "no room in 24; give a shorter text" in line]) == 1
+
+
+def test_a_full_context_forgets_the_oldest_turns(script, chat_folder, reference, tokenizer):
+    """The reply is what the system message and the turns that are left get from scratch."""
+    args = ("--max_seq_length", 64, "--max_new_tokens", 8, "--ignore_eos")
+    system = "<|system|>be brief<|end|>"
+    lines = [f"question {i}" for i in range(6)]
+    result = converse(script, chat_folder, *lines, args=(*args, "--system", "be brief"))
+    replies, messages, forgotten = result.out.split("\n"), [], 0
+    assert result.code == 0 and len(replies) == 7
+    for line, reply in zip(lines, replies, strict=False):
+        while True:
+            text = "<s>" + system + "".join(messages) + f"<|user|>{line}<|end|><|assistant|>"
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) + 8 <= 64:
+                break
+            messages, forgotten = messages[2:], forgotten + 1
+        assert reply == tokenizer.decode(greedy(reference, ids, 8, eos_token_id=None))
+        messages += [f"<|user|>{line}<|end|>", f"<|assistant|>{reply}<|end|>"]
+    assert forgotten > 0 and re.search("the oldest (turn is|[0-9]+ turns are) forgotten", result.err)
+
+
+def test_a_base_model_forgets_the_oldest_text(script, base_folder):
+    result = converse(script, base_folder, *["some words"] * 9, args=("--max_seq_length", 32, "--max_new_tokens", 6))
+    assert result.code == 0 and "oldest text is forgotten" in result.err and len(result.out.splitlines()) >= 9
+
+
+def test_a_reply_that_ctrl_c_ends(script, chat_folder, monkeypatch, reference, tokenizer, prefills):
+    """What was said stays, in the conversation and in the cache, and the next reply is the one to all of that."""
+    real, stop_after = chat.generate, iter((0, 3, 10**9))
+
+    def interrupted(*args):
+        limit = next(stop_after)
+        for i, token in enumerate(real(*args)):
+            if i == limit:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr(chat, "generate", interrupted)
+    result = converse(script, chat_folder, "lost", "hello", "and?", args=("--max_new_tokens", 6, "--ignore_eos"))
+    assert result.code == 0 and "the message is forgotten" in result.err and "stays in the conversation" in result.err
+    ids = greedy(reference, chat_ids(tokenizer, "hello"), 3, eos_token_id=None)
+    nothing, first, second, _ = result.out.split("\n")
+    assert (nothing, first) == ("", tokenizer.decode(ids))
+    whole = chat_ids(tokenizer, "hello", first, "and?")
+    assert second == tokenizer.decode(greedy(reference, whole, 6, eos_token_id=None))
+    assert [*prefills[2].context, *prefills[2].prompt] == whole and prefills[2].start >= len(
+        chat_ids(tokenizer, "hello")
+    ) - 2
+
+
+def test_text_of_several_lines(script, chat_folder):
+    """Between three quotes; the same as a line of JSON with line breaks has it."""
+    rows = json.dumps({"messages": [{"role": "user", "content": "one\n/two\n\nthree"}]}).encode()
+    args = ("--checkpoint_path", chat_folder, "--max_new_tokens", 5)
+    expected = script(*args, "--prompt_file", "-", stdin=rows).out
+    for lines in (('"""one', "/two", "", 'three"""'), ('"""', "one", "/two", "", "three", '"""')):
+        assert converse(script, chat_folder, *lines, args=args[2:]).out == expected
+    assert converse(script, chat_folder, '"""one', "/two", "", "three", args=args[2:]).out == expected  # the input ends
+
+
+def test_a_system_message(script, chat_folder, base_folder):
+    args = ("--max_new_tokens", 5)
+    with_it = converse(script, chat_folder, "hello", args=(*args, "--system", "be brief")).out
+    without = converse(script, chat_folder, "hello", args=args).out
+    said = converse(script, chat_folder, "hello", "/system be brief", "hello", "/system", "hello", args=args)
+    assert said.out == without + with_it + without and with_it != without
+    assert_refused(script("--checkpoint_path", base_folder, "--interactive", "--system", "x"), "--system", "template")
+
+
+def test_each_question_draws_anew(script, chat_folder):
+    """With a seed as well; the same chat with the same seed is the same."""
+    args = ("--temperature", 2, "--max_new_tokens", 9, "--seed", 5)
+    lines = ("hello", "/clear", "hello", "/clear", "/set seed 5", "hello")
+    first, second, third = converse(script, chat_folder, *lines, args=args).out.split("\n")[:3]
+    assert first == third != second
+    assert converse(script, chat_folder, *lines, args=args).out.split("\n")[:3] == [first, second, third]
 
 
 def test_a_chat_says_how_fast_it_was(script, chat_folder):
@@ -187,8 +264,12 @@ def test_show_says_what_is_in_force(script, chat_folder):
 def test_help_and_what_only_looks_like_a_command(script, chat_folder):
     result = converse(script, chat_folder, "/help", args=("--max_new_tokens", 5))
     assert result.out == "" and all(command in result.err for command in ("/set", "/show", "/clear", "/exit"))
-    message = converse(script, chat_folder, "/usr/bin is what?", args=("--max_new_tokens", 5))
-    assert message.out and "error" not in message.err
+    args = ("--max_new_tokens", 5)
+    command = converse(script, chat_folder, "/usr/bin is what?", args=args)
+    assert command.out == "" and "error: /usr/bin is not a command; /help" in command.err
+    rows = json.dumps({"messages": [{"role": "user", "content": "/usr/bin is what?"}]}).encode()
+    expected = script("--checkpoint_path", chat_folder, *args, "--prompt_file", "-", stdin=rows).out
+    assert converse(script, chat_folder, "//usr/bin is what?", args=args).out == expected
 
 
 def test_a_chat_speculates_and_says_the_same(script, chat_folder, base_folder):

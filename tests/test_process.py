@@ -157,11 +157,11 @@ def test_closed_stderr(base_folder, script):
 class Terminal:
     """generate.py --interactive at a pseudo-terminal."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, term):
         self.pid, self.fd = pty.fork()
         if not self.pid:
             args = ["--checkpoint_path", str(folder), "--interactive", "--max_new_tokens", "5"]
-            os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
+            os.environ |= {"TERM": term, "OMP_NUM_THREADS": "1"}
             os.execv(sys.executable, [sys.executable, str(SCRIPT), *args])
 
     def read_until(self, end, seconds=240):
@@ -187,8 +187,8 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(chat_folder):
-    terminal = Terminal(chat_folder)
+def terminal(chat_folder, request):
+    terminal = Terminal(chat_folder, getattr(request, "param", "dumb"))
     yield terminal
     if terminal.pid:  # the test has failed
         os.kill(terminal.pid, signal.SIGKILL)
@@ -203,6 +203,22 @@ def test_at_a_terminal(terminal, chat_folder, script):
     echo, speed = "hello\n" + reply, r"prefill [^\n]+\ncut off after 5 tokens; /set max_new_tokens [^\n]+\n> "
     assert re.fullmatch(re.escape(echo) + speed, terminal.read_until(b"\n> "))
     terminal.type(b"\x04")  # Ctrl-D
+    assert "Traceback" not in terminal.read_until(b"nothing") and terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize("terminal", ["xterm"], indirect=True)
+def test_ctrl_c_ends_a_reply(terminal):
+    """And not the chat; what was pasted is one message, though it has two lines."""
+    terminal.read_until(b"> ")
+    terminal.type(b"/set max_new_tokens 1900\n/set ignore_eos true\n")
+    terminal.read_until(b"true\r\n\x1b[?2004l\r\x1b[?2004h> ")
+    terminal.type(b"\x1b[200~hello\rand more\x1b[201~\n")
+    terminal.read_until(b"\x1b[?2004l\r")  # the message has been taken
+    time.sleep(0.3)
+    terminal.type(b"\x03")
+    said = terminal.read_until(b"conversation\r\n", seconds=20)
+    assert "interrupted; what was said stays in the conversation" in said and "Traceback" not in said
+    terminal.type(b"/exit\n")
     assert "Traceback" not in terminal.read_until(b"nothing") and terminal.exit_code() == 0
 
 
