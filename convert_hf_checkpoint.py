@@ -137,7 +137,7 @@ def check_chat_template(tokenizer: Tokenizer) -> None:
         try:
             _compile_template(tokenizer.chat_template)
         except Exception as error:  # of jinja2, which is imported only with a template
-            log(f"warning: the chat template is broken ({error}), so the model cannot chat; correct it")
+            log(f"warning: the model's chat template is broken: {error}; get another or correct it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -654,7 +654,7 @@ def test_warnings(tmp_path, capfd):
     assert warnings({}) == []
     assert warnings({"chat_template.jinja": "{% generation %}{{ messages }}{% endgeneration %}"}) == []
     (line,) = warnings({"chat_template.jinja": "{% for m in messages %}"})
-    assert re.match("warning: the chat template is broken .*; correct it", line)
+    assert re.match("warning: the model's chat template is broken: .*; get another or correct it", line)
     (line,) = warnings({"generation_config.json": {"eos_token_id": [2, 300, 301]}})
     assert re.match("warning: the end token 300, 301 is beyond the vocabulary of 300; correct eos_token_id in", line)
     (line,) = warnings({"config.json": fields | {"eos_token_id": 300}})
