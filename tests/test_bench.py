@@ -575,7 +575,7 @@ def test_shapes_have_their_size(shape, parameters):
         (["--rounds", "0"], "--rounds 0 is out of range"),
         (["--new_tokens", "-1"], "--new_tokens -1 is out of range"),
         (["--prompt_length", "0"], "--prompt_length 0 is out of range"),
-        (["--threads", "0"], "--threads 0 is out of range"),
+        (["--threads", "0"], "argument --threads: '0' is not a number from 1"),
         (["--ragged", "1"], "--ragged 1 is out of range; it must be 2 or more"),
         (["--speculate", "draft", "--new_tokens", "1"], "--speculate needs --new_tokens 2 or more"),
         (["--prompt_length", "8190"], "exceed the limit of 8192"),

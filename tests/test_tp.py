@@ -190,8 +190,7 @@ def take_floats(sample):
     """Scores and log-probabilities, which may differ by a rounding; of the latter the tokens are left."""
     floats = [sample.pop("score", 0)]
     for chance in sample.get("logprobs", []) + sample.get("prompt_logprobs", []):
-        floats += [chance.pop("logprob") or 0, *chance["top"].values()]
-        chance["top"] = list(chance["top"])
+        floats += [entry.pop("logprob") or 0 for entry in (chance, *chance["top"])]
     return floats
 
 
