@@ -24,7 +24,8 @@ HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop [
 /exit             end, as Ctrl-D does
 A message that begins with a slash is written with two: //text. Text of several lines is one message where it is
 pasted, or between lines of three quotes: \"\"\". Ctrl-C ends a reply; before a message it ends the chat.
-The first message draws with the seed that was set, each further one with the next number."""
+The first message after the seed was set draws with it, each further one with the next number."""
+COMMANDS = ("/set", "/show", "/system", "/clear", "/help", "/exit", "/quit")
 QUOTES = '"""'
 REPLY_SHARE = 4  # a reply has room for this fraction of the context, or for max_new_tokens if those are fewer
 
@@ -43,35 +44,35 @@ class Conversation:
     def start_anew(self, system: str | None) -> None:
         self.system, self.messages, self.tokens, self.cached = system, [], [], []
 
-    def prompt(self, target: Target, text: str) -> list[int]:
-        """The tokens of the conversation and the user's next words."""
+    def prompt(self, target: Target, text: str, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of the conversation, or of these messages of it, and of the user's next words."""
         tokenizer = target.tokenizer
         if not tokenizer.has_chat_template:
             new = tokenizer.encode("\n" + text if self.tokens else text, add_special_tokens=not self.tokens)
             return self.tokens + new
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *self.messages, {"role": "user", "content": text}]
+        messages = [*system, *messages, {"role": "user", "content": text}]
         rendered = tokenizer.apply_chat_template(messages, variables=self.variables)
         return tokenizer.encode(rendered, add_special_tokens=False)
 
-    def forget(self, target: Target, text: str, wanted: int) -> list[int]:
-        """The prompt, with room for `wanted` tokens behind it if need be by forgetting what was said first. UserError
+    def fitting_prompt(self, target: Target, text: str, wanted: int) -> tuple[list[int], list[dict[str, str]]]:
+        """A prompt with room for `wanted` tokens behind it, and the messages that are in it. Where all of them leave
+        less, the first are left out, a few more than need be, since what follows has to be prefilled again. UserError
         where the words alone leave no room."""
-        ids, dropped = self.prompt(target, text), 0
-        while target.limit - len(ids) < wanted and self.messages:
-            del self.messages[:2]
-            dropped += 1
-            ids = self.prompt(target, text)
-        if dropped:
-            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
-            log(f"the context of {target.limit} tokens is full: the oldest {turns} forgotten")
-        elif self.tokens and target.limit - len(ids) < wanted:
-            bos = ids[: ids[0] == target.tokenizer.bos_id]
-            ids = bos + ids[len(ids) + len(bos) + wanted - target.limit :]
-            log(f"the context of {target.limit} tokens is full: the oldest text is forgotten")
-        if len(ids) >= target.limit:
-            raise UserError(f"these {len(ids)} tokens leave no room in {target.limit}; give a shorter text")
-        return ids
+        messages, limit = self.messages, target.limit
+        ids = self.prompt(target, text, messages)
+        if limit - len(ids) < wanted:
+            wanted += limit // REPLY_SHARE
+            if not target.tokenizer.has_chat_template and self.tokens:
+                bos = ids[: ids[0] == target.tokenizer.bos_id]
+                new = len(ids) - len(self.tokens)
+                ids = bos + ids[max(len(self.tokens) + min(new, limit) + wanted - limit, len(bos)) :]
+            while limit - len(ids) < wanted and messages:
+                messages = messages[2:]
+                ids = self.prompt(target, text, messages)
+        if len(ids) >= limit:
+            raise UserError(f"these {len(ids)} tokens leave no room in {limit}; give a shorter text")
+        return ids, messages
 
 
 def write(text: str) -> None:
@@ -91,51 +92,72 @@ def converse(
     conversation = Conversation(system, variables)
     while (asked := engine.group.from_rank_0(ask)) is not None:
         text, may_be_command = asked
+        words = text.strip() if may_be_command else ""
         try:
-            if not text.strip():
-                continue
-            if not may_be_command or not text.startswith("/") or text.startswith("//"):
-                text = text[1:] if may_be_command and text.startswith("//") else text
+            if words.startswith("/") and not words.startswith("//"):
+                command, _, rest = words.partition(" ")
+                if command in ("/exit", "/quit") and not rest:
+                    break
+                settings = run_command(engine, target, settings, defaults, conversation, command, rest.strip())
+            elif text.strip():
+                text = text.lstrip()[1:] if words.startswith("//") else text
                 answer(engine, target, settings, text, conversation)
-                continue
-            command, _, rest = text.strip().partition(" ")
-            if command in ("/exit", "/quit"):
-                break
-            elif command == "/clear":
-                conversation.start_anew(conversation.system)
-            elif command == "/system":
-                if not chatting:
-                    raise UserError("this model has no chat template for a system message; write it as text")
-                conversation.start_anew(rest.strip() or None)
-                log("started anew " + ("without a system message" if conversation.system is None else "with it"))
-            elif command == "/help":
-                log(HELP)
-            elif command == "/show":
-                for name, value in effective(settings, target).items():
-                    log(f"{name} {json.dumps(value, ensure_ascii=False)}")
-            elif command == "/set":
-                settings = changed(engine, target, settings, defaults, rest)
-                if rest.split()[0] == "seed":
-                    conversation.questions = 0
-            else:
-                raise UserError(f"{command} is not a command; /help lists them, //... is a message that begins with /")
         except UserError as error:  # no reason to lose the conversation
             log(f"error: {error}")
+        except KeyboardInterrupt:
+            if engine.group.size > 1:
+                raise
+            log("interrupted")
+
+
+def run_command(
+    engine: Engine,
+    target: Target,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    conversation: Conversation,
+    command: str,
+    rest: str,
+) -> dict[str, Any]:
+    """Does what `/COMMAND REST` says -> the settings from now on."""
+    if command not in COMMANDS:
+        raise UserError(f"{command} is not a command; /help lists them, //... is a message that begins with a slash")
+    if rest and command not in ("/set", "/system"):
+        raise UserError(f"{command} stands alone; for a message that begins with a slash write //...")
+    if command == "/clear":
+        conversation.start_anew(conversation.system)
+    elif command == "/system":
+        if not target.tokenizer.has_chat_template:
+            raise UserError("this model has no chat template for a system message; write it as text")
+        conversation.start_anew(rest or None)
+        log(f"started anew {'with' if rest else 'without'} a system message")
+    elif command == "/help":
+        log(HELP)
+    elif command == "/show":
+        for name, value in effective(settings, target).items():
+            log(f"{name} {json.dumps(value, ensure_ascii=False)}")
+    elif command == "/set":
+        settings = changed(engine, target, settings, defaults, rest)
+        if rest.startswith("seed"):
+            conversation.questions = 0
+    return settings
 
 
 def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, conversation: Conversation) -> None:
     """Writes the model's answer to `text`, and adds both to the conversation."""
     new = make_request(target, [0], settings).max_new_tokens  # if there is room for them
-    ids = conversation.forget(target, text, min(new, target.limit // REPLY_SHARE))
+    ids, messages = conversation.fitting_prompt(target, text, min(new, target.limit // REPLY_SHARE))
     room = target.limit - len(ids)
     same = (a == b for a, b in zip(ids[:-1], conversation.cached[:-1], strict=False))
     start = sum(itertools.takewhile(bool, same))
     own = {"max_new_tokens": min(new, room), "seed": (settings["seed"] + conversation.questions) % 2**63}
     request = make_request(target, ids, settings | own, start=start)
+    if len(messages) < len(conversation.messages) or ids[: len(conversation.tokens)] != conversation.tokens:
+        log(f"the context of {target.limit} tokens is full: what was said first is forgotten")
+    conversation.messages, conversation.cached = messages, ids[: start + 1]  # what is sure, should the prefill not end
     conversation.questions += 1
     reply, interrupted = write_reply(engine, target, request)
     if not reply:
-        conversation.cached = ids[: start + 1]  # the prefill had not ended
         log("interrupted before the reply began; the message is forgotten")
         return
     if interrupted:
@@ -144,11 +166,13 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
         more = "/set max_new_tokens allows more" if new < room else "/clear makes room"
         log(f"cut off after {request.max_new_tokens} tokens; {more}")
     said = "".join(token.text for token in reply)
-    if target.tokenizer.has_chat_template:
-        conversation.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
     ended = reply[-1].id in request.eos_ids
-    conversation.tokens = ids + [token.id for token in (reply[:-1] if ended else reply)]
-    conversation.cached = list(conversation.tokens)
+    conversation.cached = ids + [token.id for token in (reply[:-1] if ended else reply)]
+    if target.tokenizer.has_chat_template:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        conversation.messages = [*messages, *turns]
+    else:
+        conversation.tokens = list(conversation.cached)
 
 
 def write_reply(engine: Engine, target: Target, request: Request) -> tuple[list[Token], bool]:

@@ -1,7 +1,6 @@
 """--interactive, within this process (a terminal's part is in test_process.py)."""
 
 import json
-import re
 
 import pytest
 import transformers
@@ -92,20 +91,32 @@ def test_a_full_context_forgets_the_oldest_turns(script, chat_folder, reference,
     replies, messages, forgotten = result.out.split("\n"), [], 0
     assert result.code == 0 and len(replies) == 7
     for line, reply in zip(lines, replies, strict=False):
+        room = 8
         while True:
             text = "<s>" + system + "".join(messages) + f"<|user|>{line}<|end|><|assistant|>"
             ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) + 8 <= 64:
+            if len(ids) + room <= 64 or not messages:
                 break
-            messages, forgotten = messages[2:], forgotten + 1
+            messages, forgotten, room = messages[2:], forgotten + 1, 8 + 64 // chat.REPLY_SHARE
         assert reply == tokenizer.decode(greedy(reference, ids, 8, eos_token_id=None))
         messages += [f"<|user|>{line}<|end|>", f"<|assistant|>{reply}<|end|>"]
-    assert forgotten > 0 and re.search("the oldest (turn is|[0-9]+ turns are) forgotten", result.err)
+    assert forgotten > 0 and "what was said first is forgotten" in result.err
+
+
+def test_a_message_that_is_too_long_changes_nothing(script, chat_folder, prefills):
+    args = ("--max_seq_length", 64, "--max_new_tokens", 8, "--ignore_eos", "--system", "be brief")
+    result = converse(script, chat_folder, "hello", "x y " * 60, "x y " * 60, "and?", args=args)
+    assert result.err.count("leave no room in 64") == 2 and "forgotten" not in result.err
+    alone = converse(script, chat_folder, "hello", "and?", args=args)
+    assert result.out == alone.out
+    assert [[*request.context, *request.prompt] for request in prefills[:2]] == [
+        [*request.context, *request.prompt] for request in prefills[2:]
+    ]
 
 
 def test_a_base_model_forgets_the_oldest_text(script, base_folder):
     result = converse(script, base_folder, *["some words"] * 9, args=("--max_seq_length", 32, "--max_new_tokens", 6))
-    assert result.code == 0 and "oldest text is forgotten" in result.err and len(result.out.splitlines()) >= 9
+    assert result.code == 0 and "what was said first is forgotten" in result.err and len(result.out.splitlines()) >= 9
 
 
 def test_a_reply_that_ctrl_c_ends(script, chat_folder, monkeypatch, reference, tokenizer, prefills):
@@ -267,6 +278,9 @@ def test_help_and_what_only_looks_like_a_command(script, chat_folder):
     args = ("--max_new_tokens", 5)
     command = converse(script, chat_folder, "/usr/bin is what?", args=args)
     assert command.out == "" and "error: /usr/bin is not a command; /help" in command.err
+    for line in ("/quit smoking, how?", "/clear my doubts"):
+        said = converse(script, chat_folder, line, "hello", args=args)
+        assert f"error: {line.split()[0]} stands alone" in said.err and said.out
     rows = json.dumps({"messages": [{"role": "user", "content": "/usr/bin is what?"}]}).encode()
     expected = script("--checkpoint_path", chat_folder, *args, "--prompt_file", "-", stdin=rows).out
     assert converse(script, chat_folder, "//usr/bin is what?", args=args).out == expected
