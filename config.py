@@ -230,7 +230,7 @@ class _FieldReader:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(name, f"{value!r} is not a number")
         if not 0 < value <= maximum:  # NaN is refused here as well
-            raise self.error(name, f"{value!r} is out of range; it must be more than 0 and at most {maximum:g}")
+            raise self.error(name, f"{value!r} is out of range; it must be more than 0 and at most {maximum:.10g}")
         return float(value)
 
     def integer(self, name: str, default: int | None = None, maximum: int = 2**31) -> int:

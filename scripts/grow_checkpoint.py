@@ -65,7 +65,7 @@ def grown_config(config: ModelConfig, parameters: float) -> ModelConfig:
     if not shapes:
         raise UserError(
             f"the model has {count(config):,} parameters, and a little above them there is no other shape;"
-            f" --parameters {parameters:g} is too few, take more"
+            f" --parameters {parameters:,.0f} is too few, take more"
         )
     return min(shapes, key=lambda shape: abs(math.log(shape.dim / shape.n_layers / ASPECT)))
 
@@ -166,7 +166,7 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
         raise UserError(f"{path} is quantized ({metadata.get('mode')}); grow the original weights, then quantize them")
     check_tensors(config, stored, path)
     if not count(config) <= parameters <= 1e12:  # NaN is refused here as well
-        raise UserError(f"--parameters {parameters:g} is out of range; the model has {count(config):,} already")
+        raise UserError(f"--parameters {parameters:,.0f} is out of range; the model has {count(config):,} already")
     new = grown_config(config, parameters)
     fields = grown_fields(read_json(path.parent / "config.json"), config, new)
     dtype = stored["tok_embeddings.weight"].dtype
