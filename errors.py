@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-SPIN_COUNT = "3000"  # turns of a waiting thread before it sleeps
+SPIN_COUNT = "20000"  # turns of a waiting thread before it sleeps
 
 
 class UserError(Exception):
