@@ -175,7 +175,7 @@ def _int8(x: Tensor, packed: Tensor, scales: Tensor, groupsize: int, bias: Tenso
     if _is_gemm(x):
         weight = torch.empty(N, K, dtype=x.dtype, device=x.device)
         groups = (N, -1, groupsize or K)
-        torch.mul(packed.view(groups), scales.view(-1, N).t()[:, :, None], out=weight.view(groups))
+        torch.mul(packed.view(groups), scales.float().view(-1, N).t()[:, :, None], out=weight.view(groups))
         y = _gemm(x, weight, bias)
     else:
         y = x.new_empty(len(x), N)
