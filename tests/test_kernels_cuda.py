@@ -421,6 +421,7 @@ def test_layers_trace_without_data():
     "name", ["linear_bf16", "linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention"]
 )
 def test_cuda_tensors_come_here(name):
+    assert kernels.cuda_kernels() is cuda
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{name}", "CUDA")
 
 
