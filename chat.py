@@ -163,7 +163,7 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
     if interrupted:
         log("interrupted; what was said stays in the conversation")
     elif reply[-1].finish_reason == "length":
-        more = "/set max_new_tokens allows more" if new < room else "/clear makes room"
+        more = "/set max_new_tokens allows more" if new < room else "the context is full"
         log(f"cut off after {request.max_new_tokens} tokens; {more}")
     said = "".join(token.text for token in reply)
     ended = reply[-1].id in request.eos_ids
@@ -206,6 +206,8 @@ def changed(
 ) -> dict[str, Any]:
     """The settings after `/set LINE`. UserError where a value is not possible."""
     name, _, text = line.strip().partition(" ")
+    if not name or (name in SETTINGS and not text):
+        raise UserError(f"{name or 'a setting'} needs a value, as in /set temperature 0.7; /show lists the settings")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

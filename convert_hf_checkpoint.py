@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import ModelConfig, unknown_fields
-from errors import ArgumentParser, UserError, log
+from errors import ArgumentParser, UserError, count, log
 from files import check_disk, gb
 from formats import minimind
 from formats.gptq_awq import QuantizedLinear, read_format
@@ -449,7 +449,10 @@ def main() -> None:
         "--overwrite", action="store_true",
         help="replace another model in --out, and what was quantized from it; default: an error",
     )  # fmt: skip
+    parser.add_argument("--threads", type=count, help="of the CPU; default: as many as torch takes")
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if args.repo is not None:
         out = args.out or repo_folder(args.repo)
         check_replaceable(out.resolve())  # before gigabytes are fetched

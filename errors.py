@@ -57,9 +57,10 @@ def run(main: Callable[[], None]) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as under some daemons
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    quiet = signal.getsignal(signal.SIGINT) is end_at_once
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if signal.getsignal(signal.SIGINT) is end_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -76,6 +77,9 @@ def run(main: Callable[[], None]) -> None:
         where = "" if error.filename is None else f"{error.filename}: "
         advice = "free some space or choose another folder" if full else "check the path and its permissions"
         exit_with(2, f"{where}{error.strerror}; {advice}")
+    finally:
+        if quiet:  # while the interpreter tidies up
+            signal.signal(signal.SIGINT, end_at_once)
 
 
 def world_size() -> int:
@@ -107,9 +111,9 @@ def end_at_once(*_: object) -> NoReturn:
 
 
 def is_main_program() -> bool:
-    """Whether the program is a script of this folder, and not somebody else's that imports it."""
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    return bool(program) and os.path.dirname(os.path.abspath(program)) == os.path.dirname(os.path.abspath(__file__))
+    """Whether the program is a script of this folder or of one in it, and not somebody else's that imports it."""
+    folder = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "/"))
+    return os.path.dirname(os.path.abspath(__file__)) in (folder, os.path.dirname(folder))
 
 
 if is_main_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -95,6 +95,8 @@ def perplexity(model: Transformer, tokenizer: Tokenizer, text: str, length: int,
         for row in windows(ids, length, stride):
             total -= score(model, [row])[0][0]
             progress.update(len(row[1]))
+    if not math.isfinite(total):
+        raise UserError("the model's log-probabilities are not finite; is the checkpoint broken? convert it again")
     # Bytes that were scored: the first token, where it is not a bos, was only read.
     size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
     return {

@@ -22,6 +22,7 @@ import torch
 
 from errors import UserError
 
+MAX_TEXT_BYTES = 2**28  # of prompts or a text; /dev/zero has no end
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for a header
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """A UTF-8 text file, as it is. UserError when it can't be read."""
     try:
-        return path.read_bytes().decode()
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise UserError(f"{path} holds more than {gb(MAX_TEXT_BYTES)}; give a part of it")
+        return data.decode()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a readable text file") from error
     except UnicodeDecodeError as error:

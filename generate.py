@@ -85,6 +85,8 @@ def token_bias(text: str) -> tuple[str, float]:
 
 
 def count_or_auto(text: str) -> int | None:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a number nor auto")
     return None if text == "auto" else int(text)
 
 
@@ -392,7 +394,9 @@ def logprobs_of(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
     itself: where a character takes several tokens, U+FFFD."""
 
     def named(token_id: int, logprob: float | None) -> dict[str, Any]:
-        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        text, twice = (tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        if twice == f"{text} {text}":  # the space that sentencepiece takes away where a text begins
+            text = " " + text
         return {"token": token_id, "text": text, "logprob": logprob}
 
     return named(token.id, token.logprob) | {"top": [named(*likely) for likely in token.top]}

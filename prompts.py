@@ -20,12 +20,11 @@ from typing import Any
 
 from engine import Request
 from errors import UserError, log
-from files import gb
+from files import MAX_TEXT_BYTES, gb
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
 DEMO_PROMPT = "def read_lines(path):"
-MAX_BYTES = 2**28  # of a file of prompts; /dev/zero has no end
 
 
 def is_int(value: Any) -> bool:
@@ -151,7 +150,7 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any], st
     if new > room:
         raise UserError(
             f"a prompt of {len(prompt)} tokens and {new} new ones exceed the {target.limited_by} of {target.limit}; "
-            "shorten the prompt or lower --max_new_tokens"
+            "shorten the prompt or lower max_new_tokens"
         )
     params = sampling_params(settings, target.tokenizer)
     if params.min_new_tokens > new:
@@ -226,11 +225,11 @@ def read_bytes(flag: str, name: str) -> bytes:
     """What a file holds, or stdin if its name is -, without a byte order mark. UserError when that is too much."""
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise UserError(f"--{flag} {name}: {error.strerror}; name a readable file") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"--{flag} {name} holds more than {gb(MAX_BYTES)}; give it in parts")
+    if len(data) > MAX_TEXT_BYTES:
+        raise UserError(f"--{flag} {name} holds more than {gb(MAX_TEXT_BYTES)}; give it in parts")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -245,10 +244,10 @@ def read_file(args: argparse.Namespace, target: Target, settings: dict[str, Any]
     """A prompt a line, or a JSON object a line: when the name says .jsonl, or the first line is one."""
     name = args.prompt_file
     data = read_bytes("prompt_file", name)
-    if holds_array(data):
+    if kind := json_over_lines(data):
         raise UserError(
-            f"--prompt_file {name} holds a JSON array; write each of its elements on a line of its own, as an object "
-            'with "prompt" or "messages" (jq -c ".[]" does it)'
+            f'--prompt_file {name} holds {kind}; write each object with "prompt" or "messages" on a line of its own '
+            '(jq -c ".[]?" of an array, jq -c . of an object)'
         )
     is_json = name.endswith(".jsonl") or holds_object(data.lstrip().split(b"\n", 1)[0])
     for number, line in enumerate(data.split(b"\n"), 1):  # not at form feeds, as splitlines would
@@ -264,15 +263,17 @@ def read_file(args: argparse.Namespace, target: Target, settings: dict[str, Any]
             log(f"warning: {said}")
 
 
-def holds_array(data: bytes) -> bool:
-    """Whether a file is one JSON array of objects or strings, as other programs write them."""
-    if not data.lstrip().startswith(b"["):
-        return False
+def json_over_lines(data: bytes) -> str:
+    """What a file is that holds one JSON array or one object of several lines, as other programs write them, or ""."""
+    if data.strip()[:1] not in (b"[", b"{"):
+        return ""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        return False
-    return all(isinstance(item, (dict, str)) for item in value)
+        return ""
+    if isinstance(value, list):
+        return "a JSON array" if all(isinstance(item, (dict, str)) for item in value) else ""
+    return "a JSON object of several lines" if b"\n" in data.strip() else ""
 
 
 def holds_object(line: bytes) -> bool:
@@ -321,6 +322,8 @@ def make_job(own: dict[str, Any], args: argparse.Namespace, target: Target, sett
     if own.get("prompt") == "":
         raise UserError("the prompt is empty; give it some text")
     messages = own.get("messages")
+    if "template_vars" in own and messages is None and not args.chat:
+        raise UserError("template_vars are for messages; add --chat, or leave them out")
     if messages is None and args.chat:
         messages = [{"role": "user", "content": own["prompt"]}]
         if args.system is not None:

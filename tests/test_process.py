@@ -86,6 +86,7 @@ SCRIPTS = {
     "eval.py": ("--perplexity", "demo/heldout.txt"),
     "quantize.py": ("--mode", "int4-gptq", "--checkpoint_path", "{folder}"),
     "convert_hf_checkpoint.py": ("--checkpoint_dir", "{folder}"),
+    "scripts/grow_checkpoint.py": ("--out", "{folder}/../grown"),
 }
 
 
@@ -104,7 +105,7 @@ import errors
 threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-        command = [sys.executable, "-c", program, str(SCRIPT.with_name(name)), *args]
+        command = [sys.executable, "-c", program, str(SCRIPT.parent / name), *args]
         process = subprocess.run(command, capture_output=True, timeout=240, cwd=SCRIPT.parent)
         said = [line for line in process.stderr.decode().splitlines() if "Traceback" in line or "rror" in line]
         assert (process.returncode, said) == (130, []), (seconds, process.stderr.decode())

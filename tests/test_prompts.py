@@ -196,7 +196,11 @@ def test_what_is_no_file_of_prompts(script, base_folder, tmp_path, monkeypatch):
     assert_refused(script(*args, "--prompt_file", path), "JSON array", "line")
     path.write_text("[a list] of words\n")
     assert script(*args, "--prompt_file", path).code == 0
-    monkeypatch.setattr(prompts, "MAX_BYTES", 1000)
+    path.write_text(json.dumps({"prompt": "a"}, indent=1))
+    assert_refused(script(*args, "--prompt_file", path), "JSON object of several lines")
+    row = b'{"prompt": "a", "template_vars": {}}'
+    assert_refused(script(*args, "--prompt_file", "-", stdin=row), "line 1", "template_vars")
+    monkeypatch.setattr(prompts, "MAX_TEXT_BYTES", 1000)
     for flag in ("--prompt_file", "--prompt_text_file"):
         assert_refused(script(*args, flag, "/dev/zero"), "/dev/zero", "more than")
         assert_refused(script(*args, flag, tmp_path / "none"), "none", "No such file")
