@@ -48,6 +48,7 @@ from typing import Any
 
 import torch
 
+from arguments import add_threads
 from benchmarks.contenders import PEERS, make_peers, measure_contenders
 from benchmarks.decoding import measure_ragged, measure_sampling, measure_speculation
 from benchmarks.models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model
@@ -67,7 +68,7 @@ from checkpoint import DEMO, checksum, load_config, load_model, weights_path
 from compiled import check_compiler
 from config import ModelConfig
 from engine import cache_bytes, weight_bytes
-from errors import ArgumentParser, UserError, count, log, world_size
+from errors import ArgumentParser, UserError, log, world_size
 from files import check_memory, read_json, write_atomically
 from kernels.packing import GROUPSIZES
 from model import Transformer
@@ -125,7 +126,7 @@ def parse_args() -> argparse.Namespace:
         help="default: a GPU if there is one",
     )
     add("--backend", choices=BACKENDS, default="auto", help="of the ranks of a torchrun; default: what the device has")
-    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
+    add_threads(parser)
     add("--batch_size", type=int, nargs="+", default=[], help="measure decoding so many rows at once as well")
     add("--positions", type=int, nargs="+", default=[], help="measure decoding at these positions as well")
     add("--speculate", type=Path, metavar="DRAFT", help="measure a draft model and prompt lookup on the demo's texts")

@@ -65,8 +65,8 @@ class Conversation:
             wanted += limit // REPLY_SHARE
             if not target.tokenizer.has_chat_template and self.tokens:
                 bos = ids[: ids[0] == target.tokenizer.bos_id]
-                new = len(ids) - len(self.tokens)
-                ids = bos + ids[max(len(self.tokens) + min(new, limit) + wanted - limit, len(bos)) :]
+                kept = max(limit - wanted - len(bos), len(ids) - len(self.tokens))  # the new words at least
+                ids = bos + ids[len(ids) - kept :]
             while limit - len(ids) < wanted and messages:
                 messages = messages[2:]
                 ids = self.prompt(target, text, messages)

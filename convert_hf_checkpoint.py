@@ -12,10 +12,6 @@ from those that are there, is replaced with --overwrite only.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
-from files import lock_temporary, read_json, sync_folder, write_atomically
-from layout import FORMAT, VERSION, Form, quantized_shapes
-from weights import check_index, read_header, read_index, read_safetensors
-from writer import write_safetensors
 
 # isort: split
 import fcntl
@@ -35,9 +31,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from arguments import add_threads
 from config import ModelConfig, unknown_fields
-from errors import ArgumentParser, UserError, count, log
-from files import check_disk, gb
+from errors import ArgumentParser, UserError, log
+from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
 from formats import minimind
 from formats.gptq_awq import QuantizedLinear, read_format
 from formats.hub import (
@@ -51,7 +48,10 @@ from formats.hub import (
 )
 from formats.names import HF, Piece, Source, plan_tensors, settle_tie
 from formats.pickled import PickledFiles
+from layout import FORMAT, VERSION, Form, quantized_shapes
 from tokenizer import load_tokenizer
+from weights import check_index, read_header, read_index, read_safetensors
+from writer import write_safetensors
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -449,7 +449,7 @@ def main() -> None:
         "--overwrite", action="store_true",
         help="replace another model in --out, and what was quantized from it; default: an error",
     )  # fmt: skip
-    parser.add_argument("--threads", type=count, help="of the CPU; default: as many as torch takes")
+    add_threads(parser)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

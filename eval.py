@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
+from arguments import add_model, add_threads, model_path
+from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Request, cache_bytes
-from errors import ArgumentParser, UserError, count
+from errors import ArgumentParser, UserError
 from files import check_memory, read_text
 from model import Transformer
 from sampling import SamplingParams
@@ -261,9 +262,7 @@ def load_tasks(names: list[str], folder: Path | None):
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Evaluate a checkpoint.")
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="a converted folder, a weight file in one, or ORG/NAME; default: the demo")
-    add("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
-    add("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
+    add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--perplexity", type=Path, metavar="FILE", help="a UTF-8 text")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, also separated by commas")
@@ -274,7 +273,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=1, help="requests that are run together")
     add("--task_path", type=Path, metavar="DIR", help="a folder with yaml tasks of your own")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
-    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
+    add_threads(parser)
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--json", action="store_true", help="the result as one JSON object")
@@ -283,10 +282,6 @@ def parse_args() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise UserError(f"--{name} {value} is out of range; it must be {least} or more")
-    if args.repo and args.checkpoint_path:
-        raise UserError("--repo does not go with --checkpoint_path; leave one out")
-    if args.revision and not args.repo:
-        raise UserError("--revision needs --repo; add it")
     others = ("stride",) if args.tasks else ("limit", "num_fewshot", "task_path")
     for name in others:
         if getattr(args, name) is not None:
@@ -304,11 +299,7 @@ def main() -> None:
 
 def evaluate(args: argparse.Namespace, group: Group) -> None:
     """What every rank of a torchrun does, or this process alone."""
-    if args.repo is not None:
-        from convert_hf_checkpoint import fetch_checkpoint  # most runs need no converter
-
-        args.checkpoint_path = fetch_checkpoint(args.repo, args.revision)
-    device, path = group.device, weights_path(args.checkpoint_path or DEMO)
+    device, path = group.device, weights_path(model_path(args))
     group.check_flags(args, ELSEWHERE, lambda: [checksum(path)])
     config = load_config(path.parent)
     tokenizer = load_tokenizer(path.parent, config.vocab_size)

@@ -22,7 +22,7 @@ import torch
 
 from errors import UserError
 
-MAX_TEXT_BYTES = 2**28  # of prompts or a text; /dev/zero has no end
+MAX_TEXT_BYTES = 2**28
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for a header
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,14 +48,19 @@ def read_text(path: Path) -> str:
     """A UTF-8 text file, as it is. UserError when it can't be read."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-        if len(data) > MAX_TEXT_BYTES:
-            raise UserError(f"{path} holds more than {gb(MAX_TEXT_BYTES)}; give a part of it")
-        return data.decode()
+            return read_bounded(file, str(path)).decode()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a readable text file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); re-encode it") from error
+
+
+def read_bounded(file: BinaryIO, name: str) -> bytes:
+    """What a file holds, of this name. UserError where that is more than a text ever is: /dev/zero has no end."""
+    data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise UserError(f"{name} holds more than {gb(MAX_TEXT_BYTES)}; give a part of it")
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------

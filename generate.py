@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node 4 generate.py --compile --checkpoint_path ...          # a part on each GPU
 
 The text goes to stdout, everything else to stderr. The way of a prompt: prompts.py makes requests of what is asked for,
-engine.generate (or beam.beam_search) continues them, here the text is written as it becomes certain. chat.py is
+scheduler.generate (or beam.beam_search) continues them, here the text is written as it becomes certain. chat.py is
 --interactive.
 """
 
@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from arguments import add_model, add_threads, model_path
 from beam import BeamParams, beam_search
 from chat import converse, write
-from checkpoint import DEMO, checksum, load_config, load_generation_config, load_model, weights_path
+from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
 from engine import Engine, cache_bytes, weight_bytes
 from errors import ArgumentParser, UserError, count, log
@@ -55,12 +56,10 @@ CHAT_LENGTH = 4096  # what a conversation has room for by default
 CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a chat
 SPECULATION, OUTPUT = ("draft_checkpoint_path", "prompt_lookup"), ("num_samples", "batch_size", "logprobs", "echo")
 WITHOUT = {  # what does not go together
-    "repo": ("checkpoint_path",),
     "interactive": ("json", "num_beams", "chat", *OUTPUT),
     "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT),
 }
 NEEDS = {  # what has a meaning only beside one of these
-    "revision": ("repo",),
     "system": ("chat", "interactive"),
     "template_vars": ("chat", "interactive", "prompt_file"),
     "length_penalty": ("num_beams",),
@@ -103,9 +102,7 @@ def json_object(text: str) -> dict[str, Any]:
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Generate text from a checkpoint.")
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="a converted folder, a weight file in one, or ORG/NAME; default: the demo")
-    add("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
-    add("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
+    add_model(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt",
@@ -162,7 +159,7 @@ def parse_args() -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill as well")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
-    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
+    add_threads(parser)
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--max_seq_length", type=count, help="of the KV cache; default: what is needed, rounded up")
@@ -214,11 +211,7 @@ def main() -> None:
 def run(args: argparse.Namespace, group: Group) -> None:
     """What every rank does, or this process alone."""
     device = group.device
-    if args.repo is not None:
-        from convert_hf_checkpoint import fetch_checkpoint  # most runs need no converter
-
-        args.checkpoint_path = fetch_checkpoint(args.repo, args.revision)
-    path = weights_path(args.checkpoint_path or DEMO)
+    path = weights_path(model_path(args))
     config = load_config(path.parent)
     tokenizer = load_tokenizer(path.parent, config.vocab_size)
     if args.interactive and not tokenizer.has_chat_template and (args.system is not None or args.template_vars):

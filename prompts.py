@@ -20,7 +20,7 @@ from typing import Any
 
 from engine import Request
 from errors import UserError, log
-from files import MAX_TEXT_BYTES, gb
+from files import read_bounded
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -225,12 +225,9 @@ def read_bytes(flag: str, name: str) -> bytes:
     """What a file holds, or stdin if its name is -, without a byte order mark. UserError when that is too much."""
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
+            return read_bounded(file, f"--{flag} {name}").removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise UserError(f"--{flag} {name}: {error.strerror}; name a readable file") from error
-    if len(data) > MAX_TEXT_BYTES:
-        raise UserError(f"--{flag} {name} holds more than {gb(MAX_TEXT_BYTES)}; give it in parts")
-    return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def decode(data: bytes) -> str:

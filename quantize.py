@@ -18,11 +18,6 @@ metadata says how, layer by layer (quantized_layers reads it). Works tensor by t
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
-from files import read_text
-from kernels.packing import GROUPSIZES
-from layout import FORMAT, VERSION, Form, check_tensors, quantized_layers, quantized_shapes
-from weights import read_safetensors
-from writer import write_safetensors
 
 # isort: split
 import json
@@ -39,13 +34,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+from arguments import add_model, add_threads, model_path
 from config import ModelConfig
-from errors import ArgumentParser, UserError, count
-from files import check_disk, check_memory, gb
+from errors import ArgumentParser, UserError
+from files import check_disk, check_memory, gb, read_text
+from kernels.packing import GROUPSIZES
+from layout import FORMAT, VERSION, Form, check_tensors, quantized_layers, quantized_shapes
 from model import Block, KVCache, RMSNorm, expected_shapes, rope_angles, rope_frequencies
 from rounding import SCALE_DTYPE, gptq_layer, input_hessian, quantize_int4, quantize_int8, stored_int4
 from tokenizer import load_tokenizer
-from weights import StoredTensor, read_header
+from weights import StoredTensor, read_header, read_safetensors
+from writer import write_safetensors
 
 MODES = ("int8", "int4", "int4-gptq")
 ELEMENTS = 2**20  # of a weight, worked on at a time
@@ -308,9 +307,7 @@ def main() -> None:
     parser = ArgumentParser(description="Quantize a checkpoint to int8 or int4.")
     add = parser.add_argument
     add("--mode", choices=MODES, required=True)
-    add("--checkpoint_path", type=Path, help="a converted folder, or ORG/NAME; default: the demo")
-    add("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
-    add("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
+    add_model(parser)
     groups = "inputs that share a scale; default: 32 for int4 and int4-gptq, all inputs of a row for int8"
     add("--groupsize", type=int, choices=GROUPSIZES, help=groups)
     text = "text for int4-gptq, like what the model is to read and write; default: that of the demo"
@@ -323,12 +320,8 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace a quantized file of that name; default: an error")
     device = "where to compute; default: auto, a GPU if there is one"
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=device)
-    add("--threads", type=count, help="of the CPU; default: as many as torch takes")
+    add_threads(parser)
     args = parser.parse_args()
-    if args.repo and args.checkpoint_path:
-        raise UserError("--repo does not go with --checkpoint_path; leave one out")
-    if args.revision and not args.repo:
-        raise UserError("--revision needs --repo; add it")
     if args.mode != "int4-gptq" and (args.calibration or args.act_order):
         raise UserError("--calibration and --act_order go with --mode int4-gptq; leave them out")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -336,12 +329,8 @@ def main() -> None:
         raise UserError("--device cuda is not available here; take --device cpu")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.repo is not None:
-        from convert_hf_checkpoint import fetch_checkpoint  # most runs need no converter
-
-        args.checkpoint_path = fetch_checkpoint(args.repo, args.revision)
     written = quantize(
-        args.checkpoint_path or checkpoint.DEMO,
+        model_path(args),
         args.mode,
         args.groupsize,
         args.calibration or CALIBRATION,

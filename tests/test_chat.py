@@ -119,6 +119,14 @@ def test_a_base_model_forgets_the_oldest_text(script, base_folder):
     assert result.code == 0 and "what was said first is forgotten" in result.err and len(result.out.splitlines()) >= 9
 
 
+def test_words_of_a_base_model_that_are_too_long_are_not_cut(script, base_folder, prefills):
+    args = ("--max_seq_length", 32, "--max_new_tokens", 6)
+    result = converse(script, base_folder, "def f(x):", "x y " * 30, "x y " * 30, "class A:", args=args)
+    assert result.err.count("leave no room in 32") == 2 and "forgotten" not in result.err
+    assert result.out == converse(script, base_folder, "def f(x):", "class A:", args=args).out
+    assert [len(request.prompt) for request in prefills[:2]] == [len(request.prompt) for request in prefills[2:]]
+
+
 def test_a_reply_that_ctrl_c_ends(script, chat_folder, monkeypatch, reference, tokenizer, prefills):
     """What was said stays, in the conversation and in the cache, and the next reply is the one to all of that."""
     real, stop_after = chat.generate, iter((0, 3, 10**9))

@@ -8,8 +8,8 @@ import pytest
 import transformers
 from conftest import CHAT_TEMPLATE, assert_refused, converse, parse
 
+import files
 import generate as cli
-import prompts
 from checkpoint import DEMO
 from errors import UserError
 from prompts import check_draft, spell
@@ -200,7 +200,7 @@ def test_what_is_no_file_of_prompts(script, base_folder, tmp_path, monkeypatch):
     assert_refused(script(*args, "--prompt_file", path), "JSON object of several lines")
     row = b'{"prompt": "a", "template_vars": {}}'
     assert_refused(script(*args, "--prompt_file", "-", stdin=row), "line 1", "template_vars")
-    monkeypatch.setattr(prompts, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1000)
     for flag in ("--prompt_file", "--prompt_text_file"):
         assert_refused(script(*args, flag, "/dev/zero"), "/dev/zero", "more than")
         assert_refused(script(*args, flag, tmp_path / "none"), "none", "No such file")
