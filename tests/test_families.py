@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import CHAT_TEMPLATE, GREEDY, TEXT, ids_of, make_tokenizer, parse, run_rows, set_up
-from families import ENTRIES, ORIGINAL, VOCAB, Made, make
+from family_models import ENTRIES, ORIGINAL, VOCAB, Made, make
 from ranks_worker import run_tasks
 from test_beam import check as check_beams
 
