@@ -83,12 +83,12 @@ struct LinearKernels {
                  void* y, float* scratch);
 };
 
-struct Attention {
+struct Attention {  // what all parts of one op share
     Vector q, k, v;
-    int64_t G, D;    // queries that share a head of keys, elements of each
-    int64_t slots;   // the key at position p lies in slot p % slots
-    float scale;     // of the products q k
-    float softcap;   // scores are softcap * tanh(scale * q k / softcap), unless this is 0
+    int64_t G, D;   // queries that share a head of keys, elements of each
+    int64_t slots;  // the key at position p lies in slot p % slots
+    float scale;    // of the products q k
+    float softcap;  // scores are softcap * tanh(scale * q k / softcap), unless this is 0
 };
 
 struct AttentionKernels {
