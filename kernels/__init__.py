@@ -3,6 +3,7 @@
     y = torch.ops.brisk.linear_bf16(x, weight, bias)                     # few rows, at the speed of memory
     layer = Int8Linear.from_canonical(weight, scales, bias)              # from the tensors on disk; y = layer(x)
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
+    y = torch.ops.brisk.linear_experts(x, weight, chosen, bias)          # of many weights, those chosen for each row
     y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
 
 Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
@@ -16,6 +17,7 @@ which a CPU does four at a time. On CUDA they don't.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -42,6 +44,18 @@ _library.define(
 _library.define(
     "linear_int4(Tensor x, Tensor packed, int out_features, int groupsize, ScalarType scale_dtype, int zero, "
     "Tensor? bias=None) -> Tensor"
+)
+_library.define("linear_experts(Tensor x, Tensor weight, Tensor chosen, Tensor? bias=None) -> Tensor")
+_library.define(
+    "linear_int8_experts(Tensor x, Tensor packed, Tensor scales, Tensor chosen, Tensor? bias=None) -> Tensor"
+)
+_library.define(
+    "linear_int8_grouped_experts(Tensor x, Tensor packed, Tensor scales, Tensor chosen, int out_features, "
+    "int groupsize, Tensor? bias=None) -> Tensor"
+)
+_library.define(
+    "linear_int4_experts(Tensor x, Tensor packed, Tensor chosen, int out_features, int groupsize, "
+    "ScalarType scale_dtype, int zero, Tensor? bias=None) -> Tensor"
 )
 _library.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None, "
@@ -108,6 +122,58 @@ def linear_int4(
     q, scales, zeros = unpack_int4(packed, out_features, x.shape[-1], groupsize, scale_dtype, zero)
     levels = unpack_nibbles(q, x.shape[-1]).float()
     return _reference_linear(x, dequantize(levels, scales.float(), zeros.float(), groupsize), groupsize, bias)
+
+
+# Mixtures of experts: each row of x goes through the weights of k of E experts, those in `chosen`, int64 [R, k]. x is
+# [R, 1, K] where all choices of a row get the same input, or [R, k, K]. y [R, k, N] is in x's dtype:
+#     y[r, j] = x[r, min(j, x.shape[1] - 1)] @ W[chosen[r, j]].T + bias[chosen[r, j]]
+# On CPUs the weights of experts that are chosen are read, once for all rows of a batch, and no others. IndexError
+# (RuntimeError from the C++ versions) for an expert that there isn't.
+
+
+@_op(lambda x, weight, chosen, bias=None: x.new_empty(*chosen.shape, weight.shape[1]))
+def linear_experts(x: Tensor, weight: Tensor, chosen: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The chosen of the weights [E, N, K], of x's dtype, with a bias [E, N] -> [R, k, N]. bfloat16 is fastest."""
+    return _reference_experts(F.linear, x, (weight,), chosen, weight.shape[1], (), bias)
+
+
+@_op(lambda x, packed, scales, chosen, bias=None: x.new_empty(*chosen.shape, scales.shape[1]))
+def linear_int8_experts(
+    x: Tensor, packed: Tensor, scales: Tensor, chosen: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The chosen of E int8 weights, each packed by `pack_int8`, scales float32 [E, N], a bias [E, N] -> [R, k, N]."""
+    return _reference_experts(linear_int8, x, (packed, scales), chosen, scales.shape[1], (), bias)
+
+
+@_op(lambda x, packed, scales, chosen, out_features, *args: x.new_empty(*chosen.shape, out_features))
+def linear_int8_grouped_experts(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    chosen: Tensor,
+    out_features: int,
+    groupsize: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The chosen of E int8 weights, each packed by `pack_int8`, with scales from `pack_scales` -> [R, k, N]."""
+    options = (out_features, groupsize)
+    return _reference_experts(linear_int8_grouped, x, (packed, scales), chosen, out_features, options, bias)
+
+
+@_op(lambda x, packed, chosen, out_features, *args: x.new_empty(*chosen.shape, out_features))
+def linear_int4_experts(
+    x: Tensor,
+    packed: Tensor,
+    chosen: Tensor,
+    out_features: int,
+    groupsize: int,
+    scale_dtype: torch.dtype,
+    zero: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The chosen of E int4 weights, each packed by `pack_int4` with the same `zero` -> [R, k, N]."""
+    options = (out_features, groupsize, scale_dtype, zero)
+    return _reference_experts(linear_int4, x, (packed,), chosen, out_features, options, bias)
 
 
 @_op(lambda q, k_cache, v_cache, input_pos, *options: torch.empty_like(q, memory_format=torch.contiguous_format))
@@ -184,6 +250,27 @@ def _reference_linear(x: Tensor, weight: Tensor, group: int, bias: Tensor | None
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def _reference_experts(
+    linear: Callable,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    chosen: Tensor,
+    out_features: int,
+    options: tuple,
+    bias: Tensor | None,
+) -> Tensor:
+    """One expert after the other: linear(its rows of x, its weights, options, its bias)."""
+    y = x.new_empty(*chosen.shape, out_features)
+    for expert in chosen.unique().tolist():
+        if not 0 <= expert < len(weights[0]):
+            raise IndexError(f"chosen: expected experts from 0 to {len(weights[0]) - 1}, got {expert}")
+        row, choice = (chosen == expert).nonzero(as_tuple=True)
+        inputs = x[row, choice.clamp(max=x.shape[1] - 1)]
+        added = None if bias is None else bias[expert]
+        y[row, choice] = linear(inputs, *(weight[expert] for weight in weights), *options, added)
+    return y
+
+
 def quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Float32 [..., K] -> whole numbers from -127 to 127 [..., groups, group] and scales [..., groups, 1]."""
     x = F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
@@ -221,10 +308,12 @@ def unpack_scales(packed: Tensor, N: int) -> Tensor:
     return packed.t() if packed.ndim == 2 else packing.unpack_scales(packed, N)
 
 
-def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
+def pack_int4(
+    q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int, zero: int | None = None
+) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)], scales and zeros [N, groups] -> (packed, zero); packing.py and cuda.py say how."""
     cuda = cuda_kernels() if q.device.type == "cuda" else None
-    return (cuda or packing).pack_int4(q, scales, zeros, K, groupsize)
+    return (cuda or packing).pack_int4(q, scales, zeros, K, groupsize, *([] if zero is None else [zero]))
 
 
 def unpack_int4(
