@@ -17,8 +17,10 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
+import tempfile
 from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
@@ -130,21 +132,27 @@ def transformers_peers(hf_config: dict[str, Any], model: Transformer, max_length
     """transformers' model of the same config.json, on the same tensors, eager and compiled."""
     transformers = require("transformers", "transformers")
     transformers.logging.set_verbosity_error()
+    kind = hf_config["model_type"]
     try:
-        config = transformers.AutoConfig.for_model(**hf_config)
+        with tempfile.TemporaryDirectory() as folder:  # only from a file it reads older spellings
+            Path(folder, "config.json").write_text(json.dumps(hf_config))
+            config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(config)
     except (KeyError, ValueError) as error:
-        raise Unavailable(f"transformers has no model of type {hf_config.get('model_type')!r}") from error
-    named = hf_state_dict(model, FAMILIES[hf_config["model_type"]].names)
+        reason = str(error).partition("\n")[0]
+        raise Unavailable(f"transformers makes no {kind} of this config.json: {reason}") from error
+    if kind not in FAMILIES:  # a model with eyes
+        raise Unavailable(f"a {kind} of transformers needs more than these weights")
+    named = hf_state_dict(model, FAMILIES[kind].names)
     theirs = {name: tensor.shape for name, tensor in hf.state_dict().items()}
     if {name: tensor.shape for name, tensor in named.items()} != theirs:
-        raise Unavailable(f"the weights of a {hf_config['model_type']} are not renamed for transformers here")
+        raise Unavailable(f"the weights of a {kind} are not renamed for transformers here")
     hf.load_state_dict(named, assign=True)
     # Made on the meta device, it has no frequencies, and a checkpoint does not store them.
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config=config).to(model.tok_embeddings.weight.device)
     if any(buffer.is_meta for buffer in hf.buffers()):
-        raise Unavailable(f"a {hf_config['model_type']} of transformers needs more than its weights")
+        raise Unavailable(f"a {kind} of transformers needs more than these weights")
     hf.eval().requires_grad_(False)
     return {
         "transformers, eager": TransformersPeer(hf, max_length, compiled=False),
