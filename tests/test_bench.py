@@ -576,9 +576,25 @@ def test_random_weights_are_the_same_each_time():
     first, second = (models.random_model(config, "cpu").state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["norm.weight"].dtype == torch.bfloat16 and (first["norm.weight"] == 1).all()
-    for name, inputs in (("attention.wo", 256), ("feed_forward.experts.w2", 64)):
+    for name, inputs in (("attention.wqkv", 128), ("feed_forward.experts.w2", 64)):
         scale = first[f"layers.0.{name}.weight"].float().std() * inputs**0.5
         assert scale == pytest.approx(1, rel=0.02)
+
+
+def test_tokens_of_random_weights_choose_all_experts():
+    """As in a trained model: prefill has work for all of them, and a step reads others than the step before."""
+    fields = TINY | MOE | dict(num_hidden_layers=6, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=32)
+    model = models.random_model(ModelConfig.from_hf(fields), "cpu")
+    chosen = []
+    for layer in model.layers:
+        layer.feed_forward.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    tokens, _ = our_tokens(model, PROMPT, 8)
+    assert len(set(tokens)) > 4
+    for experts in chosen[-6:]:  # of 47 tokens, in each layer
+        assert experts.shape == (47, 8) and len(experts.unique()) > 60
+        assert torch.bincount(experts.flatten()).max() < 3 * 47 * 8 / 64
+        last, before = set(experts[-1].tolist()), set(experts[-2].tolist())
+        assert len(last & before) < 6
 
 
 @pytest.mark.parametrize(
