@@ -381,7 +381,7 @@ ENTRIES: dict[str, Entry] = {
         lambda: (
             MINIMIND
             | dict(
-                n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2, norm_topk_prob=True, rms_norm_eps=1e-5
+                n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, norm_topk_prob=True, rms_norm_eps=1e-5
             )
             | dict(
                 scoring_func="softmax", aux_loss_alpha=0.01, seq_aux=True, num_key_value_heads=2, intermediate_size=None
