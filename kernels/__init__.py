@@ -4,7 +4,7 @@
     layer = Int8Linear.from_canonical(weight, scales, bias)              # from the tensors on disk; y = layer(x)
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
     y = torch.ops.brisk.linear_experts(x, weight, chosen, bias)          # of many weights, those chosen for each row
-    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window)
+    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
 
 Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
 build.py compiles at the first use); and most have one in Triton for CUDA (cuda.py, imported at the first use). Without
@@ -58,7 +58,8 @@ _library.define(
     "ScalarType scale_dtype, int zero, Tensor? bias=None) -> Tensor"
 )
 _library.define(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None) -> Tensor"
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None, "
+    "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False) -> Tensor"
 )
 _library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
 _library.define("all_reduce(Tensor x) -> Tensor")
@@ -176,26 +177,55 @@ def linear_int4_experts(
     return _reference_experts(linear_int4, x, (packed,), chosen, out_features, options, bias)
 
 
-@_op(lambda q, k_cache, v_cache, input_pos, window=None: torch.empty_like(q, memory_format=torch.contiguous_format))
+@_op(lambda q, k_cache, v_cache, input_pos, *options: torch.empty_like(q, memory_format=torch.contiguous_format))
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    ring: bool = False,
 ) -> Tensor:
     """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B >= B, KV, T, D] -> [B, S, H, D].
 
-    A query sees the keys up to its position, with `window` only so many of them. Its cost follows the position, and
-    what the cache holds beyond does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
+    A query sees the keys up to its position, with `window` only so many of them. Its cost follows what it sees, and
+    what else the cache holds does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
+
+    scale: of the products q k, by default D ** -0.5.
+    softcap: unless it is 0, scores are softcap * tanh(scale * q k / softcap), as in Gemma 2.
+    sinks: [H], of any float dtype: a score for each head that takes part in the softmax, but has no value (gpt-oss).
+    ring: the cache holds the last positions only, position p in slot p % (T - 1), and what is written to slot T - 1 is
+        never seen. With S queries, the last of them must not have taken the slot of the first one's oldest key.
+
+    Raises ValueError (RuntimeError where the C++ version runs) for a ring without a window of at most T - 1, a scale
+    that is not positive, and a negative softcap.
     """
-    B, _, H, D = q.shape
+    B, S, H, D = q.shape
     kv_heads, T = k_cache.shape[1:3]
-    distance = input_pos[:, :, None] - torch.arange(T, device=q.device)
+    if ring and (window is None or window > T - 1):
+        raise ValueError(f"ring: expected a window of at most {T - 1}, got {window}")
+    scale = D**-0.5 if scale is None else scale
+    if not (scale > 0 and softcap >= 0):
+        raise ValueError(f"expected scale > 0 and softcap >= 0, got {scale} and {softcap}")
+    slot, at = torch.arange(T, device=q.device), input_pos[:, :, None]
+    distance = (at - slot) % (T - 1) if ring else at - slot  # from a slot's key to the query
     seen = (distance >= 0) & (distance < (T + 1 if window is None else window))  # [B, S, T]
-    k, v = (
-        cache[:B].float().masked_fill(~seen.any(1)[:, None, :, None], 0).repeat_interleave(H // kv_heads, 1)
-        for cache in (k_cache, v_cache)
-    )
-    scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * D**-0.5
-    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-    return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()
+    if ring:
+        seen = seen & (distance <= at) & (slot < T - 1)
+    k, v = (cache[:B].float().repeat_interleave(H // kv_heads, 1) for cache in (k_cache, v_cache))
+    scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(H, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    weights = scores.softmax(-1)[..., :T]
+    # What a query does not see may be NaN, which a weight of 0 does not hide.
+    y = [weights[:, :, s, None] @ v.masked_fill(~seen[:, s, None, :, None], 0) for s in range(S)]
+    return torch.cat(y, 2).transpose(1, 2).to(q.dtype).contiguous()
 
 
 @_op(lambda numbers, weights, limit: torch.empty_like(limit))

@@ -89,13 +89,21 @@ struct Bf16Kernels {
                  void* y, float* scratch);
 };
 
+struct Attention {  // what all parts of one op share
+    Vector q, k, v;
+    int64_t G, D;   // queries that share a head of keys, elements of each
+    int64_t slots;  // the key at position p lies in slot p % slots
+    float scale;    // of the products q k
+    float softcap;  // scores are softcap * tanh(scale * q k / softcap), unless this is 0
+};
+
 struct AttentionKernels {
     void (*from_float)(const float* from, int64_t count, Type type, void* to, int64_t offset);
-    // Queries [G, D] over the keys [begin, end) of one head: the largest score, the sum of exp(score - largest), and
-    // the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has attend_scratch(G, D) floats. The next
-    // call goes on after `end`, unless that is `last`.
-    void (*attend)(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset,
-                   int64_t begin, int64_t end, int64_t last, float* largest, float* sum, float* out, float* scratch);
+    // Queries [G, D] over the keys at positions [begin, end) of one head, at most `slots`: the largest score, the sum
+    // of exp(score - largest), and the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has
+    // attend_scratch(G, D) floats. The next call goes on after `end`, unless that is `last`.
+    void (*attend)(const Attention& a, int64_t q_offset, int64_t kv_offset, int64_t begin, int64_t end, int64_t last,
+                   float* largest, float* sum, float* out, float* scratch);
 };
 
 constexpr int64_t KEYS = 128;  // keys that attention takes at once

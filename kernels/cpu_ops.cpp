@@ -12,11 +12,12 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention
 
-// A task is one row, one head of keys and values, and 256 keys; the parts of a row's softmax are put together after.
-// Where a part begins does not depend on the threads.
+// A task is one row, one head of keys and values, and a part of 256 positions; the parts of a row's softmax are put
+// together after. Where a part begins depends neither on the threads nor on where a ring wraps around.
 Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos,
-                        std::optional<int64_t> window) {
-    constexpr int64_t PART = 256;
+                        std::optional<int64_t> window, const OptionalTensor& sinks, std::optional<double> scale,
+                        double softcap, bool ring) {
+    constexpr int64_t PART = 256, FAR = int64_t(1) << 62;
     STD_TORCH_CHECK(query.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes().equals(v_cache.sizes()) &&
                         k_cache.is_contiguous() && v_cache.is_contiguous() &&
                         k_cache.scalar_type() == v_cache.scalar_type(),
@@ -29,59 +30,71 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                         input_pos.size(1) == S,
                     "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
     STD_TORCH_CHECK(!window.has_value() || *window > 0, "window: expected 1 or more, got ", window.value_or(0));
+    STD_TORCH_CHECK(!ring || (window.has_value() && *window <= T - 1), "ring: expected a window of at most ", T - 1,
+                    ", got ", window.value_or(0));
+    STD_TORCH_CHECK(!sinks.has_value() || (sinks->dim() == 1 && sinks->size(0) == H), "sinks: expected [", H, "]");
+    STD_TORCH_CHECK(scale.value_or(1) > 0 && softcap >= 0, "expected scale > 0 and softcap >= 0, got ",
+                    scale.value_or(1), " and ", softcap);
     const Tensor q = in_order(query), pos = in_order(input_pos);
     Tensor y = empty_output(q, D);
     if (!y.numel()) return y;
     const int64_t G = H / KV, padded = round_up(D, 16), row_floats = padded + 2;
-    const Vector q_vector = vector_of(q), k = vector_of(k_cache), v = vector_of(v_cache);
+    const Attention work = {vector_of(q), vector_of(k_cache), vector_of(v_cache), G, D, ring ? T - 1 : T,
+                            float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
+    const Tensor sink_floats = sinks.has_value() ? in_order(torch::stable::to(*sinks, ScalarType::Float)) : q;
+    const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
 
-    // The keys [begin, end) that a query sees, and for each row of the batch the parts that any of its queries sees.
+    // The positions [begin, end) that a query sees.
     const int64_t* at = (const int64_t*)pos.const_data_ptr();
     const auto keys_of = [&](int64_t b, int64_t s) {
-        const int64_t end = std::min(std::max<int64_t>(at[b * S + s] + 1, 0), T);
-        return Range{window.has_value() ? std::max<int64_t>(at[b * S + s] + 1 - *window, 0) : 0, end};
+        const int64_t next = std::min(at[b * S + s], FAR) + 1, end = std::max<int64_t>(next, 0);
+        return Range{window.has_value() ? std::max<int64_t>(next - *window, 0) : 0, ring ? end : std::min(end, T)};
     };
-    std::vector<Range> parts(B);
-    std::vector<int64_t> first_task(B + 1, 0);
+    // Where the parts begin that any query of a row of the batch sees, row after row. Not all from the first to the
+    // last: of a row's queries one may be padding, at any position.
+    std::vector<int64_t> parts, first_part(B + 1, 0);
+    std::vector<Range> seen(S);
     for (int64_t b = 0; b < B; b++) {
-        Range seen{T, 0};
-        for (int64_t s = 0; s < S; s++) {
-            const Range keys = keys_of(b, s);
-            seen = {std::min(seen.begin, keys.begin), std::max(seen.end, keys.end)};
-        }
-        parts[b] = {seen.begin / PART, std::max(seen.begin / PART + 1, (seen.end + PART - 1) / PART)};
-        first_task[b + 1] = first_task[b] + KV * (parts[b].end - parts[b].begin);
+        for (int64_t s = 0; s < S; s++) seen[s] = keys_of(b, s);
+        std::sort(seen.begin(), seen.end(), [](Range a, Range b) { return a.begin < b.begin; });
+        int64_t begin = 0;
+        for (const Range& keys : seen)
+            for (begin = std::max(begin, keys.begin / PART * PART); begin < keys.end; begin += PART)
+                parts.push_back(begin);
+        first_part[b + 1] = parts.size();
     }
     // Of each task and query: the sum of values, the largest score, the sum of weights.
-    Memory partial = allocate(first_task[B] * S * G * row_floats * 4);
+    Memory partial = allocate(KV * first_part[B] * S * G * row_floats * 4);
     const auto part_of = [&](int64_t task, int64_t s) {
         return (float*)partial.get() + (task * S + s) * G * row_floats;
     };
-    Queue queue(first_task[B]);
+    Queue queue(KV * first_part[B]);
     parallel([&](int thread, int threads) {
         Memory scratch = allocate(attend_scratch(G, D) * 4);
         int64_t b = 0;
         for (Range tasks = queue.take(); tasks.begin < tasks.end; tasks = queue.take())
             for (int64_t task = tasks.begin; task < tasks.end; task++) {
-                while (task >= first_task[b + 1]) b++;
-                const int64_t count = parts[b].end - parts[b].begin, i = task - first_task[b], head = i / count;
-                const int64_t begin = (parts[b].begin + i % count) * PART;
+                while (task >= KV * first_part[b + 1]) b++;
+                const int64_t count = first_part[b + 1] - first_part[b], i = task - KV * first_part[b];
+                const int64_t head = i / count, begin = parts[first_part[b] + i % count];
                 for (int64_t s = 0; s < S; s++) {
                     const Range keys = keys_of(b, s);
                     float* out = part_of(task, s);
-                    attention->attend(q_vector, ((b * S + s) * H + head * G) * D, G, D, k, v, (b * KV + head) * T * D,
-                                   std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
-                                   out + G * padded, out + G * padded + G, out, (float*)scratch.get());
+                    attention->attend(work, ((b * S + s) * H + head * G) * D, (b * KV + head) * T * D,
+                                      std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
+                                      out + G * padded, out + G * padded + G, out, (float*)scratch.get());
                 }
             }
         GOMP_barrier();
         const Range rows = share(B * S * H, thread, threads);
         for (int64_t row = rows.begin; row < rows.end; row++) {
             const int64_t rb = row / (S * H), s = row / H % S, head = row % H / G, g = row % G;
-            const int64_t count = parts[rb].end - parts[rb].begin, task = first_task[rb] + head * count;
+            const int64_t count = first_part[rb + 1] - first_part[rb], task = KV * first_part[rb] + head * count;
             float* sum = (float*)scratch.get();
-            float largest = -INFINITY, weight = 0;
+            const float sink = sink_data ? sink_data[row % H] : -INFINITY;
+            float largest = sink;
             for (int64_t i = 0; i < count; i++) largest = std::max(largest, part_of(task + i, s)[G * padded + g]);
+            float weight = sink_data ? std::exp(sink - largest) : 0;
             std::fill(sum, sum + padded, 0.0f);
             for (int64_t i = 0; i < count; i++) {
                 const float* part = part_of(task + i, s);
@@ -91,7 +104,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                 for (int64_t d = 0; d < padded; d++) sum[d] += share * part[g * padded + d];
             }
             for (int64_t d = 0; d < D; d++) sum[d] = weight == 0 ? 0 : sum[d] / weight;
-            attention->from_float(sum, D, q_vector.type, y.mutable_data_ptr(), row * D);
+            attention->from_float(sum, D, work.q.type, y.mutable_data_ptr(), row * D);
         }
     });
     return y;
