@@ -21,6 +21,7 @@ CACHE_LINE = 64  # bytes
 PANEL = 32  # rows of a packed weight that are interleaved
 GROUPSIZES = (32, 64, 128)  # inputs that may share a scale
 ZERO_BYTES, ZERO_FLOATS = -1, -2  # how int4 zeros are packed, if they are not all the same integer
+FP4 = -3  # no zeros: 4-bit floats, e2m1: a sign, and 0, 0.5, 1, 1.5, 2, 3, 4 or 6
 
 
 def pack_int8(weight: Tensor) -> Tensor:
