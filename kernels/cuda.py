@@ -163,10 +163,10 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize
     """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
 
     Without zeros, q is FP4. `packed` holds the words of q, the scales, and the zeros if `zero` (as in
-    packing.pack_int4) says so, one after the other, as `_parts` finds them. 16 bytes hold the same 32 weights as before,
-    in another order: bits 4 e + 8 h + 16 b of word j are k = 16 h + 4 j + 2 e + b. So the word j is what one thread
-    feeds to the tensor cores, and the two weights of each register (b) lie 16 bits apart. Scales and zeros are turned,
-    [groups, N], for 16-byte copies.
+    packing.pack_int4) says so, one after the other, as `_parts` finds them. 16 bytes hold the same 32 weights as
+    before, in another order: bits 4 e + 8 h + 16 b of word j are k = 16 h + 4 j + 2 e + b. So the word j is what one
+    thread feeds to the tensor cores, and the two weights of each register (b) lie 16 bits apart. Scales and zeros are
+    turned, [groups, N], for 16-byte copies.
     """
     N, groups = scales.shape
     q = F.pad(q, (0, groups * groupsize // 2 - q.shape[1])).view(N, -1, 2, 4, 2)  # [N, chunks, h, j, e], bytes of two b
