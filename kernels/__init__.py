@@ -7,7 +7,7 @@
     y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
 
 Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
-build.py compiles at the first use); and most have one in Triton for CUDA (cuda.py, imported at the first use). Without
+build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at the first use). Without
 a compiler there is one warning, and the reference versions do the work. packing.py brings weights into the order in
 which the CPU kernels read them, cuda.py into one of its own.
 
@@ -467,14 +467,17 @@ def _describe(tensor: Tensor) -> str:
 
 @functools.cache
 def cuda_kernels() -> ModuleType | None:
-    """cuda.py, whose ops are registered for CUDA; None, after a warning, where Triton is missing."""
+    """cuda.py, whose ops are registered for CUDA, with those of cuda_experts.py; None, after a warning, where Triton is
+    missing."""
     try:
-        from kernels import cuda
+        from kernels import cuda, cuda_experts
     except ImportError as error:
         log(f"warning: no Triton, so quantized layers and attention will be slow: {error}")
         return None
     for function in (
-        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16
+        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16,
+        cuda_experts.linear_experts, cuda_experts.linear_int8_experts, cuda_experts.linear_int8_grouped_experts,
+        cuda_experts.linear_int4_experts,
     ):  # fmt: skip
         _library.impl(function.__name__, function, "CUDA")
     return cuda
