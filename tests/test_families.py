@@ -1,6 +1,6 @@
 """Every family against transformers: logits, greedy tokens, bfloat16, quantized, compiled, several ranks, bad files.
 
-The models are those of families.py, and go all the way: saved as on the hub, converted, loaded.
+The models are those of family_models.py, and go all the way: saved as on the hub, converted, loaded.
 """
 
 import copy
@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import CHAT_TEMPLATE, GREEDY, TEXT, ids_of, make_tokenizer, parse, run_rows, set_up
-from families import ENTRIES, ORIGINAL, PUBLISHED, VOCAB, Made, make
+from family_models import ENTRIES, ORIGINAL, PUBLISHED, VOCAB, Made, make
 from huggingface_hub.errors import StrictDataclassError
 from ranks_worker import run_tasks
 from test_beam import check as check_beams
