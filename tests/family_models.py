@@ -339,7 +339,8 @@ ENTRIES: dict[str, Entry] = {
     # GPT-2, GPT-NeoX
     "gpt2": Entry(gpt_2_config()),
     "gpt2-hub": Entry(gpt_2_config(n_inner=96), gpt_2),
-    "gpt2-scaled": Entry(gpt_2_config(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False)),
+    "gpt2-scaled": Entry(gpt_2_config(scale_attn_by_inverse_layer_idx=True)),
+    "gpt2-unscaled": Entry(gpt_2_config(scale_attn_weights=False, tie_word_embeddings=False)),
     "gpt-neox": entry("GPTNeoX", rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
     "gpt-neox-hub": entry("GPTNeoX", pythia, **PARTIAL),
     "gpt-neox-sequential": entry("GPTNeoX", use_parallel_residual=False, attention_bias=False, **PARTIAL),
@@ -381,7 +382,7 @@ ENTRIES: dict[str, Entry] = {
         lambda: (
             MINIMIND
             | dict(
-                n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2, norm_topk_prob=True, rms_norm_eps=1e-5
+                n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, norm_topk_prob=True, rms_norm_eps=1e-5
             )
             | dict(
                 scoring_func="softmax", aux_loss_alpha=0.01, seq_aux=True, num_key_value_heads=2, intermediate_size=None

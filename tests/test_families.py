@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from config_fields import unknown_fields
 from conftest import CHAT_TEMPLATE, GREEDY, TEXT, ids_of, make_tokenizer, parse, run_rows, set_up
 from family_models import ENTRIES, ORIGINAL, PUBLISHED, VOCAB, Made, make
 from huggingface_hub.errors import StrictDataclassError
@@ -23,7 +24,7 @@ from transformers import CONFIG_MAPPING
 from beam import BeamParams, beam_search
 from checkpoint import load_model
 from compiled import OPTIONS, kernels_together
-from config import ModelConfig, unknown_fields
+from config import ModelConfig
 from convert_hf_checkpoint import convert
 from engine import Engine, Request
 from errors import UserError
@@ -151,7 +152,7 @@ def test_bfloat16(both):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("mode", "least"), [("int8", 0.999), ("int4", 0.9)])
+@pytest.mark.parametrize(("mode", "least"), [("int8", 0.995), ("int4", 0.9)])
 def test_quantized(both, mode, least):
     made, folder, _ = both
     assert_similar(made, quantize(folder, mode), least)
@@ -193,18 +194,43 @@ def test_a_prompt_of_several_chunks(cached, tokenizer, name):
     made.assert_greedy(request.prompt, ids_of(run_rows(engine, tokenizer, [request]))[0])
 
 
+@pytest.mark.parametrize("k", [4, 12])  # 12 is more than a window
 @pytest.mark.parametrize("name", [*WINDOWED, "gpt2", "qwen2-moe-some", "smollm3"])
-def test_prompt_lookup(cached, tokenizer, name):
+def test_prompt_lookup(cached, tokenizer, name, k):
     """Whatever is proposed, the tokens are those of plain decoding."""
     made, folder = cached(name)
     prompts = [ids(6, seed) * 5 for seed in (1, 2, 3)]  # so that there is something to propose
     requests = [Request(prompt, GREEDY, 30) for prompt in prompts]
-    engine = Engine(load_model(folder), prompt_lookup=True, speculate_k=4)
+    engine = Engine(load_model(folder), prompt_lookup=True, speculate_k=k)
     set_up(engine, requests, batch_size=2, max_seq_length=128)
     rows = run_rows(engine, tokenizer, requests)
     assert sum(row[-1].stats.proposed for row in rows) > 20
     for prompt, new in zip(prompts, ids_of(rows), strict=True):
         made.assert_greedy(prompt, new)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_a_draft(cached, tokenizer, name):
+    """Of another family with a window; nearly all that it proposes is wrong."""
+    made, folder = cached(name)
+    requests = [Request(ids(length, length), GREEDY, 30) for length in (20, 40, 9)]
+    engine = Engine(load_model(folder), draft=load_model(cached("mistral")[1]), speculate_k=3)
+    set_up(engine, requests, batch_size=2, max_seq_length=128)
+    for request, new in zip(requests, ids_of(run_rows(engine, tokenizer, requests)), strict=True):
+        made.assert_greedy(request.prompt, new)
+
+
+@pytest.mark.parametrize("name", [*WINDOWED, "gpt2", "granite-moe"])
+def test_a_conversation(cached, tokenizer, name):
+    """Turns whose texts before are in the cache, some longer than a window and some shorter."""
+    made, folder = cached(name)
+    engine = set_up(Engine(load_model(folder)), [Request([5], GREEDY, 1)], batch_size=1, max_seq_length=256)
+    context: list[int] = []
+    for turn, length in enumerate((30, 3, 12, 1, 40)):
+        request = Request(ids(length, turn), GREEDY, 10, context=tuple(context))
+        (new,) = ids_of(run_rows(engine, tokenizer, [request]))
+        made.assert_greedy(context + request.prompt, new)
+        context += request.prompt + new[:-1]  # the last one was never run
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "ministral"])
@@ -253,6 +279,19 @@ def test_compiled_equals_eager(cached, name):
             with kernels_together():
                 ours = step(*inputs)
             assert_close(ours, model(*inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe-some", "gpt-oss"])
+def test_compiled_steps(cached, tokenizer, name):
+    """The whole step that a user gets, of several rows, with proposals."""
+    made, folder = cached(name)
+    requests = [Request(ids(5, seed) * 4, GREEDY, 20) for seed in (1, 2, 3)]
+    engine = Engine(load_model(folder), compile=True, prompt_lookup=True, speculate_k=3)
+    set_up(engine, requests, batch_size=2, max_seq_length=128)
+    engine.warm_up()
+    for request, new in zip(requests, ids_of(run_rows(engine, tokenizer, requests)), strict=True):
+        made.assert_greedy(request.prompt, new)
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +464,7 @@ GEMMA, GPT_OSS, QWEN = "google/gemma-2-9b", "openai/gpt-oss-20b", "Qwen/Qwen3-30
         ("microsoft/phi-2", dict(partial_rotary_factor=0), "partial_rotary_factor"),
         ("microsoft/phi-2", dict(partial_rotary_factor=1.5), "partial_rotary_factor"),
         ("microsoft/phi-2", dict(partial_rotary_factor="half"), "partial_rotary_factor"),
-        ("microsoft/phi-2", dict(qk_layernorm="yes"), "qk_layernorm"),
+        ("stabilityai/stablelm-2-12b", dict(qk_layernorm="yes"), "qk_layernorm"),
         ("EleutherAI/pythia-160m", dict(rotary_pct=-0.25), "rotary_pct"),
         ("EleutherAI/pythia-160m", dict(use_parallel_residual=1), "use_parallel_residual"),
         ("HuggingFaceTB/SmolLM3-3B", dict(no_rope_layers=[1] * 35), "no_rope_layers"),
@@ -459,6 +498,7 @@ GEMMA, GPT_OSS, QWEN = "google/gemma-2-9b", "openai/gpt-oss-20b", "Qwen/Qwen3-30
         ("jingyaogong/MiniMind2-MoE", dict(scoring_func="sigmoid"), "scoring_func"),
         ("jingyaogong/MiniMind2-MoE", dict(num_experts_per_tok=5), "num_experts_per_tok"),
         ("jingyaogong/MiniMind2-MoE", dict(n_shared_experts=-1), "n_shared_experts"),
+        ("jingyaogong/MiniMind2-MoE", dict(n_shared_experts=2), "n_shared_experts"),
         (GPT_OSS, dict(swiglu_limit=-7.0), "swiglu_limit"),
         (GPT_OSS, dict(swiglu_limit="7"), "swiglu_limit"),
         (GPT_OSS, dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
@@ -495,11 +535,11 @@ def test_refused_factors_of_longrope(change):
     ("model_type", "why"),
     [
         ("qwen3_next", "linear attention"),
-        ("falcon_h1", "Mamba"),
-        ("granitemoehybrid", "Mamba"),
-        ("jamba", "Mamba"),
-        ("bamba", "Mamba"),
-        ("mamba", "Mamba"),
+        ("falcon_h1", "state-space"),
+        ("granitemoehybrid", "state-space"),
+        ("jamba", "state-space"),
+        ("bamba", "state-space"),
+        ("mamba", "state-space"),
         ("deepseek_v3", "latent attention"),
         ("deepseek_v2", "latent attention"),
         ("recurrent_gemma", "recurren"),
@@ -536,10 +576,10 @@ def cut(pattern: str):
 @pytest.mark.parametrize(
     ("name", "tensors", "fields", "named"),
     [
-        ("mixtral", None, dict(num_local_experts=5), "expert"),
-        ("mixtral", None, dict(num_local_experts=7), "expert"),
-        ("qwen3-moe", None, dict(num_experts=5), "expert"),
-        ("qwen3-moe", None, dict(num_experts=8), "expert"),
+        ("mixtral", None, dict(num_local_experts=5), "layers.0."),
+        ("mixtral", None, dict(num_local_experts=7), "layers.0."),
+        ("qwen3-moe", None, dict(num_experts=5), "layers.0."),
+        ("qwen3-moe", None, dict(num_experts=8), "layers.0."),
         ("granite-moe", None, dict(num_local_experts=5), "block_sparse_moe"),
         ("gpt-oss", None, dict(num_local_experts=7), "mlp."),
         ("gpt-oss-mxfp4", None, dict(num_local_experts=7), "mlp."),
@@ -558,15 +598,15 @@ def cut(pattern: str):
         ("phi3", cut("qkv_proj"), {}, "qkv_proj"),
         ("phi3", None, dict(num_key_value_heads=4), "qkv_proj"),
         ("stablelm-qk-norm", dropped("k_layernorm.norms.1"), {}, "k_layernorm.norms.1"),
-        ("stablelm", None, dict(use_qkv_bias=False), "q_proj.bias"),
+        ("stablelm", None, dict(use_qkv_bias=False), "_proj.bias"),
         ("stablelm", None, dict(use_parallel_residual=True), "post_attention_layernorm"),
         ("gpt-neox-hub", cut("query_key_value.weight"), {}, "query_key_value"),
         ("gpt2", lambda t: {n: x[:, :-3].clone() if "c_attn" in n and x.dim() == 2 else x for n, x in t.items()}, {},
          "c_attn"),
         ("cohere", None, dict(use_qk_norm=True), "q_norm"),
         ("olmo2", cut("k_norm"), {}, "k_norm"),
-        ("minimind-moe-2", None, dict(n_routed_experts=7), "expert"),
-        ("minimind-moe-2", None, dict(n_shared_experts=1), "shared_experts"),
+        ("minimind-moe-2", None, dict(n_routed_experts=7), "layers.0."),
+        ("minimind-moe-2", None, dict(n_shared_experts=0), "shared_experts"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(tmp_path, name, tensors, fields, named):
