@@ -67,7 +67,7 @@ from benchmarks.turns import (
 from checkpoint import DEMO, checksum, load_config, load_model, weights_path
 from compiled import check_compiler
 from config import ModelConfig
-from engine import cache_bytes, weight_bytes
+from engine import cache_bytes, resident_bytes, weight_bytes
 from errors import ArgumentParser, UserError, log, world_size
 from files import check_memory, read_json, write_atomically
 from kernels.packing import GROUPSIZES
@@ -191,7 +191,7 @@ def make_models(
         elif mode_of(stored) in ("int8", "int4"):
             raise UserError(f"{path} is {mode_of(stored)}; leave out --mode, or name the unquantized checkpoint")
         else:
-            check_memory(weight_bytes(stored) // 2, f"the model in {mode}", device)
+            check_memory(resident_bytes(stored) // 2, f"the model in {mode}", device)
             models[mode] = quantize_model(stored, mode, args.groupsize)
         log(f"{mode}: {weight_bytes(models[mode]) / 1e9:.2f} GB a step")
     log(f"ready in {time.perf_counter() - begun:.1f} s")
@@ -228,7 +228,7 @@ def benchmark(args: argparse.Namespace, group: Group) -> None:
     check_compiler()
     torch._dynamo.config.recompile_limit = 1000  # each mode, cache and batch is one of the same function
     stored, models = make_models(args, path, config, group)
-    copies = sum(weight_bytes(model) for model in models.values()) if "llama.cpp" in args.against else 0
+    copies = sum(resident_bytes(model) for model in models.values()) if "llama.cpp" in args.against else 0
     caches = cache_bytes(stored, len(models), length + sum(args.batch_size) * needed + len(args.against) * 2 * needed)
     check_memory(copies + caches + BUFFER_BYTES[device.type], "the benchmark beside the model", device)
     args.out.mkdir(parents=True, exist_ok=True)

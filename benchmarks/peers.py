@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention import rope_frequencies
 from config import ModelConfig
 from files import check_disk, lock_temporary
-from model import Transformer, rope_frequencies
+from model import Transformer
 
 GGUF_KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
 GGUF_ALIGNMENT = 64  # bytes; the default of 32 would put rows of AVX512 loads across cache lines

@@ -59,20 +59,22 @@ def unpack_nibbles(q: Tensor, K: int) -> Tensor:
     return torch.stack((q & 15, q >> 4), -1).flatten(1)[:, :K]
 
 
-def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
+def pack_int4(
+    q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int, zero: int | None = None
+) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
 
     `packed` is uint8 [N / 32, groups, bytes]: for each 8 k, 4 bytes of each of 32 rows as they are; then the 32 scales
     in their dtype; then the zeros as 32 bytes if `zero` is ZERO_BYTES, as 32 floats if it is ZERO_FLOATS; otherwise
-    `zero` is the zero of all groups. Groups begin at cache lines: with every other load across two, it took twice as
-    long.
+    `zero` is the zero of all groups. It is kind_of_zeros(zeros), unless the caller knows that of more weights. Groups
+    begin at cache lines: with every other load across two, it took twice as long.
     """
     N, groups = scales.shape
     missing = (0, groups * groupsize // 2 - q.shape[1], 0, -N % PANEL)
     padded = F.pad(q, missing) if any(missing) else q.contiguous()
     words = padded.view(torch.int32).view(-1, PANEL, groups, groupsize // 8)
     parts = [words.permute(0, 2, 3, 1), _by_panel(scales)]
-    zero = kind_of_zeros(zeros)
+    zero = kind_of_zeros(zeros) if zero is None else zero
     if zero < 0:
         parts.append(_by_panel(zeros.to(torch.uint8 if zero == ZERO_BYTES else torch.float32)))
     widths = [part[0, 0].numel() * part.element_size() for part in parts]

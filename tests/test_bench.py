@@ -182,7 +182,7 @@ def test_gguf_says_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"qk_norm": True}, "qk-norm"),
+        ({"qk_norm": "head"}, "qk-norm"),
         ({"qkv_bias": True}, "biases"),
         ({"sliding_window": 8, "window_layers": (True, True)}, "sliding window"),
         ({"rope": {"type": "yarn"}}, "yarn"),

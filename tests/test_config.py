@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 
-from config import FAMILIES, IGNORED, READ, REFUSED, ModelConfig, unknown_fields
+from config import ModelConfig
+from config_fields import IGNORED, READ, REFUSED, unknown_fields
 from errors import UserError
+from families import FAMILIES
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 SMALL = {
@@ -20,7 +22,7 @@ SMALL = {
     "use_sliding_window": True, "max_window_layers": 1,
 }  # fmt: skip
 OTHERS = {  # another value of a field that does not follow from its type
-    "hidden_act": "gelu", "dtype": "bfloat16", "layer_types": ["full_attention"] * 2,
+    "hidden_act": "quick_gelu", "dtype": "bfloat16", "layer_types": ["full_attention"] * 2,
     "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "architectures": ["LlamaModel"],
     "problem_type": "regression", "id2label": {"0": "a"}, "label2id": {"a": 0}, "transformers_version": "4.0.0",
     "attention_dropout": 0.5, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 1,
