@@ -44,7 +44,7 @@ def test_in_the_interpreter():
 class Weights:
     """Some experts, in float64 [E, N, K], and what calls the op for them.
 
-    `size` is that of the numbers that go into the sums; `rounded` says that a kernel may round weights to x's dtype.
+    `size` is that of the numbers that go into the sums.
     """
 
     exact: Tensor
@@ -148,12 +148,15 @@ def test_against_the_definition(R, k, kind):
 
 @runs
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("R, E, dtype", [(2, 8, "bf16"), (2, 8, "f16"), (40, 2, "bf16"), (40, 2, "f16"), (9, 2, "f32")])
-def test_every_dtype_in_small_and_large_blocks(R, E, dtype, kind):
+@pytest.mark.parametrize(
+    "R, E, K, dtype",
+    [(2, 8, 512, "bf16"), (2, 8, 512, "f16"), (40, 2, 128, "bf16"), (40, 2, 128, "f16"), (9, 2, 64, "f32")],
+)
+def test_every_dtype_in_small_and_large_blocks(R, E, K, dtype, kind):
     """40 rows with 2 choices of 2 experts are 40 pairs for each. All blocks divide these sizes."""
     generator = torch.Generator().manual_seed(R)
-    weights = make(kind, E, 64, 512, DTYPES[dtype], generator)
-    x = torch.randn(R, 2, 512, generator=generator).to(DTYPES[dtype])
+    weights = make(kind, E, 64, K, DTYPES[dtype], generator)
+    x = torch.randn(R, 2, K, generator=generator).to(DTYPES[dtype])
     chosen, bias = choose(E, R, 2, "any", generator), torch.randn(E, 64, generator=generator)
     check(weights(x, chosen, bias), weights, x, chosen, bias)
 
@@ -181,15 +184,15 @@ def test_nothing_of_other_experts_or_pairs(R, kind):
 
 @runs
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
-@pytest.mark.parametrize("rows", [1, 70])
-def test_the_values_of_fp4(rows, dtype):
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_values_of_fp4(repeats, dtype):
     """Every code in every place of a chunk, times scales that are powers of two, comes out exactly."""
     q = (torch.arange(32)[:, None] * 5 + torch.arange(32)[None, :]) % 16
     scales = 2.0 ** (torch.arange(32) % 12 - 6)[:, None]
     packed, zero = cuda.pack_int4(packing.pack_nibbles(q.byte()), scales.bfloat16(), None, 32, 32)
     assert zero == packing.FP4
     expected = (E2M1[q] * scales).T  # one-hot inputs pick columns
-    eye = torch.eye(32).repeat(rows, 1).to(DTYPES[dtype]).to(DEVICE)
+    eye = torch.eye(32).repeat(repeats, 1).to(DTYPES[dtype]).to(DEVICE)
     for x in (eye[:32], eye):
         y = cuda.linear_int4(x, packed.to(DEVICE), 32, 32, torch.bfloat16, zero)
         assert torch.equal(y.double().cpu(), expected.repeat(len(x) // 32, 1))
@@ -197,7 +200,7 @@ def test_the_values_of_fp4(rows, dtype):
     y = cuda_experts.linear_int4_experts(
         eye[:, None], packed.to(DEVICE)[None], chosen, 32, 32, torch.bfloat16, packing.FP4
     )
-    assert torch.equal(y[:, 0].double().cpu(), expected.repeat(rows, 1))
+    assert torch.equal(y[:, 0].double().cpu(), expected.repeat(repeats, 1))
 
 
 @runs
@@ -229,7 +232,7 @@ def test_packing_fp4_can_be_undone(N, K, groupsize, scales):
 
 @runs
 @pytest.mark.parametrize("BM", [8, 16, 128])
-@pytest.mark.parametrize("P, E", [(1, 1), (65, 3), (40, 70), (1024, 5), (3000, 7)])
+@pytest.mark.parametrize("P, E", [(1, 1), (65, 3), (30, 40), (1024, 2), (3000, 5)])
 @pytest.mark.parametrize("how", ["any", "one"])
 def test_sorted_pairs(P, E, BM, how):
     """Every pair is in one block, which holds one expert's, in order, and -1 after them."""
