@@ -150,11 +150,14 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
     room = target.limit - len(ids)
     same = (a == b for a, b in zip(ids[:-1], conversation.cached[:-1], strict=False))
     start = sum(itertools.takewhile(bool, same))
+    if not engine.can_resume(len(conversation.cached), start):
+        start = 0
     own = {"max_new_tokens": min(new, room), "seed": (settings["seed"] + conversation.questions) % 2**63}
     request = make_request(target, ids, settings | own, start=start)
     if len(messages) < len(conversation.messages) or ids[: len(conversation.tokens)] != conversation.tokens:
         log(f"the context of {target.limit} tokens is full: what was said first is forgotten")
-    conversation.messages, conversation.cached = messages, ids[: start + 1]  # what is sure, should the prefill not end
+    # What is sure, should the prefill not end.
+    conversation.messages, conversation.cached = messages, ids[: start + 1] if engine.keeps_all else []
     conversation.questions += 1
     reply, interrupted = write_reply(engine, target, request)
     if not reply:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import kernels
-from config import ModelConfig, text_fields
+from config import ModelConfig
+from config_fields import text_fields
 from errors import UserError
 from files import check_memory, read_json
+from kernels import Int4Linear, Int8Linear
+from kernels.experts import Int4Experts, Int8Experts
 from kernels.packing import allocate
-from layout import check_order, check_tensors, quantized_layers
+from layout import Form, check_order, check_tensors, quantized_layers
 from model import Transformer
 from tp import ALONE, Group
 from weights import read_safetensors
@@ -164,13 +166,24 @@ def load_model(
         if layer in orders:
             check_order(stored[orders[layer]], orders[layer])
             order = part(orders[layer]).to(device)
-        if form.bits == 4:
-            linear = kernels.Int4Linear.from_canonical(weight, *grid, 2 * weight.shape[1], form.groupsize, bias, order)
-        else:
-            linear = kernels.Int8Linear.from_canonical(weight, *grid, bias, order)
         parent, _, child = layer.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        setattr(model.get_submodule(parent), child, quantized_layer(form, weight, grid, bias, order))
     return group.parallelize(model, config).eval().requires_grad_(False)
+
+
+def quantized_layer(
+    form: Form, weight: Tensor, grid: list[Tensor], bias: Tensor | None, order: Tensor | None
+) -> nn.Module:
+    """A layer, or that of all experts, of a form: from the tensors of the file, see layout.quantized_shapes."""
+    scales, zeros = grid[0], grid[1] if len(grid) > 1 else None
+    inputs = weight.shape[-1] * 8 // form.bits
+    if weight.ndim == 3:
+        if form.bits == 4:
+            return Int4Experts.from_canonical(weight, scales, zeros, inputs, form.groupsize, bias)
+        return Int8Experts.from_canonical(weight, scales, bias)
+    if form.bits == 4:
+        return Int4Linear.from_canonical(weight, scales, zeros, inputs, form.groupsize, bias, order)
+    return Int8Linear.from_canonical(weight, scales, bias, order)
 
 
 def checksum(path: Path | str) -> str:

@@ -1,128 +1,23 @@
 """The shape of a model, read from a Hugging Face config.json.
 
     config = ModelConfig.from_hf(json.load(open("config.json")))
-    unknown_fields(json.load(open("config.json")))           # ["some_new_field"], which the converter warns of
 
-Of its fields, those in READ are honoured; those in REFUSED would change the result, and any value but the one given
-there is refused by name; those in IGNORED are known not to matter. Missing ones have the defaults of transformers.
+families.py says what the fields of each family mean, config_fields.py which fields are known.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from errors import UserError
+from config_fields import FieldReader
+from families import Family
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes a family: the defaults of its fields, and what its code does, whatever config.json says."""
-
-    defaults: dict[str, Any] = field(default_factory=dict)  # of fields that are missing, as in transformers
-    biases: tuple[str, ...] = ()  # fields that add biases here; true is refused where the family does not know them
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    sliding_layers: str = "none"  # which layers may have a sliding window: none, all, or some
-    ffn_multiple: int = 0  # intermediate_size may be left to a rule: 8/3 of the width, up to a multiple of this
-
-
-QWEN = {
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-    "sliding_window": 4096, "max_window_layers": 28,
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_FIELDS = {
+    "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
+    "short_factor", "long_factor", "max_position_embeddings", "llama_4_scaling_beta",
 }  # fmt: skip
-FAMILIES = {
-    "llama": Family(
-        defaults={
-            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-        },
-        biases=("attention_bias", "mlp_bias"),
-    ),
-    "mistral": Family(
-        defaults={
-            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6, "sliding_window": 4096,
-        },
-        sliding_layers="all",
-    ),
-    "qwen2": Family(defaults=QWEN, qkv_bias=True, sliding_layers="some"),
-    "qwen3": Family(
-        defaults=QWEN | {"head_dim": 128}, biases=("attention_bias",), qk_norm=True, sliding_layers="some"
-    ),
-    # MiniMind's own code is not part of transformers; its configs name all else.
-    "minimind": Family(
-        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": True},
-        biases=("attention_bias",),
-        ffn_multiple=64,
-    ),
-}  # fmt: skip
-
-READ = {
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings", "max_sequence_length",
-    "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm", "sliding_window",
-    "use_sliding_window", "max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters",
-    "original_max_position_embeddings", "quantization_config", "text_config",
-}  # fmt: skip
-
-# Fields of other families, or of transformers itself, that change what is computed: the value with which they do not,
-# beside null, false, 0 and what is empty.
-REFUSED: dict[str, Any] = {
-    "partial_rotary_factor": 1, "rotary_pct": 1, "rotary_dim": None, "rope_interleave": None,
-    "rope_local_base_freq": None, "no_rope_layers": None, "no_rope_layer_interval": None,
-    "position_embedding_type": "rope", "alibi": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-    "query_pre_attn_scalar": None, "attention_multiplier": None, "embedding_multiplier": 1, "residual_multiplier": 1,
-    "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "key_multiplier": 1, "mlp_multipliers": None,
-    "scale_emb": 1, "scale_depth": None, "scale_embedding": None, "clip_qkv": None, "attention_chunk_size": None,
-    "attn_temperature_tuning": None, "use_qk_norm": None, "qk_layernorm": None, "use_bias": None, "use_qkv_bias": None,
-    "parallel_attn": None, "use_parallel_residual": None, "norm_type": "rms_norm", "hidden_activation": "silu",
-    "use_moe": None, "num_local_experts": None, "moe_num_experts": None, "first_k_dense_replace": None,
-    "kv_lora_rank": None, "q_lora_rank": None, "num_kv_shared_layers": None, "hidden_size_per_layer_input": None,
-    "block_configs": None, "per_layer_config": None, "add_cross_attention": None, "pruned_heads": None,
-    "vision_config": None, "audio_config": None, "transformers_weights": None,
-}  # fmt: skip
-
-# Fields that say nothing about the computation of the logits at inference.
-IGNORED = {
-    "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "attention_dropout",
-    "hidden_dropout", "dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
-    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "pretraining_tp", "auto_map",
-    "tokenizer_class", "model_max_length", "name_or_path", "is_llama_config", "transformers.js_config",
-    "attn_implementation", "experts_implementation", "flash_attn", "neftune_noise_alpha",
-    "keys_to_ignore_at_inference", "task_specific_params", "id2label", "label2id", "num_labels", "problem_type",
-    "finetuning_task", "return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "is_encoder_decoder",
-    "is_decoder", "cross_attention_hidden_size", "max_length", "min_length", "do_sample", "temperature", "top_k",
-    "top_p", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences", "length_penalty",
-    "repetition_penalty", "diversity_penalty", "exponential_decay_length_penalty", "early_stopping",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "max_new_tokens", "remove_invalid_values",
-    "output_attentions", "output_hidden_states", "output_scores", "output_router_logits", "suppress_tokens",
-    "begin_suppress_tokens", "bad_words_ids", "prefix", "tie_encoder_decoder", "torchscript", "tf_legacy_loss",
-    "use_bfloat16", "model_name", "unsloth_version", "unsloth_fixed", "gradient_checkpointing",
-    # MiniMind writes its mixture-of-experts settings even where use_moe is false (true is refused).
-    "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "num_experts", "scoring_func", "aux_loss_alpha",
-    "seq_aux", "norm_topk_prob", "moe_intermediate_size", "router_aux_loss_coef",
-}  # fmt: skip
-
-
-def unknown_fields(config: dict[str, Any]) -> list[str]:
-    """The fields of a parsed config.json of which it is not known whether they matter, without those that are empty."""
-    fields = text_fields(config)
-    known = READ | REFUSED.keys() | IGNORED
-    return [name for name in fields if name not in known and not name.startswith("_") and not _is_empty(fields[name])]
-
-
-def text_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a parsed config.json; those of a nested `text_config` count where the outer ones are silent."""
-    nested = config.get("text_config")
-    return (nested if isinstance(nested, dict) else {}) | config
-
-
-def _is_empty(value: Any) -> bool:
-    return value in (None, False, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -139,6 +34,27 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cos and sin
+    short_factors: tuple[float, ...] = ()  # longrope: what divides each frequency, up to original_length ...
+    long_factors: tuple[float, ...] = ()  # ... and beyond
+    query_beta: float = 0.0  # queries grow by beta * log(1 + position // original_length)
+
+    def by_length(self, length: int) -> bool:
+        """Whether a position's angles depend on how long the text is, up to this length: then a prompt has to be taken
+        as a whole, and tokens that are only proposed would change the others."""
+        return self.type == "dynamic" or (self.type == "longrope" and length > self.original_length)
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in the place of a feed-forward."""
+
+    count: int
+    chosen: int  # of them for each token
+    width: int  # of an expert's feed-forward
+    normalized: bool = True  # the weights of the chosen ones add up to 1
+    bias: bool = False  # of the experts and of the router
+    shared_width: int = 0  # of a further expert for all tokens
+    shared_gate: bool = False  # which counts as much as a sigmoid says
 
 
 @dataclass(frozen=True)
@@ -153,20 +69,69 @@ class ModelConfig:
     ffn_dim: int
     vocab_size: int
     context_length: int
+    norm: str = "rms"  # "rms"; "rms_plus_one", whose stored weights are to be added to 1; "layer"
     norm_eps: float = 1e-5
-    rope: RopeConfig = RopeConfig()
+    norm_weight: bool = True
+    norm_bias: bool = False
+    norm_place: str = "before"  # attention and feed-forward; "after" them, or "both"
+    parallel: bool = False  # attention and feed-forward have the same input, and both are added to it
+    shared_norm: bool = False  # by way of the same norm
+    qk_norm: str = (
+        ""  # over each head of q and k, before RoPE: "head", "heads" with weights of their own; "all" at once
+    )
+    qk_norm_bias: bool = False
     qkv_bias: bool = False
     wo_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE
+    output_bias: bool = False
+    activation: str = "silu"  # silu, gelu, gelu_tanh, relu, relu2, or clamped_silu
+    activation_limit: float = 0.0  # clamped_silu
+    activation_alpha: float = 1.0
+    gated: bool = True
+    clip_qkv: float = 0.0  # the largest absolute value of q, k and v; 0: any
+    attention_scale: float = 0.0  # of the products of queries and keys; 0: head_dim ** -0.5
+    attention_scale_falls: bool = False  # in layer i it is divided by i + 1
+    attention_softcap: float = 0.0  # scores are bent to stay below it; 0: not
+    attention_sinks: bool = False  # one more score for each head, without a value
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a layer adds
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    rope: RopeConfig = RopeConfig()
+    window_rope: RopeConfig | None = None  # in layers with a window, if it is another
+    rotary_dim: int = 0  # elements of a head that RoPE rotates, the first ones; 0: none
+    unrotated_layers: tuple[bool, ...] = ()  # layers without RoPE, if any
+    learned_positions: bool = False
     sliding_window: int | None = None  # a query sees itself and the `sliding_window - 1` keys before it ...
     window_layers: tuple[bool, ...] = ()  # ... in the layers that say so
+    experts: ExpertsConfig | None = None
+    expert_layers: tuple[bool, ...] = ()  # those that have them
     tied: bool = False  # the output projection is the embedding
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_window if self.window_layers and self.window_layers[layer] else None
+
+    @property
+    def ropes(self) -> list[RopeConfig]:
+        """What layers are rotated by; `rope_of` says which."""
+        return [self.rope] if self.window_rope is None else [self.rope, self.window_rope]
+
+    def rope_of(self, layer: int) -> int | None:
+        if not self.rotary_dim or (self.unrotated_layers and self.unrotated_layers[layer]):
+            return None
+        return int(self.window_rope is not None and self.window(layer) is not None)
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and self.expert_layers[layer]
+
+    def by_length(self, length: int) -> bool:
+        """As RopeConfig.by_length, of all that is rotated."""
+        return self.rotary_dim > 0 and self.rope.by_length(length)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
         """Reads a parsed config.json, old spelling or new. UserError names what is missing or unsupported."""
-        read = _FieldReader(config)
+        read = FieldReader(config)
         family = read.family()
         layers = read.integer("num_hidden_layers", maximum=10_000)
         dim = read.integer("hidden_size", maximum=2**20)
@@ -179,193 +144,177 @@ class ModelConfig:
         head_dim = read.integer("head_dim", default=max(dim // heads, 1), maximum=2**14)
         if head_dim % 2:
             raise read.error("head_dim", f"{head_dim} is odd, and RoPE rotates pairs")
-        if read.value("hidden_act", "silu") != "silu":
+        options = dict(family.options) | read.options(family)
+        if "activation" not in options:
+            options["activation"] = read.activation(family)
+        elif read.value("hidden_act", "silu") != "silu":
             raise read.error("hidden_act", f"{read.value('hidden_act')!r} is not supported, only 'silu' is")
-        biased = read.flag("attention_bias")
-        window, window_layers = read.sliding_window(family, layers)
+        if options.pop("scale_embedding", False):
+            options["embedding_scale"] = dim**0.5
+        if not options.pop("scale_attention", True):
+            options["attention_scale"] = 1.0
         max_positions = read.integer("max_position_embeddings", maximum=2**31)
-        rope = read.rope(max_positions)
-        multiple = family.ffn_multiple
-        ffn_dim = multiple * math.ceil(int(dim * 8 / 3) / multiple) if multiple else None
-        return cls(
+        rotary_dim = 0 if family.rotated == "none" else head_dim
+        if factor := options.pop("rotary_factor", None):
+            rotary_dim = int(head_dim * factor)
+            if rotary_dim < 2 or rotary_dim % 2 or factor > 1:
+                raise read.error("partial_rotary_factor", f"{factor} of {head_dim} is no whole number of pairs")
+        window, window_layers = read.sliding_window(family, layers)
+        rope, window_rope = read_ropes(read, family, max_positions, rotary_dim)
+        experts, expert_layers = read_experts(read, family, layers)
+        multiple = {"": None, "8/3": 64 * math.ceil(int(dim * 8 / 3) / 64), "4": 4 * dim}[family.ffn_rule]
+        config = cls(
             dim=dim,
             n_layers=layers,
             n_heads=heads,
             n_kv_heads=kv_heads,
             head_dim=head_dim,
-            ffn_dim=read.integer("intermediate_size", default=ffn_dim, maximum=2**22),
+            ffn_dim=read.integer("intermediate_size", default=multiple, maximum=2**22),
             vocab_size=read.integer("vocab_size", maximum=2**24),
             context_length=max(max_positions, int(rope.original_length * rope.factor)),
             norm_eps=read.number("rms_norm_eps", maximum=1.0),
             rope=rope,
-            qkv_bias=biased or family.qkv_bias,
-            wo_bias=biased,
-            mlp_bias=read.flag("mlp_bias"),
-            qk_norm=family.qk_norm or read.flag("qk_norm"),
+            window_rope=window_rope,
+            rotary_dim=rotary_dim,
+            unrotated_layers=read.unrotated(family, window_layers, layers),
             sliding_window=window,
             window_layers=window_layers,
+            experts=experts,
+            expert_layers=expert_layers,
             tied=read.flag("tie_word_embeddings"),
+            **options,
         )
+        if config.learned_positions and config.context_length > 2**20:
+            raise read.error("max_position_embeddings", f"{max_positions} learned positions are out of range")
+        return config
 
 
-class _FieldReader:
-    """Reads fields of a config.json; each error names the field."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of it
 
-    def __init__(self, config: dict[str, Any], where: str = "config.json"):
-        if not isinstance(config, dict):
-            raise UserError(f"{where} holds {type(config).__name__}, not an object; get the model's own config.json")
-        self.config, self.where = config, where
 
-    def error(self, name: str, what: str) -> UserError:
-        return UserError(f"{self.where}: {name}: {what}")
+def read_experts(read: FieldReader, family: Family, layers: int) -> tuple[ExpertsConfig | None, tuple[bool, ...]]:
+    """The mixture of experts and the layers that have it."""
+    names = family.experts
+    if names is None or (family.use_experts and not read.flag(family.use_experts)):
+        return None, ()
+    count = read.integer(names.count, maximum=2**16)
+    chosen = read.integer("num_experts_per_tok", maximum=2**16)
+    if chosen > count:
+        raise read.error("num_experts_per_tok", f"{chosen} is more than the {count} experts of {names.count}")
+    if read.value("scoring_func", "softmax") != "softmax":
+        raise read.error("scoring_func", f"{read.value('scoring_func')!r} is not supported, only 'softmax' is")
+    shared = names.shared and read.value(names.shared)
+    experts = ExpertsConfig(
+        count=count,
+        chosen=chosen,
+        width=read.integer(names.width, maximum=2**22),
+        normalized=names.normalized if isinstance(names.normalized, bool) else read.flag(names.normalized),
+        bias=names.bias,
+        shared_width=read.integer(names.shared, maximum=2**22) if shared else 0,
+        shared_gate=names.shared_gate and bool(shared),
+    )
+    with_experts = read.layers_with_experts(layers)
+    return (experts, with_experts) if any(with_experts) else (None, ())
 
-    def value(self, name: str, default: Any = None) -> Any:
-        value = self.config.get(name)
-        return default if value is None else value
 
-    def number(self, name: str, default: float | None = None, maximum: float = 1e12) -> float:
-        value = self.value(name, default)
-        if value is None:
-            raise self.error(name, "the field is missing; get the model's own config.json")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(name, f"{value!r} is not a number")
-        if not 0 < value <= maximum:  # NaN is refused here as well
-            raise self.error(name, f"{value!r} is out of range; it must be more than 0 and at most {maximum:.10g}")
-        return float(value)
+def read_ropes(
+    read: FieldReader, family: Family, max_positions: int, rotary_dim: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """That of all layers, and that of those with a window, if it is another: from `rope_parameters` of today, where it
+    may be nested by the types of layers, or `rope_theta` and `rope_scaling` of before."""
+    newer, older = read.value("rope_parameters", {}), read.value("rope_scaling", {})
+    for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
+        if not isinstance(value, dict):
+            raise read.error(name, "is not an object")
+    nested = (
+        [newer.get(name) for name in ("full_attention", "sliding_attention")] if family.window_theta else [None] * 2
+    )
+    if any(isinstance(part, dict) for part in nested):
+        full, local = (part if isinstance(part, dict) else {} for part in nested)
+    else:
+        full, local = older | newer, {}
+    where = "rope_parameters" if newer else "rope_scaling" if older else "rope"
+    rope = read_rope(read, full, where, "rope_theta", max_positions, rotary_dim)
+    if not family.window_theta:
+        return rope, None
+    other = read_rope(read, local, where, family.window_theta, max_positions, rotary_dim)
+    return rope, None if other == rope else other
 
-    def integer(self, name: str, default: int | None = None, maximum: int = 2**31) -> int:
-        value = self.number(name, default, maximum)
-        if value != int(value) or isinstance(self.value(name), float):
-            raise self.error(name, f"{self.value(name)!r} is not a whole number")
-        return int(value)
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.value(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, f"{value!r} is neither true nor false")
-        return value
-
-    def family(self) -> Family:
-        """The family, whose defaults the missing fields then have. Refuses what this program cannot honour."""
-        self.config = text_fields(self.config)
-        model_type = self.value("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise self.error("model_type", f"{model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
-        family = FAMILIES[model_type]
-        # Configs write their class name (LlamaForCausalLM, once LLaMAForCausalLM), and MiniMind had MiniMindLM as well.
-        expected = {f"{model_type}forcausallm", f"{model_type}lm"}
-        architectures = self.value("architectures", [])
-        if not isinstance(architectures, list) or any(str(name).lower() not in expected for name in architectures):
-            raise self.error("architectures", f"{architectures!r} is not supported for model_type {model_type!r}")
-        if self.value("quantization"):  # which mlx writes
-            raise self.error("quantization", "weights that mlx quantized are not supported; convert the original model")
-        if self.value("quantization_config"):
-            method = self.config["quantization_config"]
-            method = method.get("quant_method") if isinstance(method, dict) else method
-            if method not in ("gptq", "awq"):  # which the converter reads; the rest of it does not matter here
-                raise self.error(
-                    "quantization_config", f"{method!r} weights are not supported; convert the unquantized model"
-                )
-        for name, inert in REFUSED.items():
-            value = self.value(name)
-            if not _is_empty(value) and value != inert:
-                raise self.error(
-                    name, f"{value!r}: this field is not supported; remove it if it does not change the model"
-                )
-        for name in ("attention_bias", "mlp_bias"):
-            if self.flag(name) and name not in family.biases:
-                raise self.error(name, f"true is not supported for {model_type}")
-        if "max_position_embeddings" not in self.config and self.value("max_sequence_length"):  # the first LLaMA's
-            self.config["max_position_embeddings"] = self.config["max_sequence_length"]
-        self.config = family.defaults | self.config
-        return family
-
-    def sliding_window(self, family: Family, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-        """The window in tokens and the layers that use it."""
-        full = (None, (False,) * layers)
-        types = self.value("layer_types")
-        if types is not None:
-            if not isinstance(types, list) or len(types) != layers:
-                raise self.error("layer_types", f"must list one type for each of the {layers} layers")
-            for name in types:
-                if name not in ("full_attention", "sliding_attention"):
-                    raise self.error("layer_types", f"{name!r} is not supported")
-        if family.sliding_layers == "none":
-            if types is not None and "sliding_attention" in types:
-                raise self.error("layer_types", f"sliding_attention is not supported for {self.config['model_type']}")
-            return full
-        if family.sliding_layers == "all":
-            if types is not None and len(set(types)) > 1:
-                raise self.error("layer_types", f"alternating is not supported for {self.config['model_type']}")
-            if self.value("sliding_window") is None:
-                return full
-            return self.integer("sliding_window"), (True,) * layers
-        if not self.flag("use_sliding_window") or self.value("sliding_window") is None:
-            return full
-        if types is None:
-            first = self.value("max_window_layers", 28)
-            if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-                raise self.error("max_window_layers", f"{first!r} is not a number of layers")
-            windows = tuple(i >= first for i in range(layers))
-        else:
-            windows = tuple(name == "sliding_attention" for name in types)
-        return self.integer("sliding_window"), windows
-
-    def rope(self, max_positions: int) -> RopeConfig:
-        """`rope_parameters` of today, or `rope_theta` and `rope_scaling` of before."""
-        fields = (
-            dict(self.value("rope_scaling", {}) or {}) if isinstance(self.value("rope_scaling", {}), dict) else None
-        )
-        newer = self.value("rope_parameters", {})
-        if fields is None or not isinstance(newer, dict):
-            raise self.error("rope_parameters" if fields is not None else "rope_scaling", "is not an object")
-        fields.update(newer)
-        fields.setdefault("rope_theta", self.value("rope_theta", 1e4))
-        fields.setdefault("original_max_position_embeddings", self.value("original_max_position_embeddings"))
-        where = "rope_parameters" if newer else "rope_scaling" if self.value("rope_scaling") else "rope"
-        read = _FieldReader(fields, f"{self.where}: {where}")
-        kind = read.value("rope_type", read.value("type", "default"))
-        if kind not in ROPE_TYPES:
-            raise read.error("rope_type", f"{kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-        known = {
-            "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "low_freq_factor",
-            "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
-        }  # fmt: skip
-        for name, value in fields.items():
-            if name not in known and value is not None and (name, value) != ("partial_rotary_factor", 1):
-                raise read.error(name, f"{value!r}: this field is not supported")
-        theta = read.number("rope_theta")
-        if kind == "default":
-            return RopeConfig(theta=theta)
-        if theta <= 1:
-            raise read.error("rope_theta", f"{theta} must be more than 1 for rope_type {kind!r}")
-        original = read.integer("original_max_position_embeddings", default=max_positions)
-        if kind == "yarn" and fields.get("factor") is None:
-            fields["factor"] = max_positions / original
-        factor = read.number("factor", maximum=2**16)
-        if kind == "linear" or kind == "dynamic":
-            return RopeConfig(kind, theta, factor, max_positions)
-        if kind == "llama3":
-            low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
-            if low >= high:
-                raise read.error("low_freq_factor", f"{low} must be less than high_freq_factor {high}")
-            return RopeConfig(kind, theta, factor, original, low, high)
-        # YaRN, https://arxiv.org/abs/2309.00071: the temperature of the softmax, moved into cos and sin.
-        mscale, mscale_all = read.value("mscale"), read.value("mscale_all_dim")
-        attention_factor = _yarn_mscale(factor, 1.0)
-        if mscale and mscale_all:
-            mscale, mscale_all = read.number("mscale"), read.number("mscale_all_dim")
-            attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
+def read_rope(
+    outer: FieldReader, given: dict[str, Any], where: str, theta_name: str, max_positions: int, rotary_dim: int
+) -> RopeConfig:
+    """From the fields `given`, and where these are silent from config.json's own."""
+    fields = dict(given)
+    fields.setdefault("rope_theta", outer.value(theta_name, outer.value("rope_theta", 1e4)))
+    if outer.value("original_max_position_embeddings") is not None:
+        fields["original_max_position_embeddings"] = outer.value("original_max_position_embeddings")
+    read = FieldReader(fields, f"{outer.where}: {where}")
+    kind = read.value("rope_type", read.value("type", "default"))
+    if kind in ("su", "yarn") and "short_factor" in fields:  # Phi 3's older names
+        kind = "longrope"
+    if kind not in ROPE_TYPES:
+        raise read.error("rope_type", f"{kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    part = outer.value("partial_rotary_factor", 1)  # what the family makes of it
+    for name, value in fields.items():
+        if name not in ROPE_FIELDS and value is not None and (name, value) != ("partial_rotary_factor", part):
+            raise read.error(name, f"{value!r}: this field is not supported")
+    theta = read.number("rope_theta")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if theta <= 1:
+        raise read.error("rope_theta", f"{theta} must be more than 1 for rope_type {kind!r}")
+    original = read.integer("original_max_position_embeddings", default=max_positions)
+    if kind in ("yarn", "longrope") and fields.get("factor") is None:
+        fields["factor"] = max_positions / original
+    factor = read.number("factor", maximum=2**16)
+    if kind == "linear" or kind == "dynamic":
+        return RopeConfig(kind, theta, factor, max_positions)
+    if kind == "llama3":
+        low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
+        if low >= high:
+            raise read.error("low_freq_factor", f"{low} must be less than high_freq_factor {high}")
+        return RopeConfig(kind, theta, factor, original, low, high)
+    if kind == "longrope":  # https://arxiv.org/abs/2402.13753
+        by_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
         return RopeConfig(
             kind,
             theta,
             factor,
             original,
-            beta_fast=read.number("beta_fast", default=32.0),
-            beta_slow=read.number("beta_slow", default=1.0),
-            truncate=read.flag("truncate", default=True),
-            attention_factor=read.number("attention_factor", default=attention_factor),
+            attention_factor=read.number("attention_factor", default=by_factor),
+            short_factors=read_factors(read, "short_factor", rotary_dim // 2),
+            long_factors=read_factors(read, "long_factor", rotary_dim // 2),
         )
+    # YaRN, https://arxiv.org/abs/2309.00071: the temperature of the softmax, moved into cos and sin.
+    mscale, mscale_all = read.value("mscale"), read.value("mscale_all_dim")
+    attention_factor = _yarn_mscale(factor, 1.0)
+    if mscale and mscale_all:
+        mscale, mscale_all = read.number("mscale"), read.number("mscale_all_dim")
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
+    return RopeConfig(
+        kind,
+        theta,
+        factor,
+        original,
+        beta_fast=read.number("beta_fast", default=32.0),
+        beta_slow=read.number("beta_slow", default=1.0),
+        truncate=read.flag("truncate", default=True),
+        attention_factor=read.number("attention_factor", default=attention_factor),
+        query_beta=read.number("llama_4_scaling_beta") if read.value("llama_4_scaling_beta") else 0.0,
+    )
+
+
+def read_factors(read: FieldReader, name: str, count: int) -> tuple[float, ...]:
+    """What divides each of `count` frequencies."""
+    factors = read.value(name)
+    if not isinstance(factors, list) or len(factors) != count:
+        length = f", not {len(factors)}" if isinstance(factors, list) else ""
+        raise read.error(name, f"must list {count} numbers, one for each rotated pair{length}")
+    if any(isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0 for factor in factors):
+        raise read.error(name, "holds something else than numbers above 0")
+    return tuple(map(float, factors))
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

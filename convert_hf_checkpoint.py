@@ -3,6 +3,7 @@
     python convert_hf_checkpoint.py --repo meta-llama/Llama-3.2-1B            -> checkpoints/meta-llama/Llama-3.2-1B/
     python convert_hf_checkpoint.py --checkpoint_dir path/to/folder           -> checkpoints/local/folder/
     ... [--revision R] [--out DIR] [--dtype bfloat16|float16|float32] [--overwrite]
+    python convert_hf_checkpoint.py --families                                -> the families of models that can be run
 
 Reads model.safetensors, pytorch_model.bin (both also in shards) and MiniMind's .pth, whose path --checkpoint_dir may
 name. Checkpoints that others quantized, by GPTQ or AWQ, stay so; --dtype is then that of all the rest. Works tensor by
@@ -22,7 +23,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from tqdm import tqdm
 
 import checkpoint
 from arguments import add_threads
-from config import ModelConfig, unknown_fields
+from config import ModelConfig
+from config_fields import text_fields, unknown_fields
 from errors import ArgumentParser, UserError, log
+from families import FAMILIES
 from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
 from formats import minimind
-from formats.gptq_awq import QuantizedLinear, read_format
+from formats.gptq_awq import read_format
 from formats.hub import (
     CONFIG_FILES,
     TOKENIZER_FILES,
@@ -46,7 +49,7 @@ from formats.hub import (
     download,
     refuse_other_kinds,
 )
-from formats.names import HF, Piece, Source, plan_tensors, settle_tie
+from formats.names import Piece, Quantized, Source, plan_tensors, settle_tie, slices, text_names
 from formats.pickled import PickledFiles
 from layout import FORMAT, VERSION, Form, quantized_shapes
 from tokenizer import load_tokenizer
@@ -107,7 +110,7 @@ def open_weights(folder: Path, weights: Weights) -> dict[str, Source]:
 def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> torch.dtype:
     """The dtype that is stored. A checkpoint of ours has one: where the source mixes, that of config.json."""
     tensors = [piece.tensor for pieces in plan.values() for piece in pieces]
-    stored = {tensor.dtype for tensor in tensors if not isinstance(tensor, QuantizedLinear)}
+    stored = {tensor.dtype for tensor in tensors if not isinstance(tensor, Quantized)}
     if len(stored) > 1:
         named = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
         stored = {named or plan["tok_embeddings.weight"][0].tensor.dtype}
@@ -161,14 +164,15 @@ def convert(
         log(weights.warning)
     if (source / "adapter_config.json").is_file():
         log(f"warning: the LoRA adapter in {source} is not applied; merge it into the model to have it converted")
-    names = minimind.V1 if minimind.is_v1(tensors) else HF
     raw_config = minimind.read_config(source / "config.json", tensors)
     for name in unknown_fields(raw_config):
         log(f"warning: config.json: {name}: this field is unknown and is ignored; check that it does not matter")
     declared = ModelConfig.from_hf(raw_config)
+    names = minimind.V1 if minimind.is_v1(tensors) else FAMILIES[text_fields(raw_config)["model_type"]].names
+    tensors = text_names(tensors, names)
     config, tensors = settle_tie(declared, tensors, names)
     if config.tied != declared.tied:
-        raw_config |= {"tie_word_embeddings": config.tied}
+        (raw_config.get("text_config") or raw_config)["tie_word_embeddings"] = config.tied
     form = read_format(raw_config, source)
     plan = plan_tensors(config, tensors, names, form)
     dtype = dtype or choose_dtype(raw_config, plan)
@@ -182,7 +186,7 @@ def convert(
     metadata = {"format": FORMAT, "version": VERSION, "dtype": dtype_name}
     if quantized:
         forms = {layer: quantized_form.name for layer, quantized_form in quantized.items()}
-        metadata |= {"mode": form.method, "quantized": json.dumps(forms)}
+        metadata |= {"mode": form.method if form else "mxfp4", "quantized": json.dumps(forms)}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
     kept: list[str] = []
 
@@ -205,7 +209,9 @@ def convert(
 
     replace_folder(path, write)
     parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
-    kind = f"int{form.bits} ({form.method.upper()}) and {dtype_name}" if quantized else dtype_name
+    kind = dtype_name
+    if quantized:
+        kind = f"int{form.bits} ({form.method.upper()}) and {kind}" if form else f"MXFP4 and {kind}"
     return (
         f"wrote {out}: {parameters / 1e6:,.1f} M parameters, {kind}, {gb(size)}"
         + (f" (unchanged, so kept: {', '.join(kept)})" if kept else "")
@@ -218,7 +224,7 @@ def stored_tensors(
 ) -> tuple[Stored, dict[str, Form]]:
     """What is written: name -> dtype and shape; and the layers of it that are quantized, and how."""
     linears = {name.removesuffix(".weight"): [piece.tensor for piece in pieces] for name, pieces in plan.items()
-               if isinstance(pieces[0].tensor, QuantizedLinear)}  # fmt: skip
+               if isinstance(pieces[0].tensor, Quantized)}  # fmt: skip
     quantized = {layer: parts[0].stored for layer, parts in linears.items()}
     ordered = [layer for layer, parts in linears.items() if parts[0].order is not None]
     stored = {}
@@ -226,7 +232,7 @@ def stored_tensors(
         layer, _, kind = name.rpartition(".")
         stored[name] = dtype, shape
         if layer in quantized and kind != "bias":
-            scales = functools.reduce(torch.promote_types, (part.tensors["scales"].dtype for part in linears[layer]))
+            scales = functools.reduce(torch.promote_types, (part.scale_dtype for part in linears[layer]))
             dtypes = {"scales": scales, "zeros": torch.uint8, "order": torch.int32}
             stored[name] = dtypes.get(kind, quantized[layer].weight_dtype), shape
     return stored, quantized
@@ -323,14 +329,23 @@ def holds(folder: Path, plan: Mapping[str, list[Piece]], stored: Stored) -> bool
     size = sum(tensor.nbytes for tensor in there.values())
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="comparing", leave=False) as progress:
         for name, tensor in there.items():
-            start = 0
-            for rows in read_planned(plan, name):
-                wanted = rows.to(tensor.dtype).contiguous().view(torch.uint8)
-                if not torch.equal(tensor.read(start, start + len(rows)).view(torch.uint8), wanted):
-                    return False
-                start += len(rows)
-                progress.update(wanted.nbytes)
+            wanted = (rows.to(tensor.dtype) for rows in read_planned(plan, name))
+            if not same_bytes(slices(tensor), wanted):
+                return False
+            progress.update(tensor.nbytes)
     return True
+
+
+def same_bytes(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    """Whether two series of tensors hold the same bytes one after the other, in runs of whatever lengths."""
+    streams = [(run.contiguous().flatten().view(torch.uint8) for run in runs if run.numel()) for runs in (a, b)]
+    left = [next(stream, None) for stream in streams]
+    while left[0] is not None and left[1] is not None:
+        count = min(map(len, left))
+        if not torch.equal(left[0][:count], left[1][:count]):
+            return False
+        left = [rest[count:] if len(rest) > count else next(s, None) for rest, s in zip(left, streams, strict=True)]
+    return left == [None, None]
 
 
 def differ(old: Path, new: Path, name: str) -> bool:
@@ -442,6 +457,7 @@ def main() -> None:
         "--checkpoint_dir", type=Path, metavar="DIR",
         help="a folder, also one of the Hugging Face cache, or a MiniMind .pth file",
     )  # fmt: skip
+    source.add_argument("--families", action="store_true", help="list the families of models that can be run")
     parser.add_argument("--revision", help="branch, tag or commit of --repo; default: main")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored")
@@ -451,6 +467,10 @@ def main() -> None:
     )  # fmt: skip
     add_threads(parser)
     args = parser.parse_args()
+    if args.families:
+        for name, family in FAMILIES.items():
+            print(f"{name:18}{family.models}")
+        return
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.repo is not None:

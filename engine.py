@@ -19,16 +19,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attention import DECODE_QUERIES, LOOKBACK
 from compiled import CompiledFunction, fresh, kernels_together, prepare_compiler, without_collection
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
-from model import Transformer
+from kernels.experts import Int4Experts, Int8Experts
+from model import Experts, Transformer, cache_slots
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CATCH_UP, DRAFT_LAG, Pace, catch_up, decode_step, in_vocabulary, scored
 from tp import ALONE
 
+QUANTIZED = (Int8Linear, Int4Linear, Int8Experts, Int4Experts)
 PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
 
 
@@ -151,15 +154,21 @@ class Engine:
         if draft is not None or prompt_lookup:
             choices = AUTO["lookup" if draft is None else "draft"] if speculate_k is None else (speculate_k,)
         self.pace = Pace(choices)
-        if self.speculates and model.config.rope.type == "dynamic":
-            raise UserError(
-                "proposed tokens would change the rotation of dynamic RoPE scaling, and with it the text; "
-                "leave out --draft_checkpoint_path and --prompt_lookup"
-            )
+        self._check_speculation(0)
         if compile_prefill and self.device.type == "cpu":
             prepare_compiler()
         self._hidden = {model: model.hidden for model in self.models}
         self.stats = Stats()
+
+    def _check_speculation(self, length: int) -> None:
+        if self.speculates and self.model.config.by_length(length):
+            fewer = ""
+            if self.model.config.rope.type == "longrope":
+                fewer = f", or have a context of {self.model.config.rope.original_length} by --max_seq_length"
+            raise UserError(
+                f"proposed tokens would change the rotation of {self.model.config.rope.type} RoPE scaling, and with it"
+                f" the text; leave out --draft_checkpoint_path and --prompt_lookup{fewer}"
+            )
 
     @property
     def models(self) -> list[Transformer]:
@@ -200,6 +209,7 @@ class Engine:
         those of so many most likely tokens. `eos_ids`: the ids that min_new_tokens bans. `bad_words`: the room for them
         (how many a row, of how many ids each).
         """
+        self._check_speculation(max_seq_length)
         self._compiled: dict[Callable, Callable] = {}  # earlier ones hold the earlier caches
         self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
         for model in self.models:
@@ -209,13 +219,13 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
         self.logprobs = logprobs
-        # What a pass of each model reads: its weights, and of the cache for every position.
-        self._bytes = [(weight_bytes(model), cache_bytes(model, 1, 1)) for model in self.models]
+        self._weight_bytes = [weight_bytes(model) for model in self.models]
         self.forget()
 
     def forget(self) -> None:
         """The next prompt is prefilled, even if the last one was the same."""
-        self._prefilled: tuple[list[int], int, Tensor] | None = None  # a prompt, its row, its hidden states
+        # A prompt, its row, its hidden states, and what rings held of it, as they go on to later positions.
+        self._prefilled: tuple[list[int], int, Tensor, list[Tensor]] | None = None
         self._unseen = 0  # steps since the draft last ran, each a token that it has not seen
 
     def key_positions(self, model: Transformer, length: int) -> Tensor:
@@ -234,10 +244,12 @@ class Engine:
         A prompt that is the same as that of the last request is copied from there.
         """
         if not request.context and self._prefilled is not None and self._prefilled[0] == request.prompt:
-            _, source, hidden = self._prefilled
+            _, source, hidden, rings = self._prefilled
             if len(hidden) == (len(request.prompt) if request.echo else 1):
                 if row != source:
                     self.copy_row(source, row, 0, len(request.prompt))
+                for ring, content in zip(self._rings(row), rings, strict=True):
+                    ring.copy_(content)
                 return hidden
         self._prefilled = None  # Ctrl-C may end this in the middle
         hidden = self._run(self.model, row, request.prompt, request.start, request.echo)
@@ -246,14 +258,29 @@ class Engine:
             seen = max(request.start - CATCH_UP, 0)
             self._run(self.draft, row, [*request.context[seen:], *request.prompt], seen, every=False)
         if not request.context:
-            self._prefilled = (request.prompt, row, hidden)
+            self._prefilled = (request.prompt, row, hidden, [ring.clone() for ring in self._rings(row)])
         return hidden
+
+    def _rings(self, row: int) -> list[Tensor]:
+        """A row of all caches that are rings, [kv_heads, T, head_dim] each."""
+        caches = [layer.attention.kv_cache for model in self.models for layer in model.layers]
+        return [part[row] for cache in caches if cache.is_ring for part in (cache.k, cache.v)]
+
+    def can_resume(self, cached: int, start: int) -> bool:
+        """Whether a row with `cached` positions may go on from `start`: rings do not hold what was long ago."""
+        return self.keeps_all or cached - start <= LOOKBACK - DECODE_QUERIES
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no cache is a ring."""
+        return not self._rings(0)
 
     def _run(self, model: Transformer, row: int, tokens: list[int], start: int, every: bool) -> Tensor:
         """Runs tokens from position `start` into a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""
-        # Dynamic NTK depends on the length reached, so there a prompt can't be taken in chunks.
-        chunk = len(tokens) if model.config.rope.type == "dynamic" else PREFILL_LENGTHS[-1]
-        pads = self.fixed_lengths and chunk == PREFILL_LENGTHS[-1] and not every
+        # Where RoPE depends on the length reached, a prompt can't be taken in chunks.
+        whole = model.config.by_length(start + len(tokens))
+        chunk = len(tokens) if whole else PREFILL_LENGTHS[-1]
+        pads = self.fixed_lengths and not whole and not every
         rows = None if model.max_batch_size == 1 else torch.tensor([row], device=self.device)
         hidden = []
         for offset in range(0, len(tokens), chunk):
@@ -322,9 +349,12 @@ class Engine:
             seconds = self.group.from_rank_0(lambda: seconds) if known is None else known
         self.pace.saw(k, seconds, right, scored(k, self.draft, self.lookup))
 
-    def step_bytes(self, length: int, k: int) -> int:
-        """Bytes that all ranks read in a step with k proposals when its rows hold `length` positions together."""
-        target, *draft = [weights + length * position for weights, position in self._bytes]
+    def step_bytes(self, lengths: list[int], k: int) -> int:
+        """Bytes that all ranks read in a step with k proposals, of rows that hold so many positions."""
+        target, *draft = [
+            weights + sum(cache_bytes(model, 1, length) for length in lengths)
+            for model, weights in zip(self.models, self._weight_bytes, strict=True)
+        ]
         return self.group.size * (target + k * sum(draft))
 
     @torch.no_grad()
@@ -332,8 +362,7 @@ class Engine:
         """Copies positions begin:end of one row of the caches to another."""
         for model in self.models:
             for layer in model.layers:
-                for cache in (layer.attention.kv_cache.k, layer.attention.kv_cache.v):
-                    cache[row, :, begin:end] = cache[source, :, begin:end]
+                layer.attention.kv_cache.copy_row(source, row, begin, end)
 
     @without_collection()
     def warm_up(self, prompt_length: int | None = None) -> float:
@@ -371,17 +400,29 @@ class Engine:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that one decode step reads: all but an embedding of which it reads a row a token."""
+    """Bytes of weights that a decode step of one row reads: of experts the chosen ones, and not an embedding of which
+    it reads a row a token."""
     unread = 0 if model.output is None else model.tok_embeddings.weight.nbytes
-    quantized = sum(layer.weight_bytes for layer in model.modules() if isinstance(layer, (Int8Linear, Int4Linear)))
-    return sum(tensor.nbytes for tensor in model.parameters()) + quantized - unread
+    if model.pos_embeddings is not None:
+        unread += model.pos_embeddings.weight.nbytes
+    experts = model.config.experts
+    if experts is not None:
+        stacked = sum(resident_bytes(module) for module in model.modules() if isinstance(module, Experts))
+        unread += stacked - stacked * experts.chosen // experts.count
+    return resident_bytes(model) - unread
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of all weights."""
+    quantized = sum(layer.weight_bytes for layer in module.modules() if isinstance(layer, QUANTIZED))
+    return sum(tensor.nbytes for tensor in module.parameters()) + quantized
 
 
 def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:
     """Bytes of the keys and values of `batch_size` rows of `length` positions."""
     config = model.config
-    heads = config.n_layers * batch_size * config.n_kv_heads * length
-    return 2 * heads * config.head_dim * model.tok_embeddings.weight.element_size()
+    positions = sum(cache_slots(config, i, length) for i in range(config.n_layers))
+    return 2 * positions * batch_size * config.n_kv_heads * config.head_dim * model.tok_embeddings.weight.element_size()
 
 
 def peak_memory(device: torch.device) -> int:

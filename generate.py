@@ -27,15 +27,15 @@ import torch
 from tqdm import tqdm
 
 from arguments import add_model, add_threads, model_path
+from attention import DECODE_QUERIES
 from beam import BeamParams, beam_search
 from chat import converse, write
 from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
-from engine import Engine, cache_bytes, weight_bytes
+from engine import Engine, cache_bytes, resident_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory
 from kernels.build import cpu_library
-from model import DECODE_QUERIES
 from prompts import (
     NO_BEAMS,
     SETTINGS,
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
         eos_ids=eos_ids,
         bad_words=room,
     )
-    size = sum(map(weight_bytes, models)) / 1e9
+    size = sum(map(resident_bytes, models)) / 1e9
     where = f"{group.size} x {device.type} by {group.backend}, here {size:.2f} GB" if group.size > 1 else ""
     log(f"loaded {path.parent} ({where or f'{size:.2f} GB, {device}'}) in {time.perf_counter() - begun:.1f} s")
     if (args.compile or args.compile_prefill) and not beams:  # beam search has a step of its own

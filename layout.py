@@ -31,23 +31,27 @@ class Form:
 
     bits: int  # 8 or 4
     groupsize: int = 0  # inputs that share a scale; 0: all of a row do
+    floats: bool = False  # 4-bit floats, see kernels/packing.py
 
     @property
     def name(self) -> str:
-        """What the metadata calls it: "int8", "int4-g32"."""
+        """What the metadata calls it: "int8", "int4-g32", "mxfp4"."""
+        if self.floats:
+            return "mxfp4"
         return f"int{self.bits}-g{self.groupsize}" if self.groupsize else f"int{self.bits}"
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The tensors of a layer, beside its bias and its order."""
-        return ("weight", "scales", "zeros") if self.bits == 4 else ("weight", "scales")
+        return ("weight", "scales", "zeros") if self.bits == 4 and not self.floats else ("weight", "scales")
 
     @property
     def weight_dtype(self) -> torch.dtype:
         return torch.uint8 if self.bits == 4 else torch.int8
 
 
-FORMS = {form.name: form for form in (Form(8), *(Form(bits, size) for bits in (8, 4) for size in GROUPSIZES))}
+MXFP4 = Form(4, 32, floats=True)
+FORMS = {form.name: form for form in (Form(8), *(Form(bits, size) for bits in (8, 4) for size in GROUPSIZES), MXFP4)}
 
 
 def quantized_layers(path: Path, metadata: Mapping[str, str]) -> dict[str, Form]:
@@ -74,15 +78,15 @@ def quantized_shapes(
 
     int8: `.weight` [out, in], `.scales` [out] or, in groups, [out, in / group], w = q * scale. int4: `.weight` uint8
     [out, in / 2], even inputs in the low halves of the bytes, `.scales` and `.zeros` [out, in / group],
-    w = (q - zero) * scale. A layer in groups that is among the `ordered` has `.order` int32 [in] as well: its weight is
-    for the inputs x[..., order].
+    w = (q - zero) * scale. mxfp4: the same without zeros. Experts have one more dimension before these. A layer in
+    groups that is among the `ordered` has `.order` int32 [in] as well: its weight is for the inputs x[..., order].
     """
     plain = expected_shapes(config)
     if "output" in quantized and config.tied:  # it gets a weight of its own; the embedding stays as it is
         plain["output.weight"] = plain["tok_embeddings.weight"]
     for layer, form in quantized.items():
         shape = plain.get(f"{layer}.weight", ())
-        if layer == "tok_embeddings" or len(shape) != 2 or (form.groupsize and shape[1] % form.groupsize):
+        if not is_quantizable(layer, shape) or (form.groupsize and shape[-1] % form.groupsize):
             groups = f" in groups of {form.groupsize}" if form.groupsize else ""
             raise ValueError(f"{layer!r} is no layer that can be quantized{groups}")
     shapes = {}
@@ -92,12 +96,21 @@ def quantized_shapes(
         if form is None:
             shapes[name] = shape
             continue
-        shapes[name] = (shape[0], shape[1] * form.bits // 8)
+        *outer, inputs = shape
+        shapes[name] = (*outer, inputs * form.bits // 8)
         for part in form.parts[1:]:
-            shapes[f"{layer}.{part}"] = (shape[0], shape[1] // form.groupsize) if form.groupsize else shape[:1]
+            shapes[f"{layer}.{part}"] = (*outer, inputs // form.groupsize) if form.groupsize else tuple(outer)
         if form.groupsize and layer in ordered:
-            shapes[f"{layer}.order"] = shape[1:]
+            shapes[f"{layer}.order"] = (inputs,)
     return shapes
+
+
+def is_quantizable(layer: str, shape: tuple[int, ...]) -> bool:
+    """Whether a layer with a weight of this shape may be quantized: all that are read whole at each step, but for what
+    chooses among experts."""
+    is_embedding = layer in ("tok_embeddings", "pos_embeddings")
+    chooses = layer.endswith((".router", ".shared_gate"))
+    return len(shape) in (2, 3) and not is_embedding and not chooses and not layer.endswith("_norm")
 
 
 def check_tensors(
@@ -113,7 +126,7 @@ def check_tensors(
             f"run `python convert_hf_checkpoint.py --checkpoint_dir {path.parent}` first"
         )
     try:
-        ordered = {layer for layer in quantized if f"{layer}.order" in stored}
+        ordered = {layer for layer in quantized if f"{layer}.order" in stored and ".experts." not in layer}
         shapes = quantized_shapes(config, quantized, ordered)
     except ValueError as error:
         raise UserError(f"{path}: by its metadata {error}; quantize the model again") from error

@@ -1,4 +1,4 @@
-"""The model: a decoder-only transformer (Llama, Mistral, Qwen2, Qwen3, MiniMind) with a static KV cache.
+"""The model: a decoder-only transformer with a static KV cache. What differs among families are options of ModelConfig.
 
     config = ModelConfig.from_hf(json.load(open("config.json")))       # config.py
     model = Transformer(config)                            # random weights; checkpoint.load_model reads real ones
@@ -6,71 +6,25 @@
     logits = model(tokens, input_pos)                      # [B, S], [B, S] -> [B, S, V]
 
 Every row of a batch stands at a position of its own. Attention masks by position, so whatever lies in the cache beyond
-a row's position is never seen: ragged prompts need no left padding and a rollback is only a smaller position.
+a row's position is never seen: ragged prompts need no left padding and a rollback is only a smaller position, of at
+most attention.LOOKBACK where layers have windows.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig, RopeConfig
-from kernels import packing
-
-DECODE_QUERIES = 16  # of a row: up to so many attention takes the decode kernel, and no decode step has more
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rotary position embedding
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per position of each rotated pair, float32 [head_dim / 2]; what `dynamic` adds is in rope_angles."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    freqs = 1.0 / rope.theta**exponent
-    if rope.type == "linear":
-        return freqs / rope.factor
-    if rope.type == "llama3":
-        # Long wavelengths are stretched, short ones kept, those between blended.
-        wavelength = 2 * math.pi / freqs
-        span = rope.high_freq_factor - rope.low_freq_factor
-        keep = ((rope.original_length / wavelength - rope.low_freq_factor) / span).clamp(0, 1)
-        return (1 - keep) * freqs / rope.factor + keep * freqs
-    if rope.type == "yarn":
-        # Pairs that turn more than beta_fast times over the trained length are kept, fewer than beta_slow stretched.
-        low, high = (
-            head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-            for turns in (rope.beta_fast, rope.beta_slow)
-        )
-        if rope.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        high += 0.001 if low == high else 0
-        stretch = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
-        return stretch * freqs / rope.factor + (1 - stretch) * freqs
-    return freqs
-
-
-def rope_angles(rope: RopeConfig, freqs: Tensor, input_pos: Tensor, padding: int = -1) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [B, S, 1, head_dim / 2], of positions [B, S]; `padding` is the padding position."""
-    if rope.type == "dynamic":
-        # NTK scaling: past the trained length the base grows with the length that each row has reached.
-        half = freqs.shape[0]
-        reached = input_pos.masked_fill(input_pos == padding, 0).amax(dim=1) + 1
-        reached = reached.clamp(min=rope.original_length).float()
-        growth = rope.factor * reached / rope.original_length - (rope.factor - 1)
-        exponent = torch.arange(half, dtype=torch.float32, device=freqs.device) / max(half - 1, 1)
-        freqs = (freqs * growth[:, None] ** -exponent)[:, None]
-    angles = input_pos[:, :, None].float() * freqs
-    return (angles.cos() * rope.attention_factor)[:, :, None], (angles.sin() * rope.attention_factor)[:, :, None]
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates [B, S, heads, head_dim]; element i pairs with element i + head_dim / 2, as in HF's checkpoints."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
+from attention import (
+    DECODE_QUERIES,
+    LOOKBACK,
+    KVCache,
+    apply_rope,
+    attend,
+    rope_angles,
+    rope_frequencies,
+    seen_by,
+)
+from config import ModelConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers
@@ -96,6 +50,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+class ExpertsLinear(nn.Module):
+    """The same layer of all experts: y = x W[e]^T + b[e] with W [experts, out, in], for the experts e of each row."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(experts, out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [R, 1 or k, in], for each expert of a row the same or its own; chosen [R, k] -> [R, k, out]."""
+        return torch.ops.brisk.linear_experts(x, self.weight, chosen, self.bias)
+
+
 class Embedding(nn.Module):
     """A row of W [vocab, dim] for each token. (torch.nn's draws random weights, which takes a second even on meta.)"""
 
@@ -107,31 +75,25 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32."""
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension, in float32, with weights [dim], or [heads, dim] of a head each."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, config: ModelConfig, *shape: int, bias: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
-        self.eps = eps
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(shape), requires_grad=False) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(shape), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
-
-
-class KVCache(nn.Module):
-    """Keys and values of one layer, [B, kv_heads, T, head_dim], preallocated."""
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        for name in ("k", "v"):
-            self.register_buffer(name, packing.allocate(shape, dtype, device), persistent=False)
-
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
-        """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""
-        rows = torch.arange(len(input_pos), device=input_pos.device) if rows is None else rows
-        self.k[rows[:, None], :, input_pos] = k
-        self.v[rows[:, None], :, input_pos] = v
+        size = x.shape[-1:]
+        if self.kind == "layer":
+            y = F.layer_norm(x.float(), size, eps=self.eps)
+            y = y if self.weight is None else y * self.weight.float()
+            return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        y = F.rms_norm(x.float(), size, eps=self.eps)
+        if self.kind == "rms_plus_one":
+            return (y * (1 + self.weight.float())).to(x.dtype)
+        return y.to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -140,20 +102,27 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.window = config.sliding_window if config.window_layers and config.window_layers[layer] else None
+        self.window, self.clip, self.softcap = config.window(layer), config.clip_qkv, config.attention_softcap
+        self.scale = config.attention_scale or None
+        if config.attention_scale_falls:
+            self.scale = (self.scale or config.head_dim**-0.5) / (layer + 1)
+        self.rope = None if config.rope_of(layer) is None else config.ropes[config.rope_of(layer)]
         rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         self.wqkv = Linear(config.dim, rows, config.qkv_bias)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim, config.wo_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.norms_all = config.qk_norm == "all"
+        self.q_norm = qk_norm(config, config.n_heads)
+        self.k_norm = qk_norm(config, config.n_kv_heads)
+        sinks = nn.Parameter(torch.zeros(config.n_heads), requires_grad=False) if config.attention_sinks else None
+        self.register_parameter("sinks", sinks)
         self.kv_cache: KVCache | None = None
 
     def forward(
         self,
         x: Tensor,
         input_pos: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         key_pos: Tensor,
         only: Tensor | None,
         rows: Tensor | None,
@@ -161,14 +130,61 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         heads = self.wqkv(x).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
-        if self.q_norm is not None:
+        if self.norms_all:
+            q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+        elif self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        self.kv_cache.update(input_pos, k, v, rows)
-        if only is not None:
-            q, input_pos = pick(q, only), pick(input_pos, only)
-        y = attention(q, self.kv_cache.k, self.kv_cache.v, input_pos, key_pos, self.window, rows)
+        if self.clip:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        if cos is not None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            if self.rope.query_beta:
+                far = (input_pos // self.rope.original_length)[:, :, None, None].float()
+                q = q * (1 + self.rope.query_beta * far.log1p()).to(q.dtype)
+        y = self.attend(q, k, v, input_pos, key_pos, only, rows)
         return self.wo(y.view(*y.shape[:2], -1))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        input_pos: Tensor,
+        key_pos: Tensor,
+        only: Tensor | None,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """Writes k and v to the cache -> the queries' sums of values, like q, or of one query a row."""
+        cache, before = self.kv_cache, None
+        query_pos = input_pos
+        if only is not None:
+            q, query_pos = pick(q, only), pick(input_pos, only)
+        by_kernel = q.device.type in ("cpu", "cuda") and rows is None and q.shape[1] <= DECODE_QUERIES
+        if cache.is_ring and input_pos.shape[1] > DECODE_QUERIES:
+            by_kernel = False  # new keys may take the place of some that the first queries see
+        if cache.is_ring and not by_kernel:
+            before = cache.before(input_pos, self.window - 1, rows)
+        cache.update(input_pos, k, v, rows)
+        if by_kernel:
+            # Reads what each row's positions allow, so its cost follows them and not key_pos.
+            return torch.ops.brisk.decode_attention(
+                q, cache.k, cache.v, query_pos, self.window, self.sinks, self.scale, self.softcap, cache.is_ring
+            )
+        if before is not None:
+            old_k, old_v, old_pos = before
+            keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in ((old_k, k), (old_v, v)))
+            all_pos = torch.cat((old_pos, input_pos), 1)[:, None]
+            mask = seen_by(query_pos, all_pos, self.window) & (all_pos >= 0)
+        else:
+            B, L = len(q), len(key_pos)
+            keys, values = (part[:B, :, :L] if rows is None else part[:, :, :L][rows] for part in (cache.k, cache.v))
+            mask = seen_by(query_pos, key_pos, self.window)
+        return attend(q, keys, values, mask, self.scale, self.softcap, self.sinks)
+
+
+def qk_norm(config: ModelConfig, heads: int) -> Norm | None:
+    shapes = {"head": (config.head_dim,), "heads": (heads, config.head_dim), "all": (heads * config.head_dim,)}
+    return Norm(config, *shapes[config.qk_norm], bias=config.qk_norm_bias) if config.qk_norm else None
 
 
 def pick(x: Tensor, only: Tensor) -> Tensor:
@@ -176,70 +192,127 @@ def pick(x: Tensor, only: Tensor) -> Tensor:
     return x[torch.arange(len(only), device=x.device), only][:, None]
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, key_pos: Tensor, window: int | None, rows: Tensor | None
-) -> Tensor:
-    """Queries [B, S, heads, D] over the first L = len(key_pos) entries of caches [max_B, kv_heads, T, D] -> like q."""
-    B, S, n_heads, D = q.shape
-    if q.device.type in ("cpu", "cuda") and S <= DECODE_QUERIES and rows is None:
-        # Reads what each row's positions allow, so its cost follows them and not key_pos.
-        return torch.ops.brisk.decode_attention(q, k, v, input_pos, window)
-    n_kv_heads, L = k.shape[1], key_pos.shape[0]
-    k, v = (cache[:B, :, :L] if rows is None else cache[:, :, :L][rows] for cache in (k, v))
-    mask = key_pos <= input_pos[:, :, None]  # [B, S, L]
-    if window is not None:
-        mask = mask & (key_pos > input_pos[:, :, None] - window)
-    if S == 1:
-        # The queries of a group share their keys: as rows of one small matrix they read them once.
-        q = q.view(B, n_kv_heads, n_heads // n_kv_heads, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).view(B, 1, n_heads, D)
-    if q.device.type == "cuda" and n_heads != n_kv_heads:
-        # There no fused kernel takes both a mask and groups, and the others make scores of float32.
-        k, v = (cache.repeat_interleave(n_heads // n_kv_heads, 1) for cache in (k, v))
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask[:, None], enable_gqa=n_heads != k.shape[1]
-    )
-    return y.transpose(1, 2).contiguous()
+def activate(config: ModelConfig, x: Tensor) -> Tensor:
+    """The activation of a feed-forward: [..., ffn], or of a gated one [..., 2 ffn], gate and up -> [..., ffn]."""
+    kind = config.activation
+    gate, up = x.chunk(2, dim=-1) if config.gated else (x, None)
+    if kind == "clamped_silu":  # of gpt-oss
+        limit = config.activation_limit
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+        return gate * torch.sigmoid(config.activation_alpha * gate) * up
+    if kind == "silu":
+        y = F.silu(gate)
+    elif kind.startswith("gelu"):
+        y = F.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+    else:
+        y = F.relu(gate).square() if kind == "relu2" else F.relu(gate)
+    return y if up is None else y * up
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(gate) * up), gate and up in one matrix."""
+    """w2(activation(gate) * up), gate and up in one matrix w13; or w2(activation(w1))."""
+
+    def __init__(self, config: ModelConfig, width: int):
+        super().__init__()
+        self.config = config
+        if config.gated:
+            self.w13 = Linear(config.dim, 2 * width, config.mlp_bias)
+        else:
+            self.w1 = Linear(config.dim, width, config.mlp_bias)
+        self.w2 = Linear(width, config.dim, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(activate(self.config, self.w13(x) if self.config.gated else self.w1(x)))
+
+
+class Experts(nn.Module):
+    """The feed-forwards of a mixture: each row goes through those that are chosen for it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w13 = Linear(config.dim, 2 * config.ffn_dim, config.mlp_bias)
-        self.w2 = Linear(config.ffn_dim, config.dim, config.mlp_bias)
+        self.config, experts = config, config.experts
+        self.w13 = ExpertsLinear(experts.count, config.dim, 2 * experts.width, experts.bias)
+        self.w2 = ExpertsLinear(experts.count, experts.width, config.dim, experts.bias)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Rows [R, dim], experts int64 [R, k] and how much they count, float32 [R, k] -> [R, dim]."""
+        y = self.w2(activate(self.config, self.w13(x[:, None], chosen)), chosen)
+        return (y * weights[:, :, None]).sum(1).to(x.dtype)
+
+
+class MixtureOfExperts(nn.Module):
+    """Takes the place of FeedForward: a router chooses k experts for each token; one more may be for all tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.k, self.normalized = config.experts.chosen, config.experts.normalized
+        self.router = Linear(config.dim, config.experts.count, config.experts.bias)
+        self.experts = Experts(config)
+        width = config.experts.shared_width
+        self.shared = FeedForward(config, width) if width else None
+        self.shared_gate = Linear(config.dim, 1) if config.experts.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        rows = x.flatten(0, -2)
+        weights, chosen = self.router(rows).float().softmax(-1).topk(self.k)
+        if self.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = self.experts(rows, chosen, weights).view(x.shape)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else shared * torch.sigmoid(self.shared_gate(x)))
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention and feed-forward, each added to its input."""
+    """One layer: attention and feed-forward, each added to its input, with norms before, after or both."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        before, after = config.norm_place in ("before", "both"), config.norm_place in ("after", "both")
 
-    @torch.compiler.nested_compile_region  # traced and compiled once, called for every layer
+        def norm(wanted: bool) -> Norm | None:
+            return Norm(config, config.dim, bias=config.norm_bias) if wanted else None
+
+        self.parallel, self.residual_scale = config.parallel, config.residual_scale
+        self.attention_norm = norm(before)
+        self.attention = Attention(config, layer)
+        self.post_attention_norm = norm(after)
+        self.ffn_norm = norm(before and not config.shared_norm)
+        self.feed_forward = (
+            MixtureOfExperts(config) if config.has_experts(layer) else FeedForward(config, config.ffn_dim)
+        )
+        self.post_ffn_norm = norm(after)
+
+    @torch.compiler.nested_compile_region  # traced and compiled once for each kind of layer, called for every one
     def forward(
         self,
         x: Tensor,
         input_pos: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         key_pos: Tensor,
         only: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor:
         """[B, S, dim] -> the same, or [B, 1, dim]: of each row just token `only` [B], though all reach the cache."""
-        y = self.attention(self.attention_norm(x), input_pos, cos, sin, key_pos, only, rows)
-        x = (x if only is None else pick(x, only)) + y
-        return x + self.feed_forward(self.ffn_norm(x))
+        h = x if self.attention_norm is None else self.attention_norm(x)
+        y = self.attention(h, input_pos, cos, sin, key_pos, only, rows)
+        if self.post_attention_norm is not None:
+            y = self.post_attention_norm(y)
+        if only is not None:
+            x, h = pick(x, only), pick(h, only)
+        if not self.parallel:
+            x = h = self.add(x, y)
+        elif self.ffn_norm is not None:
+            h = x
+        f = self.feed_forward(h if self.ffn_norm is None else self.ffn_norm(h))
+        if self.post_ffn_norm is not None:
+            f = self.post_ffn_norm(f)
+        return self.add(x, y + f if self.parallel else f)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.residual_scale == 1 else x + y * self.residual_scale
 
 
 class Transformer(nn.Module):
@@ -249,25 +322,36 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        self.pos_embeddings = Embedding(config.context_length, config.dim) if config.learned_positions else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tied else Linear(config.dim, config.vocab_size)
+        self.norm = Norm(config, config.dim, bias=config.norm_bias)
+        self.output = None if config.tied else Linear(config.dim, config.vocab_size, config.output_bias)
         self.vocabulary: nn.Module | None = None  # where this process has a slice of it: tp.AllGather
+        self.embedding_scale = config.embedding_scale
         self.max_batch_size = self.max_seq_length = 0
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
-        """Preallocates K and V where the weights are, [max_batch_size, kv_heads, max_seq_length + 1, head_dim] a layer.
+        """Preallocates K and V where the weights are, [max_batch_size, kv_heads, max_seq_length + 1, head_dim] a layer,
+        of layers with a window only as much as that needs.
 
         The last slot, which no query ever looks at, is for padding: its position is `max_seq_length`.
         """
         config, weight = self.config, self.tok_embeddings.weight
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
-        shape = (max_batch_size, config.n_kv_heads, max_seq_length + 1, config.head_dim)
-        for layer in self.layers:
-            layer.attention.kv_cache = KVCache(shape, weight.dtype, weight.device)
-        freqs = rope_frequencies(config.rope, config.head_dim, weight.device)
-        self.register_buffer("rope_freqs", freqs, persistent=False)
+        for i, layer in enumerate(self.layers):
+            slots = cache_slots(config, i, max_seq_length)
+            shape = (max_batch_size, config.n_kv_heads, slots + 1, config.head_dim)
+            padding = max_seq_length if slots < max_seq_length else None
+            layer.attention.kv_cache = KVCache(shape, weight.dtype, weight.device, padding)
+        self.setup_rope(weight.device)
         self.register_buffer("key_pos", torch.arange(max_seq_length, device=weight.device), persistent=False)
+        # As transformers has it, in the dtype of the weights.
+        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=weight.dtype).item()
+
+    def setup_rope(self, device: torch.device) -> None:
+        for i, rope in enumerate(self.config.ropes if self.config.rotary_dim else []):
+            freqs = rope_frequencies(rope, self.config.rotary_dim, device)
+            self.register_buffer(f"rope_freqs_{i}", freqs, persistent=False)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, key_pos: Tensor | None = None) -> Tensor:
         """Tokens and their positions, int64 [B, S] -> logits [B, S, V] in the weights' dtype.
@@ -290,12 +374,30 @@ class Transformer(nn.Module):
         A prefill needs no more, and saves most of the last layer's work. `rows` [B] are the rows of the cache that the
         tokens belong to, by default the first B.
         """
-        x = self.tok_embeddings(tokens)
-        cos, sin = rope_angles(self.config.rope, self.rope_freqs, input_pos, padding=self.max_seq_length)
+        x = self.embed(tokens, input_pos)
+        angles = self.angles(input_pos)
         key_pos = self.key_pos if key_pos is None else key_pos
-        for layer in self.layers[:-1]:
-            x = layer(x, input_pos, cos, sin, key_pos, None, rows)
-        return self.norm(self.layers[-1](x, input_pos, cos, sin, key_pos, only, rows))
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = layer(x, input_pos, *angles[i], key_pos, only if i == last else None, rows)
+        return self.norm(x)
+
+    def embed(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """[B, S] -> the input of the first layer, [B, S, dim]."""
+        x = self.tok_embeddings(tokens)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        if self.pos_embeddings is not None:  # padding has a position beyond the last
+            x = x + self.pos_embeddings(input_pos.clamp(max=self.config.context_length - 1))
+        return x
+
+    def angles(self, input_pos: Tensor) -> list[tuple[Tensor, Tensor] | tuple[None, None]]:
+        """cos and sin of each layer at positions [B, S], None where it has no RoPE."""
+        config, kinds = self.config, []
+        for i, rope in enumerate(config.ropes if config.rotary_dim else []):
+            kinds.append(rope_angles(rope, getattr(self, f"rope_freqs_{i}"), input_pos, self.max_seq_length))
+        ropes = [config.rope_of(i) for i in range(config.n_layers)]
+        return [(None, None) if rope is None else kinds[rope] for rope in ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V]."""
@@ -309,7 +411,17 @@ class Transformer(nn.Module):
         return value, token
 
     def _own_logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.tok_embeddings.weight) if self.output is None else self.output(hidden)
+        logits = linear(hidden, self.tok_embeddings.weight) if self.output is None else self.output(hidden)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return cap * (logits / cap).tanh() if cap else logits
+
+
+def cache_slots(config: ModelConfig, layer: int, max_seq_length: int) -> int:
+    """Positions that the cache of a layer holds."""
+    window = config.window(layer)
+    return max_seq_length if window is None else min(window + LOOKBACK, max_seq_length)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -26,22 +26,24 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
 from arguments import add_model, add_threads, model_path
+from attention import KVCache
 from config import ModelConfig
-from errors import ArgumentParser, UserError
+from errors import ArgumentParser, UserError, log
 from files import check_disk, check_memory, gb, read_text
-from kernels.packing import GROUPSIZES
-from layout import FORMAT, VERSION, Form, check_tensors, quantized_layers, quantized_shapes
-from model import Block, KVCache, RMSNorm, expected_shapes, rope_angles, rope_frequencies
-from rounding import SCALE_DTYPE, gptq_layer, input_hessian, quantize_int4, quantize_int8, stored_int4
+from kernels.packing import GROUPSIZES, dequantize
+from layout import FORMAT, VERSION, Form, check_tensors, is_quantizable, quantized_layers, quantized_shapes
+from model import Block, Norm, Transformer, activate, expected_shapes
+from rounding import SCALE_DTYPE, ZERO, gptq_layer, inputs_of, quantize_int4, quantize_int8, stored_int4
 from tokenizer import load_tokenizer
 from weights import StoredTensor, read_header, read_safetensors
 from writer import write_safetensors
@@ -49,6 +51,7 @@ from writer import write_safetensors
 MODES = ("int8", "int4", "int4-gptq")
 ELEMENTS = 2**20  # of a weight, worked on at a time
 CALIBRATION = checkpoint.DEMO.parent / "calibration.txt"
+FEW = 8  # an expert with fewer inputs than an eighth of its width is rounded, as they say too little of the others
 WINDOW, WINDOWS = 1024, 32  # tokens of calibration text run together, and how many times at most
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,12 +88,19 @@ def rows_at_a_time(shape: Sequence[int]) -> int:
 def rounded_layers(source: Source, quantized: Mapping[str, Form]) -> Iterator[tuple[str, Parts]]:
     """Each layer to nearest, on its own."""
     for layer, form in quantized.items():
-        chunks = source.floats(f"{layer}.weight")
-        if form.bits == 4:
-            parts = [stored_int4(*quantize_int4(rows, form.groupsize)) for rows in chunks]
-        else:
-            parts = [tuple(part.cpu() for part in quantize_int8(rows, form.groupsize)) for rows in chunks]
-        yield layer, tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts, outer = [], ()
+        for rows in source.floats(f"{layer}.weight"):
+            outer, rows = rows.shape[1:-1], rows.flatten(0, -2)  # of experts the outputs are the second dimension
+            parts.append(rounded(rows, form))
+        whole = (torch.cat(part) for part in zip(*parts, strict=True))
+        yield layer, tuple(part.unflatten(0, (-1, *outer)) for part in whole)
+
+
+def rounded(weight: Tensor, form: Form) -> Parts:
+    """float32 [out, in] to nearest."""
+    if form.bits == 4:
+        return stored_int4(*quantize_int4(weight, form.groupsize))
+    return tuple(part.cpu() for part in quantize_int8(weight, form.groupsize))
 
 
 @torch.no_grad()
@@ -101,21 +111,53 @@ def gptq_layers(
 
     One block is in memory at a time, and one Hessian.
     """
-    length = tokens.shape[1]
-    hidden = torch.cat(list(source.chunks("tok_embeddings.weight")))[tokens].float()  # [N, T, dim]
-    input_pos = torch.arange(length, device=source.device)[None]
-    angles = rope_angles(config.rope, rope_frequencies(config.rope, config.head_dim, source.device), input_pos)
+    length, device = tokens.shape[1], source.device
+    with torch.device("meta"):
+        model = Transformer(config)
+    embeddings = [name for name in ("tok_embeddings.weight", "pos_embeddings.weight") if name in source.stored]
+    model.load_state_dict({name: torch.cat(list(source.chunks(name))) for name in embeddings}, False, assign=True)
+    hidden = model.embed(tokens, torch.arange(length)[None]).float()  # [N, T, dim]
+    input_pos = torch.arange(length, device=device)[None]
+    model.setup_rope(device)
+    angles = model.angles(input_pos)
     cache = (1, config.n_kv_heads, length + 1, config.head_dim)
+    rare = 0  # experts that the text hardly reached
 
     def windows() -> Iterator[Tensor]:
-        return (window[None].to(source.device) for window in hidden)
+        return (window[None].to(device) for window in hidden)
 
-    def quantize_layer(layer: str, chunks: Iterable[Tensor], hessian: Tensor) -> tuple[str, Parts]:
+    def quantize_layer(layer: str, chunks: Iterable[Tensor], hessian: Tensor) -> Parts:
         if not bool(hessian.isfinite().all()):
             raise UserError(f"the calibration text overflows in {layer!r}; the weights are broken, get them again")
         parts, error = gptq_layer(chunks, hessian, quantized[layer].groupsize, act_order)
         progress.set_postfix_str(f"{layer} output error {error:.2%}")
-        return layer, parts
+        return parts
+
+    def quantize_matrix(layer: str, weight: Tensor, x: Tensor) -> Parts:
+        """Of one expert, float32 [out, in], which becomes what it is rounded to; x [T, in] are its inputs."""
+        nonlocal rare
+        if len(x) * FEW >= weight.shape[1]:
+            return quantize_layer(layer, weight.split(rows_at_a_time(weight.shape)), (x.t() @ x).double())
+        rare += 1
+        levels, scales = quantize_int4(weight, quantized[layer].groupsize)
+        weight.copy_(dequantize(levels, scales, ZERO, quantized[layer].groupsize))
+        return stored_int4(levels, scales)
+
+    def quantize_experts(prefix: str, block: Block, run: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Parts]]:
+        """Each expert by its own inputs."""
+        experts = block.feed_forward.experts
+        calls = list(inputs_of(experts, windows(), run))
+        rows, chosen = (torch.cat([args[i] for args in calls]) for i in range(2))
+        found: dict[str, list[Parts]] = {"w13": [], "w2": []}
+        for expert in range(config.experts.count):
+            x = rows[(chosen == expert).any(1)]
+            w13, w2 = (layer.weight[expert] for layer in (experts.w13, experts.w2))
+            found["w13"].append(quantize_matrix(f"{prefix}w13", w13, x))
+            bias = None if experts.w13.bias is None else experts.w13.bias[expert]
+            x = activate(config, F.linear(x, w13, bias))
+            found["w2"].append(quantize_matrix(f"{prefix}w2", w2, x))
+        for name, parts in found.items():
+            yield prefix + name, tuple(torch.stack(part) for part in zip(*parts, strict=True))
 
     for i in range(config.n_layers):
         with torch.device("meta"):
@@ -123,22 +165,42 @@ def gptq_layers(
         prefix = f"layers.{i}."
         state = {name: torch.cat(list(source.floats(prefix + name))) for name in block.state_dict()}
         block.load_state_dict(state, assign=True)
-        block.attention.kv_cache = KVCache(cache, torch.float32, source.device)
+        block.attention.kv_cache = KVCache(cache, torch.float32, device)
 
-        def run(x: Tensor, block: Block = block) -> Tensor:
+        def run(x: Tensor, block: Block = block, angles: tuple = angles[i]) -> Tensor:
             return block(x, input_pos, *angles, input_pos[0], None, None)
 
         for layer in (layer for layer in quantized if layer.startswith(prefix)):
-            linear = block.get_submodule(layer.removeprefix(prefix))
-            rows = linear.weight.split(rows_at_a_time(linear.weight.shape))
-            yield quantize_layer(layer, rows, input_hessian(linear, windows(), run))
+            if layer.endswith(".experts.w13"):
+                yield from quantize_experts(layer.removesuffix("w13"), block, run)
+            elif not layer.endswith(".experts.w2"):
+                linear = block.get_submodule(layer.removeprefix(prefix))
+                rows = linear.weight.split(rows_at_a_time(linear.weight.shape))
+                yield layer, quantize_layer(layer, rows, input_hessian(linear, windows(), run))
         for n, window in enumerate(windows()):
             hidden[n] = run(window)[0]
     if "output" in quantized:
-        norm = RMSNorm(config.dim, config.norm_eps)
-        norm.weight = nn.Parameter(next(source.floats("norm.weight")), requires_grad=False)
+        norm = Norm(config, config.dim, bias=config.norm_bias)
+        state = {name: next(source.floats(f"norm.{name}")) for name in norm.state_dict()}
+        norm.load_state_dict(state, assign=True)
         hessian = sum((x.t() @ x).double() for x in (norm(window[0]) for window in windows()))
-        yield quantize_layer("output", source.floats("output.weight"), hessian)
+        yield "output", quantize_layer("output", source.floats("output.weight"), hessian)
+    if rare:
+        every = 2 * config.experts.count * sum(config.expert_layers)
+        log(
+            f"warning: {rare} of {every} matrices of experts were rounded to nearest, as the calibration text hardly"
+            " reached them; give a longer or more varied text as --calibration"
+        )
+
+
+def input_hessian(layer: nn.Module, windows: Iterable[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of x x^T, float64 [in, in], over every input x of a layer. GPTQ's H is twice that, which changes
+    nothing."""
+    hessian = torch.zeros(2 * layer.weight.shape[1:], dtype=torch.float64, device=layer.weight.device)
+    for (x,) in inputs_of(layer, windows, run):
+        x = x.flatten(0, -2)
+        hessian += x.t() @ x
+    return hessian
 
 
 def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torch.device) -> Tensor:
@@ -146,7 +208,9 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
     tokenizer = load_tokenizer(folder, config.vocab_size)
     tokens = torch.tensor(tokenizer.encode(read_text(path)), dtype=torch.long)
     # Fewer tokens than inputs leave directions that no text was seen to use, and the Hessian without an inverse.
-    widest = max(config.dim, config.n_heads * config.head_dim, config.ffn_dim)
+    widest = max(config.dim, config.n_heads * config.head_dim)
+    if not all(config.expert_layers) or not config.expert_layers:  # the text cannot reach every expert as often
+        widest = max(widest, config.ffn_dim)
     window = min(WINDOW, config.context_length)
     length = max(1, min(window, len(tokens)))
     count = min(len(tokens) // length, max(WINDOWS, -(-widest // length)))
@@ -157,7 +221,8 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
             " give a longer text as --calibration"
         )
     # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
-    check_memory(4 * count * length * config.dim + 40 * widest**2, f"calibrating on {path}", device)
+    copies = 2 if config.experts else 1  # experts take their inputs from all windows
+    check_memory(4 * copies * count * length * config.dim + 40 * widest**2, f"calibrating on {path}", device)
     return tokens[: count * length].view(count, length)
 
 
@@ -172,15 +237,15 @@ def plan_layers(config: ModelConfig, mode: str, groupsize: int | None, keep_outp
     layers, bits = {}, 8 if mode == "int8" else 4
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
-        if len(shape) != 2 or layer == "tok_embeddings" or (layer == "output" and keep_output):
+        if not name.endswith(".weight") or not is_quantizable(layer, shape) or (layer == "output" and keep_output):
             continue
         if groupsize is None:
             layers[layer] = Form(bits)
             continue
-        fitting = [size for size in GROUPSIZES if size <= groupsize and shape[1] % size == 0]
+        fitting = [size for size in GROUPSIZES if size <= groupsize and shape[-1] % size == 0]
         if not fitting:
             raise UserError(
-                f"no group of {groupsize} or a smaller size divides the {shape[1]} inputs of {layer!r};"
+                f"no group of {groupsize} or a smaller size divides the {shape[-1]} inputs of {layer!r};"
                 " take --mode int8 without --groupsize"
             )
         layers[layer] = Form(bits, max(fitting))

@@ -2,7 +2,7 @@
 
     levels, scales = quantize_int8(weight, groupsize=0)                   # w = q * scale, a scale a row or a group
     levels, scales = quantize_int4(weight, groupsize=32)                  # w = (q - 8) * scale, a scale a group
-    hessian = input_hessian(linear, inputs, run)                          # of a layer, while a model runs real text
+    inputs = inputs_of(linear, texts, run)                                # of a layer, while a model runs real text
     (packed, scales, zeros), error = gptq_layer([weight], hessian, 32)    # rounded so that its output changes least
 
 Weights are float32 [out, in], and a group is `groupsize` inputs of an output. Scales of groups are such as bfloat16
@@ -12,7 +12,7 @@ lacks.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -192,21 +192,17 @@ class Reached(Exception):
     """Ends a forward where a layer's input is known."""
 
 
-def input_hessian(layer: nn.Module, inputs: Iterable[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum of x x^T, float64 [in, in], over every x that `layer` sees while `run` is called on each of `inputs`.
+def inputs_of(module: nn.Module, inputs: Iterable[Tensor], run: Callable[[Tensor], Tensor]) -> Iterator[tuple]:
+    """The arguments that `module` is called with while `run` is called on each of `inputs`, which goes no further."""
+    seen: list[tuple] = []
 
-    The paper's H is twice that, which changes nothing.
-    """
-    hessian = torch.zeros(2 * layer.weight.shape[1:], dtype=torch.float64, device=layer.weight.device)
-
-    def collect(_, args: tuple[Tensor]) -> None:
-        x = args[0].flatten(0, -2)
-        hessian.add_(x.t() @ x)
+    def collect(_, args: tuple) -> None:
+        seen.append(args)
         raise Reached
 
-    hook = layer.register_forward_pre_hook(collect)
+    hook = module.register_forward_pre_hook(collect)
     for x in inputs:
         with contextlib.suppress(Reached):
             run(x)
+        yield seen.pop()
     hook.remove()
-    return hessian

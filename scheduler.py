@@ -197,7 +197,7 @@ class Scheduler:
         active = [(at, row) for at, row in enumerate(step.rows) if row is not None and not row.done]
         right = [results[at][0] for at, _ in active]
         self.engine.learn(step.k, seconds, right)
-        nbytes = self.engine.step_bytes(sum(row.length for _, row in active), step.k)
+        nbytes = self.engine.step_bytes([row.length for _, row in active], step.k)
         self.stats.add_step(seconds, nbytes, step.k, right)
         tokens = []
         for at, row in active:

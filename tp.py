@@ -38,7 +38,7 @@ from config import ModelConfig
 from errors import UserError, log, world_size
 from kernels import build
 from lifeline import START, Lifeline
-from model import Transformer
+from model import MixtureOfExperts, Norm, Transformer
 from slices import Slices, inputs_shared
 
 T = TypeVar("T")
@@ -143,7 +143,17 @@ class Group:
         for block in model.layers:
             attention, feed_forward = block.attention, block.feed_forward
             attention.wo = RowParallel(attention.wo, config.n_heads * head_dim, own.n_heads * head_dim, self)
-            feed_forward.w2 = RowParallel(feed_forward.w2, config.ffn_dim, own.ffn_dim, self)
+            if config.qk_norm == "all":
+                attention.q_norm, attention.k_norm = (
+                    NormOfAllRanks(norm, self) for norm in (attention.q_norm, attention.k_norm)
+                )
+            if isinstance(feed_forward, MixtureOfExperts):
+                feed_forward.experts = SumOfAllRanks(feed_forward.experts, self)
+                if feed_forward.shared is not None:
+                    whole, part = config.experts.shared_width, own.experts.shared_width
+                    feed_forward.shared.w2 = RowParallel(feed_forward.shared.w2, whole, part, self)
+            else:
+                feed_forward.w2 = RowParallel(feed_forward.w2, config.ffn_dim, own.ffn_dim, self)
         model.vocabulary = AllGather(config.vocab_size, own.vocab_size, self)
         model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings.weight, self)
         model.config = replace(own, vocab_size=config.vocab_size)
@@ -241,6 +251,30 @@ class RowParallel(nn.Module):
         x = x if self.gather is None else self.gather(x)
         x = x if self.index is None else x[..., self.index]
         return self.all_reduce(self.linear(x))
+
+
+class SumOfAllRanks(nn.Module):
+    """A module of which each rank computes a share of the output's sum."""
+
+    def __init__(self, module: nn.Module, group: Group):
+        super().__init__()
+        self.module, self.all_reduce = module, group.all_reduce
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.all_reduce(self.module(*args))
+
+
+class NormOfAllRanks(nn.Module):
+    """An RMSNorm over a last dimension of which each rank has a slice, all as wide; some may have the same."""
+
+    def __init__(self, norm: Norm, group: Group):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+        self.ranks, self.all_reduce = group.size, group.all_reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = self.all_reduce(x.float().square().mean(-1, keepdim=True)) / self.ranks
+        return (x.float() * (squares + self.eps).rsqrt()).to(x.dtype) * self.weight
 
 
 class VocabParallelEmbedding(nn.Module):

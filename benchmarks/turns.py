@@ -135,7 +135,8 @@ def measure_positions(
         for position in sorted({BASE_POSITION, *positions}):
             t = times[f"{mode} at {position}"]
             step_s = statistics.median(t["decode_s"]) / new_tokens
-            extra = cache_bytes(runner.engine.model, 1, position - BASE_POSITION)
+            model = runner.engine.model
+            extra = cache_bytes(model, 1, position) - cache_bytes(model, 1, BASE_POSITION)
             found.append({
                 "mode": mode,
                 "position": position,

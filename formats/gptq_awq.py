@@ -64,7 +64,8 @@ class Format:
 def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
     """Reads `quantization_config` of a parsed config.json, or the separate file in `folder` that older tools wrote.
 
-    None where there is neither. UserError names what is not supported.
+    None where there is neither, and for MXFP4, which needs no more than its tensors. UserError names what is not
+    supported.
     """
     where, fields = "config.json: quantization_config", config.get("quantization_config")
     for name in CONFIG_FILES:
@@ -79,6 +80,8 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
 
     if not isinstance(fields, dict):
         raise refused(repr(fields))
+    if fields.get("quant_method") == "mxfp4":
+        return None
     method = str(fields.get("quant_method") or ("awq" if "w_bit" in fields else "gptq")).lower()
     if method not in ("gptq", "awq"):
         raise refused(f"quant_method {method!r}")
@@ -183,6 +186,10 @@ class QuantizedLinear:
     shape: tuple[int, int]  # [out, in]
     stored: Form  # in our layout
     order: Tensor | None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.tensors["scales"].dtype
 
     def is_exact(self) -> bool:
         """Whether our layout holds the layer: int8 only if it is symmetric."""

@@ -1,12 +1,13 @@
-"""Which tensors of a Hugging Face checkpoint, or of MiniMind's, each of ours is made of.
+"""Which tensors of a checkpoint each of ours is made of; families.py says how each family calls them.
 
-plan = plan_tensors(config, tensors, HF)                 # {"layers.0.attention.wqkv.weight": [Piece, Piece, Piece]}
+plan = plan_tensors(config, tensors, names)              # {"layers.0.attention.wqkv.weight": [Piece, Piece, Piece]}
 for rows in piece.read("weight"): ...                    # runs of rows, in our order
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,59 +15,94 @@ from torch import Tensor
 
 from config import ModelConfig
 from errors import UserError, log
+from families import Names
 from formats.gptq_awq import Dequantized, Format, QuantizedLinear, is_quantized, quantized_linear
+from formats.mxfp4 import BLOCKS, SCALES, MxTensor
 from formats.pickled import PickledTensor
 from model import expected_shapes
 from weights import CHUNK_BYTES, FLOATS, StoredTensor
 
 Source = StoredTensor | PickledTensor
+Quantized = QuantizedLinear | MxTensor
 
-
-@dataclass(frozen=True)
-class Names:
-    """How a form of checkpoint names its tensors and orders their rows."""
-
-    parts: dict[str, list[str]]  # ours -> those that it is made of, one below the other
-    prefix: str = ""  # of the names of layers
-    interleaved: bool = False  # the pairs of elements that RoPE rotates lie next to each other
-
-
-HF = Names(  # Llama, Mistral, Qwen and MiniMind share them
-    {
-        "tok_embeddings": ["model.embed_tokens"],
-        "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "attention.wo": ["self_attn.o_proj"],
-        "attention.q_norm": ["self_attn.q_norm"],
-        "attention.k_norm": ["self_attn.k_norm"],
-        "attention_norm": ["input_layernorm"],
-        "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
-        "feed_forward.w2": ["mlp.down_proj"],
-        "ffn_norm": ["post_attention_layernorm"],
-        "norm": ["model.norm"],
-        "output": ["lm_head"],
-    },
-    prefix="model.",
-)
 # Tables and masks that some checkpoints hold, though they follow from the config.
-IGNORED = re.compile(r"(|.*\.)(rotary_emb\.inv_freq|(attention|self_attn)\.(masked_bias|mask)|pos_cis|freqs_(cos|sin))")
+IGNORED = re.compile(
+    r"(|.*\.)(rotary_emb\.inv_freq|(attn|attention|self_attn)\.(masked_bias|mask)|pos_cis|freqs_(cos|sin))"
+    r"|(transformer\.)?h\.\d+\.attn\.bias|gpt_neox\.layers\.\d+\.attention\.bias"
+)
+# What sees pictures or hears, beside a language model.
+OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\..*")
+
+
+def text_names(tensors: Mapping[str, Source], names: Names) -> Mapping[str, Source]:
+    """The tensors of the language part, by the names that a model without eyes and with a head has."""
+    nested = re.compile(r"(language_model\.model|model\.language_model)\.")
+    if any(nested.match(name) for name in tensors):
+        text = {name: tensor for name, tensor in tensors.items() if not OTHER_SENSES.fullmatch(name)}
+        if left_out := len(tensors) - len(text):
+            log(f"{left_out} tensors that are not for text are left out")
+        return {nested.sub("model.", name).removeprefix("language_model."): text[name] for name in text}
+    embedding = f"{names.parts['tok_embeddings'][0]}.weight"
+    prefix, _, bare = embedding.partition(".")
+    if bare in tensors and embedding not in tensors:  # saved without its head, as the first GPT-2 was
+        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a tensor of the source has to go through; it is read whole, of stacked experts one after the other
+
+
+def heads_apart(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """GPT-NeoX: q, k and v of one head after the other, [heads * 3 * head_dim, ...] -> all q, all k, all v."""
+    rows = tensor.unflatten(0, (config.n_heads, 3, config.head_dim))
+    return rows.transpose(0, 1).flatten(0, 2)
+
+
+def transposed(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """GPT-2, an expert of gpt-oss: [in, out] -> [out, in]."""
+    return tensor.t() if tensor.ndim == 2 else tensor
+
+
+def gate_and_up_by_turns(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """gpt-oss: an expert's [in, 2 ffn], or its bias [2 ffn], gate and up by turns -> [2 ffn, in], all of the gate
+    first."""
+    rows = transposed(config, tensor)
+    return torch.cat((rows[0::2], rows[1::2]))
+
+
+def pairs_apart(rotary_dim: int, head_dim: int, tensor: Tensor) -> Tensor:
+    """Of each head's rows [heads * head_dim, ...], elements (0, 1), (2, 3) ... become (0, rotary_dim / 2), ..."""
+    rows = tensor.unflatten(0, (-1, head_dim))
+    turned = rows[:, :rotary_dim].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, rows[:, rotary_dim:]), 1).flatten(0, 1)
+
+
+TRANSFORMS = {function.__name__: function for function in (heads_apart, transposed, gate_and_up_by_turns)}
+SWAPPING = (transposed, gate_and_up_by_turns)  # whose weights have the inputs first
+EMBEDDINGS = ("tok_embeddings.weight", "pos_embeddings.weight")
 
 
 @dataclass(frozen=True)
 class Piece:
     """Rows of one of our tensors: a whole tensor of the source, or a quantized layer."""
 
-    tensor: Source | QuantizedLinear | Dequantized
-    interleaved_heads: int = 0  # heads of q or k whose RoPE pairs lie next to each other
+    tensor: "Source | QuantizedLinear | Dequantized | MxTensor"
+    transform: Callable[[Tensor], Tensor] | None = None
+    stacked: bool = False  # experts, which are transformed one by one
 
     def read(self, kind: str) -> Iterable[Tensor]:
         """The rows, in runs; of a quantized layer those of its tensor of that `kind` (weight, scales, zeros, order)."""
+        if isinstance(self.tensor, MxTensor):
+            return self.tensor.read(kind)
         if isinstance(self.tensor, QuantizedLinear):
             return [self.tensor.order] if kind == "order" else self.tensor.read(kind)
-        if not self.interleaved_heads:
+        if self.transform is None:
             return slices(self.tensor)
-        # [heads * head_dim, dim]: elements (0, 1), (2, 3) ... of a head become (0, head_dim / 2), (1, head_dim / 2 + 1)
-        rows = self.tensor.read()
-        return [rows.view(self.interleaved_heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)]
+        if self.stacked:
+            experts = (self.tensor.read(i, i + 1)[0] for i in range(self.tensor.shape[0]))
+            return (self.transform(expert)[None].contiguous() for expert in experts)
+        return [self.transform(self.tensor.read()).contiguous()]
 
 
 def settle_tie(
@@ -93,6 +129,64 @@ def settle_tie(
     return config, tensors
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor of the source that one of ours needs."""
+
+    stem: str  # of its layer
+    name: str
+    shape: tuple[int, ...]  # in the source
+    transform: Callable[[Tensor], Tensor] | None = None
+    stacked: bool = False
+
+
+def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Names) -> Iterator[Wanted]:
+    """What one of our tensors is made of, in order."""
+    layer, part, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", ours).groups()
+    prefix = names.layer.format(layer) if layer else ""
+    stems = names.parts[part]
+    function = TRANSFORMS.get(names.transforms.get(part, ""))
+    transform = function and functools.partial(function, config)
+    stacked = ".experts." in part and "{}" not in stems[0]
+    if function in SWAPPING and kind == "weight":
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    rows = [shape[0] // len(stems)] * len(stems)
+    if part == "attention.wqkv" and len(stems) == 3:
+        rows = [count * config.head_dim for count in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    if "{}" in stems[0]:  # one for each expert or head
+        each = [(stem.format(i), (shape[1] // len(stems), *shape[2:])) for i in range(shape[0]) for stem in stems]
+    else:
+        each = [(stem, (count, *shape[1:])) for stem, count in zip(stems, rows, strict=True)]
+    turn = functools.partial(pairs_apart, config.rotary_dim, config.head_dim)
+    for i, (stem, own_shape) in enumerate(each):
+        if stem.startswith("="):
+            stem = prefix + stem[1:]
+            name = f"{stem}_bias" if kind == "bias" else stem
+        else:
+            stem = prefix + stem
+            name = f"{stem}.{kind}"
+        turned = names.interleaved and (part == "attention.wqkv" and i < 2)
+        if names.interleaved and part in ("attention.q_norm", "attention.k_norm") and len(shape) == 2:
+            yield Wanted(stem, name, own_shape, lambda tensor: turn(tensor.flatten()).view(tensor.shape))
+        else:
+            yield Wanted(stem, name, own_shape, turn if turned else transform, stacked)
+
+
+def check(wanted: Wanted, tensors: Mapping[str, Source]) -> None:
+    """UserError when the tensor is missing, misshapen or no float."""
+    name = wanted.name
+    if name not in tensors:
+        raise UserError(f"tensor {name!r} is missing from the weights; config.json and weights do not match")
+    found = tensors[name].shape
+    if found != wanted.shape:
+        raise UserError(
+            f"tensor {name!r} has the shape {list(found)} where config.json means {list(wanted.shape)};"
+            " get the config.json of these weights"
+        )
+    if tensors[name].dtype not in (*FLOATS, torch.float64):
+        raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
+
+
 def plan_tensors(
     config: ModelConfig, tensors: Mapping[str, Source], names: Names, form: Format | None = None
 ) -> dict[str, list[Piece]]:
@@ -102,44 +196,34 @@ def plan_tensors(
     """
     plan: dict[str, list[Piece]] = {}
     used, unequal = set(), []
-    head = names.parts["output"][0]
     shapes = expected_shapes(config)
+    head = names.parts["output"][0]
     if config.tied and is_quantized(head, tensors):  # the embedding, quantized, which itself stays as it is
         shapes["output.weight"] = shapes["tok_embeddings.weight"]
     for ours, shape in shapes.items():
-        layer, part, kind = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", ours).groups()
-        parts = names.parts[part]
-        prefix = names.prefix + layer if layer else ""
-        rows, heads = [shape[0] // len(parts)] * len(parts), [0] * len(parts)
-        if part == "attention.wqkv":
-            rows = [count * config.head_dim for count in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-            heads = [config.n_heads, config.n_kv_heads, 0] if names.interleaved else heads
-        plan[ours] = []
-        for stem, count, interleaved in zip((prefix + name for name in parts), rows, heads, strict=True):
-            if kind == "weight" and len(shape) == 2 and ours != "tok_embeddings.weight" and is_quantized(stem, tensors):
-                linear = quantized_linear(form, stem, tensors, (count, shape[1]))
+        pieces = []
+        for wanted in wanted_for(config, ours, shape, names):
+            quantizable = ours.endswith(".weight") and len(wanted.shape) == 2 and ours not in EMBEDDINGS
+            if quantizable and is_quantized(wanted.stem, tensors):
+                if wanted.transform is not None:
+                    raise UserError(f"layer {wanted.stem!r} is quantized, not supported where rows have to be turned")
+                linear = quantized_linear(form, wanted.stem, tensors, wanted.shape)
                 used |= {f"{linear.name}.{part}" for part in linear.tensors}
-                plan[ours].append(Piece(linear))
-                continue
-            name = f"{stem}.{kind}"
-            if name not in tensors:
-                raise UserError(f"tensor {name!r} is missing from the weights; config.json and weights do not match")
-            found, expected = tensors[name].shape, (count, *shape[1:])
-            if found != expected:
-                raise UserError(
-                    f"tensor {name!r} has the shape {list(found)} where config.json means {list(expected)};"
-                    " get the config.json of these weights"
-                )
-            if tensors[name].dtype not in (*FLOATS, torch.float64):
-                raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
-            used.add(name)
-            plan[ours].append(Piece(tensors[name], interleaved))
-        if not alike([piece.tensor for piece in plan[ours]]):
-            unequal.append(layer + part)
-            plan[ours] = [
+                pieces.append(Piece(linear))
+            elif wanted.name + BLOCKS in tensors:
+                pieces.append(Piece(MxTensor.of(wanted.name, tensors, shape, "gate_up" in wanted.name)))
+                used |= {wanted.name + BLOCKS, wanted.name + SCALES}
+            else:
+                check(wanted, tensors)
+                pieces.append(Piece(tensors[wanted.name], wanted.transform, wanted.stacked))
+                used.add(wanted.name)
+        if not alike([piece.tensor for piece in pieces], len(shape) == 3):
+            unequal.append(ours.removesuffix(".weight"))
+            pieces = [
                 Piece(Dequantized(piece.tensor)) if isinstance(piece.tensor, QuantizedLinear) else piece
-                for piece in plan[ours]
+                for piece in pieces
             ]
+        plan[ours] = pieces
     if unequal:
         log(
             f"warning: the parts of {', '.join(unequal)} are quantized differently, or to 8 bits that are not"
@@ -157,10 +241,16 @@ def plan_tensors(
     return plan
 
 
-def alike(parts: list[Source | QuantizedLinear]) -> bool:
-    """Whether these can be one layer: none of them is quantized, or all, and one order of the inputs serves all."""
-    if not all(isinstance(part, QuantizedLinear) and part.is_exact() for part in parts):
-        return not any(isinstance(part, QuantizedLinear) for part in parts)
+def alike(parts: list[Source | QuantizedLinear | MxTensor], experts: bool) -> bool:
+    """Whether these can be one layer: none of them is quantized, or all, and one order of the inputs serves all; of
+    experts none has an order."""
+    quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
+    if not quantized:
+        return True
+    if len(quantized) < len(parts) or not all(part.is_exact() for part in parts):
+        return False
+    if experts:
+        return all(part.order is None for part in parts)
     orders = [torch.arange(part.shape[1]) if part.order is None else part.order for part in parts]
     return all(torch.equal(order, orders[0]) for order in orders)
 

@@ -3,10 +3,11 @@
     y = torch.ops.brisk.linear_bf16(x, weight, bias)                     # few rows, at the speed of memory
     layer = Int8Linear.from_canonical(weight, scales, bias)              # from the tensors on disk; y = layer(x)
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
-    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window)
+    y = torch.ops.brisk.linear_experts(x, weight, chosen, bias)          # of many weights, those chosen for each row
+    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
 
 Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
-build.py compiles at the first use); and most have one in Triton for CUDA (cuda.py, imported at the first use). Without
+build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at the first use). Without
 a compiler there is one warning, and the reference versions do the work. packing.py brings weights into the order in
 which the CPU kernels read them, cuda.py into one of its own.
 
@@ -16,6 +17,7 @@ which a CPU does four at a time. On CUDA they don't.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -43,8 +45,21 @@ _library.define(
     "linear_int4(Tensor x, Tensor packed, int out_features, int groupsize, ScalarType scale_dtype, int zero, "
     "Tensor? bias=None) -> Tensor"
 )
+_library.define("linear_experts(Tensor x, Tensor weight, Tensor chosen, Tensor? bias=None) -> Tensor")
 _library.define(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None) -> Tensor"
+    "linear_int8_experts(Tensor x, Tensor packed, Tensor scales, Tensor chosen, Tensor? bias=None) -> Tensor"
+)
+_library.define(
+    "linear_int8_grouped_experts(Tensor x, Tensor packed, Tensor scales, Tensor chosen, int out_features, "
+    "int groupsize, Tensor? bias=None) -> Tensor"
+)
+_library.define(
+    "linear_int4_experts(Tensor x, Tensor packed, Tensor chosen, int out_features, int groupsize, "
+    "ScalarType scale_dtype, int zero, Tensor? bias=None) -> Tensor"
+)
+_library.define(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None, "
+    "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False) -> Tensor"
 )
 _library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
 _library.define("all_reduce(Tensor x) -> Tensor")
@@ -106,29 +121,111 @@ def linear_int4(
     """x [..., K] times an int4 weight from `pack_int4`, which also says what `zero` is -> [..., out_features]."""
     q, scales, zeros = unpack_int4(packed, out_features, x.shape[-1], groupsize, scale_dtype, zero)
     levels = unpack_nibbles(q, x.shape[-1]).float()
-    return _reference_linear(x, dequantize(levels, scales.float(), zeros.float(), groupsize), groupsize, bias)
+    zeros = None if zeros is None else zeros.float()
+    return _reference_linear(x, dequantize(levels, scales.float(), zeros, groupsize), groupsize, bias)
 
 
-@_op(lambda q, k_cache, v_cache, input_pos, window=None: torch.empty_like(q, memory_format=torch.contiguous_format))
+# Mixtures of experts: each row of x goes through the weights of k of E experts, those in `chosen`, int64 [R, k]. x is
+# [R, 1, K] where all choices of a row get the same input, or [R, k, K]. y [R, k, N] is in x's dtype:
+#     y[r, j] = x[r, min(j, x.shape[1] - 1)] @ W[chosen[r, j]].T + bias[chosen[r, j]]
+# On CPUs the weights of experts that are chosen are read, once for all rows of a batch, and no others. IndexError
+# (RuntimeError from the C++ versions) for an expert that there isn't.
+
+
+@_op(lambda x, weight, chosen, bias=None: x.new_empty(*chosen.shape, weight.shape[1]))
+def linear_experts(x: Tensor, weight: Tensor, chosen: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The chosen of the weights [E, N, K], of x's dtype, with a bias [E, N] -> [R, k, N]. bfloat16 is fastest."""
+    return _reference_experts(F.linear, x, (weight,), chosen, weight.shape[1], (), bias)
+
+
+@_op(lambda x, packed, scales, chosen, bias=None: x.new_empty(*chosen.shape, scales.shape[1]))
+def linear_int8_experts(
+    x: Tensor, packed: Tensor, scales: Tensor, chosen: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The chosen of E int8 weights, each packed by `pack_int8`, scales float32 [E, N], a bias [E, N] -> [R, k, N]."""
+    return _reference_experts(linear_int8, x, (packed, scales), chosen, scales.shape[1], (), bias)
+
+
+@_op(lambda x, packed, scales, chosen, out_features, *args: x.new_empty(*chosen.shape, out_features))
+def linear_int8_grouped_experts(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    chosen: Tensor,
+    out_features: int,
+    groupsize: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The chosen of E int8 weights, each packed by `pack_int8`, with scales from `pack_scales` -> [R, k, N]."""
+    options = (out_features, groupsize)
+    return _reference_experts(linear_int8_grouped, x, (packed, scales), chosen, out_features, options, bias)
+
+
+@_op(lambda x, packed, chosen, out_features, *args: x.new_empty(*chosen.shape, out_features))
+def linear_int4_experts(
+    x: Tensor,
+    packed: Tensor,
+    chosen: Tensor,
+    out_features: int,
+    groupsize: int,
+    scale_dtype: torch.dtype,
+    zero: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The chosen of E int4 weights, each packed by `pack_int4` with the same `zero` -> [R, k, N]."""
+    options = (out_features, groupsize, scale_dtype, zero)
+    return _reference_experts(linear_int4, x, (packed,), chosen, out_features, options, bias)
+
+
+@_op(lambda q, k_cache, v_cache, input_pos, *options: torch.empty_like(q, memory_format=torch.contiguous_format))
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    ring: bool = False,
 ) -> Tensor:
     """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B >= B, KV, T, D] -> [B, S, H, D].
 
-    A query sees the keys up to its position, with `window` only so many of them. Its cost follows the position, and
-    what the cache holds beyond does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
+    A query sees the keys up to its position, with `window` only so many of them. Its cost follows what it sees, and
+    what else the cache holds does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
+
+    scale: of the products q k, by default D ** -0.5.
+    softcap: unless it is 0, scores are softcap * tanh(scale * q k / softcap), as in Gemma 2.
+    sinks: [H], of any float dtype: a score for each head that takes part in the softmax, but has no value (gpt-oss).
+    ring: the cache holds the last positions only, position p in slot p % (T - 1), and what is written to slot T - 1 is
+        never seen. With S queries, the last of them must not have taken the slot of the first one's oldest key.
+
+    Raises ValueError (RuntimeError where the C++ version runs) for a ring without a window of at most T - 1, a scale
+    that is not positive, and a negative softcap.
     """
-    B, _, H, D = q.shape
+    B, S, H, D = q.shape
     kv_heads, T = k_cache.shape[1:3]
-    distance = input_pos[:, :, None] - torch.arange(T, device=q.device)
+    if ring and (window is None or window > T - 1):
+        raise ValueError(f"ring: expected a window of at most {T - 1}, got {window}")
+    scale = D**-0.5 if scale is None else scale
+    if not (scale > 0 and softcap >= 0):
+        raise ValueError(f"expected scale > 0 and softcap >= 0, got {scale} and {softcap}")
+    slot, at = torch.arange(T, device=q.device), input_pos[:, :, None]
+    distance = (at - slot) % (T - 1) if ring else at - slot  # from a slot's key to the query
     seen = (distance >= 0) & (distance < (T + 1 if window is None else window))  # [B, S, T]
-    k, v = (
-        cache[:B].float().masked_fill(~seen.any(1)[:, None, :, None], 0).repeat_interleave(H // kv_heads, 1)
-        for cache in (k_cache, v_cache)
-    )
-    scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * D**-0.5
-    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-    return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()
+    if ring:
+        seen = seen & (distance <= at) & (slot < T - 1)
+    k, v = (cache[:B].float().repeat_interleave(H // kv_heads, 1) for cache in (k_cache, v_cache))
+    scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(H, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    weights = scores.softmax(-1)[..., :T]
+    # What a query does not see may be NaN, which a weight of 0 does not hide.
+    y = [weights[:, :, s, None] @ v.masked_fill(~seen[:, s, None, :, None], 0) for s in range(S)]
+    return torch.cat(y, 2).transpose(1, 2).to(q.dtype).contiguous()
 
 
 @_op(lambda numbers, weights, limit: torch.empty_like(limit))
@@ -152,6 +249,27 @@ def _reference_linear(x: Tensor, weight: Tensor, group: int, bias: Tensor | None
     q, scale = quantize_activations(x.float(), group)
     y = F.linear((q * scale).flatten(-2)[..., : x.shape[-1]], weight)
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _reference_experts(
+    linear: Callable,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    chosen: Tensor,
+    out_features: int,
+    options: tuple,
+    bias: Tensor | None,
+) -> Tensor:
+    """One expert after the other: linear(its rows of x, its weights, options, its bias)."""
+    y = x.new_empty(*chosen.shape, out_features)
+    for expert in chosen.unique().tolist():
+        if not 0 <= expert < len(weights[0]):
+            raise IndexError(f"chosen: expected experts from 0 to {len(weights[0]) - 1}, got {expert}")
+        row, choice = (chosen == expert).nonzero(as_tuple=True)
+        inputs = x[row, choice.clamp(max=x.shape[1] - 1)]
+        added = None if bias is None else bias[expert]
+        y[row, choice] = linear(inputs, *(weight[expert] for weight in weights), *options, added)
+    return y
 
 
 def quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -191,16 +309,18 @@ def unpack_scales(packed: Tensor, N: int) -> Tensor:
     return packed.t() if packed.ndim == 2 else packing.unpack_scales(packed, N)
 
 
-def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
+def pack_int4(
+    q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize: int, zero: int | None = None
+) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)], scales and zeros [N, groups] -> (packed, zero); packing.py and cuda.py say how."""
     cuda = cuda_kernels() if q.device.type == "cuda" else None
-    return (cuda or packing).pack_int4(q, scales, zeros, K, groupsize)
+    return (cuda or packing).pack_int4(q, scales, zeros, K, groupsize, *([] if zero is None else [zero]))
 
 
 def unpack_int4(
     packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups], or None for FP4."""
     cuda = cuda_kernels() if packed.ndim == 1 else None
     return (cuda or packing).unpack_int4(packed, N, K, groupsize, scale_dtype, zero)
 
@@ -263,7 +383,8 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T + b with W int4, w = (q - zero) * scale in groups of K. Takes the place of model.Linear."""
+    """y = x W^T + b with W int4, w = (q - zero) * scale in groups of K, or 4-bit floats (MXFP4), w = FP4_VALUES[q] *
+    scale. Takes the place of model.Linear."""
 
     def __init__(
         self,
@@ -288,7 +409,7 @@ class Int4Linear(nn.Module):
         cls,
         q: Tensor,
         scales: Tensor,
-        zeros: Tensor,
+        zeros: Tensor | None,
         in_features: int,
         groupsize: int,
         bias: Tensor | None = None,
@@ -296,13 +417,13 @@ class Int4Linear(nn.Module):
     ) -> "Int4Linear":
         """From uint8 [N, ceil(K / 2)], the low nibble the even k; scales (float16, bfloat16 or float32) and zeros (in
         units of q, any dtype) [N, ceil(K / groupsize)]; a bias [N] of any float dtype; an order of the inputs, int32
-        [K], where x[..., order] is what the weight is for. ValueError for other shapes."""
+        [K], where x[..., order] is what the weight is for. Without zeros, q are codes of 4-bit floats, in groups of 32
+        with bfloat16 scales. ValueError for other shapes."""
         N, K = q.shape[0], in_features
         shape = (N, -(-K // groupsize))
         if groupsize not in GROUPSIZES or q.dtype != torch.uint8 or q.shape != (N, -(-K // 2)):
             raise ValueError(f"expected uint8 [N, {-(-K // 2)}] in groups of 32, 64 or 128, got {_describe(q)}")
-        if scales.shape != shape or zeros.shape != shape or not scales.dtype.is_floating_point:
-            raise ValueError(f"expected scales and zeros {shape}, got {_describe(scales)} and {_describe(zeros)}")
+        _check_grid(scales, zeros, shape, groupsize)
         _check_order(order, K)
         packed, zero = pack_int4(q, scales, zeros, K, groupsize)
         return cls(packed, zero, N, K, groupsize, scales.dtype, bias, order)
@@ -317,6 +438,18 @@ class Int4Linear(nn.Module):
     def weight_bytes(self) -> int:
         """What one decode step reads."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def _check_grid(scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], groupsize: int) -> None:
+    """Of int4 weights: ValueError for scales and zeros of another shape, or none for what 4-bit floats have."""
+    if scales.shape != shape or not scales.dtype.is_floating_point:
+        raise ValueError(f"expected scales {list(shape)}, got {_describe(scales)}")
+    if zeros is not None and zeros.shape != shape:
+        raise ValueError(f"expected zeros {list(shape)}, got {_describe(zeros)}")
+    if zeros is None and (groupsize != 32 or scales.dtype != torch.bfloat16):
+        raise ValueError(
+            f"expected zeros, or groups of 32 with bfloat16 scales, got {groupsize} with {_describe(scales)}"
+        )
 
 
 def _check_order(order: Tensor | None, K: int) -> None:
@@ -334,14 +467,17 @@ def _describe(tensor: Tensor) -> str:
 
 @functools.cache
 def cuda_kernels() -> ModuleType | None:
-    """cuda.py, whose ops are registered for CUDA; None, after a warning, where Triton is missing."""
+    """cuda.py, whose ops are registered for CUDA, with those of cuda_experts.py; None, after a warning, where Triton is
+    missing."""
     try:
-        from kernels import cuda
+        from kernels import cuda, cuda_experts
     except ImportError as error:
         log(f"warning: no Triton, so quantized layers and attention will be slow: {error}")
         return None
     for function in (
-        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16
+        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16,
+        cuda_experts.linear_experts, cuda_experts.linear_int8_experts, cuda_experts.linear_int8_grouped_experts,
+        cuda_experts.linear_int4_experts,
     ):  # fmt: skip
         _library.impl(function.__name__, function, "CUDA")
     return cuda

@@ -1,4 +1,4 @@
-// What the kernels (cpu_linear.cpp, cpu_attention.cpp) and the ops (cpu_ops.cpp) share.
+// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_attention.cpp) and the ops (cpu_*ops.cpp) share.
 //
 // Kernels are serial functions, each over a part of the work. build.py compiles them for one instruction set, with
 // its flags and -DBRISK_ISA=avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
@@ -30,6 +30,7 @@ constexpr int64_t ACT_GROUP = 128;  // activations that share a scale, where the
 //         [panels, groups, 32].
 //   int4: for each group: for each 8 k, 32 rows of 4 bytes as they are on disk (even k in the low nibble); 32 scales;
 //         32 zeros (bytes or floats), unless all zeros are the same integer; up to a whole number of cache lines.
+//         FP4: the nibbles are codes of 4-bit floats, which have no zeros; groups of 32, their scales are BF16.
 struct Weight {
     const uint8_t* packed;
     const void* scales;  // int8
@@ -37,11 +38,11 @@ struct Weight {
     bool grouped;  // the scales are those of groups, and not of rows
     int64_t n, k, group, groups;
     Type scale_type;  // of groups
-    int64_t zero;     // int4: the zero of all groups, or ZERO_BYTES or ZERO_FLOATS
+    int64_t zero;     // int4: the zero of all groups, or ZERO_BYTES, ZERO_FLOATS or FP4
     int64_t group_bytes;  // int4
     int64_t panel_bytes;
 };
-enum { ZERO_BYTES = -1, ZERO_FLOATS = -2 };
+enum { ZERO_BYTES = -1, ZERO_FLOATS = -2, FP4 = -3 };
 
 // Activations quantized to 8 bits. A tile of R rows is laid out as [k / 4][R][4], its scales and starts as [groups][R]:
 // the order in which the kernel reads them.
@@ -59,21 +60,26 @@ inline int64_t gemm_scratch(int64_t rows) {
 }
 
 struct LinearKernels {
-    int tile_rows;       // linear_quantized takes 1..tile_rows rows
-    int bf16_tile_rows;  // linear_bf16
-    bool bf16_products;  // linear_bf16 takes bf16 activations, otherwise those of to_floats; oneDNN has them as well
+    int tile_rows;  // linear_quantized takes 1..tile_rows rows
 
     // `groups` of one row, which is row r of a tile of R rows that begins at `to`.
     void (*quantize)(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to);
-    // R rows times the panels [begin, end) -> y, rows [N] of type `type`, R of them `w.n` apart.
+    // R rows times the panels [begin, end) -> R rows [N] of type `type`, each at its own place.
     void (*linear_quantized)(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
-                             void* y);
-    // Without products of bf16: row r of a tile of R rows, bf16 [K] -> its floats as linear_bf16 wants them. A tile has
+                             char* const* y);
+};
+
+struct Bf16Kernels {
+    int tile_rows;  // linear takes 1..tile_rows rows
+    bool products;  // linear takes bf16 activations, otherwise those of to_floats; oneDNN has products of bf16 as well
+
+    // Without products of bf16: row r of a tile of R rows, bf16 [K] -> its floats as linear wants them. A tile has
     // room for R times K, K rounded up to 32.
     void (*to_floats)(const uint16_t* x, int64_t k, int R, int r, float* to);
-    // R rows of bf16 [R, K], or a tile from to_floats, times the rows [begin, end) of w [N, K] -> bf16 [R, N].
-    void (*linear_bf16)(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end,
-                        Vector bias, void* y);
+    // R rows of bf16 [R, K], or a tile from to_floats, times the rows [begin, end) of w [N, K] -> R bf16 rows [N],
+    // each at its own place.
+    void (*linear)(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end,
+                   Vector bias, char* const* y);
 
     // Many rows, without products of bf16: x [rows, K] as floats. For each GEMM_DEPTH k one after the other, tiles of
     // GEMM_ROWS rows, [k][GEMM_ROWS], with zeros after the last row. This makes those of the rows from `row` on.
@@ -83,13 +89,21 @@ struct LinearKernels {
                  void* y, float* scratch);
 };
 
+struct Attention {  // what all parts of one op share
+    Vector q, k, v;
+    int64_t G, D;   // queries that share a head of keys, elements of each
+    int64_t slots;  // the key at position p lies in slot p % slots
+    float scale;    // of the products q k
+    float softcap;  // scores are softcap * tanh(scale * q k / softcap), unless this is 0
+};
+
 struct AttentionKernels {
     void (*from_float)(const float* from, int64_t count, Type type, void* to, int64_t offset);
-    // Queries [G, D] over the keys [begin, end) of one head: the largest score, the sum of exp(score - largest), and
-    // the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has attend_scratch(G, D) floats. The next
-    // call goes on after `end`, unless that is `last`.
-    void (*attend)(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset,
-                   int64_t begin, int64_t end, int64_t last, float* largest, float* sum, float* out, float* scratch);
+    // Queries [G, D] over the keys at positions [begin, end) of one head, at most `slots`: the largest score, the sum
+    // of exp(score - largest), and the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has
+    // attend_scratch(G, D) floats. The next call goes on after `end`, unless that is `last`.
+    void (*attend)(const Attention& a, int64_t q_offset, int64_t kv_offset, int64_t begin, int64_t end, int64_t last,
+                   float* largest, float* sum, float* out, float* scratch);
 };
 
 constexpr int64_t KEYS = 128;  // keys that attention takes at once

@@ -106,6 +106,15 @@ INLINE void softmax(float* scores, int64_t count, float scale, float* largest, f
                 store(at, load<f32s>(at) * keep[i * NK<NQ>]);
 }
 
+// Scores -> cap * tanh(score * scale). Lanes without a key, -infinity, stay so.
+__attribute__((noinline)) void cap_scores(float* scores, int64_t count, float scale, float cap) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const f32s score = load<f32s>(scores + i), x = score * scale;
+        const f32s e = exp_negative(larger(x, -x) * -2.0f), tanh = (1.0f - e) / (1.0f + e);
+        store(scores + i, score == -__builtin_inff() ? score : (x < 0.0f ? -tanh : tanh) * cap);
+    }
+}
+
 // What values are added up in: of bf16 the even columns of a step apart from the odd, which attend puts in order.
 INLINE Pairs values_of(const uint16_t* v) { return pairs_of(v); }
 INLINE f32s values_of(const float* v) { return load<f32s>(v); }
@@ -158,7 +167,8 @@ INLINE void for_queries(int64_t G, F f) {
 
 struct State {  // of G queries, while their keys go by
     int64_t G;
-    float scale;
+    float scale;           // of scores
+    float cap, cap_scale;  // of scores before that, unless cap is 0
     float* scores;         // [G][KEYS]
     float *largest, *sum;  // [G][LANES], as softmax has them
     float* out;            // [G][D], as add_values has it
@@ -173,6 +183,7 @@ __attribute__((noinline)) void add_keys(State to, const Q* q, const T* k, const 
     for_queries(to.G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
         float* scores = to.scores + g * KEYS;
         scores_of<NQ>(q + g * D, k, v, D, count, scores);
+        if (to.cap) cap_scores(scores, count * NQ, to.cap_scale, to.cap);
         softmax<NQ>(scores, count, to.scale, to.largest + g * LANES, to.sum + g * LANES, to.out + g * D, D);
     });
     for_queries(to.G, [&]<int NQ>(int64_t g) INLINE_LAMBDA {
@@ -180,15 +191,16 @@ __attribute__((noinline)) void add_keys(State to, const Q* q, const T* k, const 
     });
 }
 
-void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v, int64_t kv_offset, int64_t begin,
-            int64_t end, int64_t last, float* largest, float* sum, float* out, float* scratch) {
+void attend(const Attention& a, int64_t q_offset, int64_t kv_offset, int64_t begin, int64_t end, int64_t last,
+            float* largest, float* sum, float* out, float* scratch) {
+    const auto [q, k, v, G, D, slots, scale, cap] = a;
     const int64_t padded = round_up(D, 16);
     float* keys = scratch;  // of a block, as floats with zeros after each, where the cache can't be read as it is
     float* values = keys + KEYS * padded;
     float* queries = values + KEYS * padded;
     float* scores = queries + G * padded;
     float* lanes = scores + G * KEYS;
-    const State to = {G, 1.0f / __builtin_sqrtf((float)D), scores, lanes, lanes + G * LANES, out};
+    const State to = {G, cap ? 1.0f : scale, cap, scale / cap, scores, lanes, lanes + G * LANES, out};
     const bool as_bf16 = k.type == BF16 && D % 32 == 0 && (!AVX512 || q.type == BF16);
     const bool as_float = k.type == F32 && D % 16 == 0;
     for (int64_t g = 0; g < G; g++) {
@@ -200,10 +212,13 @@ void attend(Vector q, int64_t q_offset, int64_t G, int64_t D, Vector k, Vector v
     }
     const Query* pairs = AVX512 ? (const Query*)q.data + q_offset : (const Query*)queries;
     memset(out, 0, G * padded * sizeof(float));
-    for (int64_t first = begin; first < end; first += KEYS) {
-        const int64_t count = smaller(KEYS, end - first), offset = kv_offset + first * D;
+    int64_t slot = begin % slots;
+    for (int64_t first = begin, count; first < end; first += count) {
+        count = smaller(smaller(KEYS, end - first), slots - slot);
+        const int64_t offset = kv_offset + slot * D;
+        slot = slot + count == slots ? 0 : slot + count;
         // While one of K and V is worked on, memory delivers the other.
-        const int64_t next = first + KEYS < last ? offset + KEYS * D : offset;
+        const int64_t next = first + count < last ? kv_offset + slot * D : offset;
         if (as_bf16) {
             const uint16_t *k16 = (const uint16_t*)k.data, *v16 = (const uint16_t*)v.data;
             const int64_t known = count == KEYS ? D : 0;

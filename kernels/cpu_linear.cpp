@@ -1,9 +1,30 @@
-// Linear layers on CPUs: int8 and int4 for any number of rows, bf16.
+// Linear layers of int8 and int4 weights on CPUs, for any number of rows.
 
 #include "cpu_vector.h"
 
 namespace brisk {
 namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4-bit floats as integers: the levels of a code are twice its value (packing.FP4_VALUES), plus a zero of 12
+
+constexpr int32_t FP4_ZERO = 12;
+
+INLINE bytes fp4_levels(bytes codes) {
+#if AVX512 || AVX2
+#define LEVELS 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
+    static constexpr uint8_t TABLE[64] = {LEVELS, LEVELS, LEVELS, LEVELS};  // an instruction looks up in 16 bytes each
+#if AVX512
+    return (bytes)_mm512_shuffle_epi8((__m512i)load<bytes>(TABLE), (__m512i)codes);
+#else
+    return (bytes)_mm256_shuffle_epi8((__m256i)load<bytes>(TABLE), (__m256i)codes);
+#endif
+#else
+    const bytes magnitude = codes & 7;  // 0 to 4 as they are, then 6, 8, 12
+    const bytes twice = magnitude + (magnitude > 4 ? magnitude - 4 : bytes{}) + ((bytes)(magnitude == 7) & 2);
+    return codes > 7 ? 12 - twice : 12 + twice;
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantized activations
@@ -20,7 +41,8 @@ int32_t start_of_pairs(i32s sum, int32_t zero) {
 
 void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to) {
     // dpbusd wants unsigned weights: int8 ones have a zero of 128 there.
-    const int32_t zero = w.bits == 8 ? (AVX512 ? 128 : 0) : w.zero >= 0 ? w.zero : 1;
+    const bool fp4 = w.bits == 4 && w.zero == FP4;
+    const int32_t zero = w.bits == 8 ? (AVX512 ? 128 : 0) : fp4 ? FP4_ZERO : w.zero >= 0 ? w.zero : 1;
     for (int64_t g = begin; g < end; g++) {
         const int64_t first = g * w.group, count = smaller(w.group, round_up(w.k, 16) - first);
         float values[ACT_GROUP];
@@ -56,7 +78,7 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
             if (w.bits == 4 && k % 32) to.start[(first + k) / 32 * R + r] = start_of_pairs(sum, zero), sum = i32s{};
 #endif
         }
-        to.scale[g * R + r] = scale;
+        to.scale[g * R + r] = fp4 ? scale / 2 : scale;
         if (!AVX2 || w.bits == 8) to.start[g * R + r] = -zero * sum_lanes(sum);
     }
 }
@@ -92,6 +114,7 @@ INLINE i32s dot_int8(i32s sums, bytes w, int32_t x) {
 
 // The same for weights from 0 to 15. On AVX2 a lane of 16 bits adds up 16 of 32 k, starting from -zero times their sum:
 // so each counts as -zero * q and then as (w - zero) * q: with zeros from 0 to 16 never more than 16 * 16 * 127 in all.
+// The levels of 4-bit floats go up to 24, but their zero is 12.
 #if AVX2
 typedef int16_t Sums4 __attribute__((vector_size(32)));
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
@@ -131,8 +154,6 @@ INLINE int32_t load4(const int8_t* from) {
     memcpy(&v, from, 4);
     return v;
 }
-
-constexpr int64_t AHEAD = AVX512 ? 6144 : 2048;  // bytes
 
 // What is known of a weight at compile time.
 enum Kind { INT8, INT8_GROUPED, INT4 };
@@ -181,13 +202,20 @@ void panels_int8(const Weight& w, const uint8_t* at, int64_t panel, Activations 
     }
 }
 
-// Adds to y what the groups [begin, end) of P panels give, for NV of their vectors. COMMON: what quantize.py writes by
-// default; known at compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
-template <int R, int P, int NV, bool COMMON>
+// What is known of an int4 weight at compile time. COMMON is what quantize.py writes by default: a fifth faster so.
+enum Form { ANY, COMMON, FLOATS };
+
+// Adds to y what the groups [begin, end) of P panels give, for NV of their vectors. Not inlined: there GCC runs out of
+// registers.
+template <int R, int P, int NV, Form FORM>
 __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel, Activations x, int64_t begin,
                                            int64_t end, int first, f32s (&y)[P][R][VECTORS]) {
-    const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = AVX2 ? 32 : group;
-    const Type scale_type = COMMON ? BF16 : w.scale_type;
+    const int64_t group = FORM == ANY ? w.group : 32, block = AVX2 ? 32 : group;
+    const int64_t zero = FORM == ANY ? w.zero : FORM == COMMON ? 8 : FP4_ZERO;
+    const Type scale_type = FORM == ANY ? w.scale_type : BF16;
+    const auto levels = [](bytes nibbles) INLINE_LAMBDA {
+        return FORM == FLOATS ? fp4_levels(nibbles & 15) : nibbles & 15;
+    };
     constexpr bool FETCH = P == 1;  // two panels at once are fastest without
     constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;  // arithmetic takes longer than memory: further
     f32s total[P][R][NV];
@@ -212,14 +240,14 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
                 }
                 _Pragma("GCC unroll 4") for (int64_t i = 0; i < block; i += 8) {
                     bytes ws[NV];
-                    UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(at + v * 4 * LANES) & 15;
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = levels(load<bytes>(at + v * 4 * LANES));
                     if (FETCH)
                         UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(at + ahead + b);
                     UNROLL for (int r = 0; r < R; r++) {
                         const int32_t even = load4(q + 4 * r);
                         UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], even);
                     }
-                    UNROLL for (int v = 0; v < NV; v++) ws[v] = (bytes)(load<u32s>(at + v * 4 * LANES) >> 4) & 15;
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = levels((bytes)(load<u32s>(at + v * 4 * LANES) >> 4));
                     UNROLL for (int r = 0; r < R; r++) {
                         const int32_t odd = load4(q + 4 * (R + r));
                         UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], odd);
@@ -251,7 +279,9 @@ void panels_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)
     constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of a panel at once: their sums stay in registers
     constexpr int64_t SOME = NV == VECTORS ? 1 << 30 : 256;  // k, then the other vectors: memory is read in order
     const bool common = w.zero == 8 && w.group == 32 && w.scale_type == BF16;
-    const auto add = common ? groups_int4<R, P, NV, true> : groups_int4<R, P, NV, false>;
+    const auto add = common            ? groups_int4<R, P, NV, COMMON>
+                     : w.zero == FP4 ? groups_int4<R, P, NV, FLOATS>
+                                       : groups_int4<R, P, NV, ANY>;
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++)
         y[p][r][v] = f32s{};
     const int64_t step = SOME / w.group;
@@ -260,7 +290,7 @@ void panels_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)
 }
 
 template <Kind KIND, int R, int P>
-void linear_panels(const Weight& w, Activations x, int64_t panel, Vector bias, Type type, void* out) {
+void linear_panels(const Weight& w, Activations x, int64_t panel, Vector bias, Type type, char* const* out) {
     f32s y[P][R][VECTORS];
     const uint8_t* packed = w.packed + panel * w.panel_bytes;
     if constexpr (KIND == INT4)
@@ -273,12 +303,13 @@ void linear_panels(const Weight& w, Activations x, int64_t panel, Vector bias, T
         f32s scale = KIND == INT8 ? load_lanes({w.scales, F32}, first, count) : all(1.0f);
         f32s add = bias.data ? load_lanes(bias, first, count) : f32s{};
         for (int r = 0; r < R; r++)
-            store_lanes(out, type, r * w.n + first, y[i / VECTORS][r][i % VECTORS] * scale + add, count);
+            store_lanes(out[r], type, first, y[i / VECTORS][r][i % VECTORS] * scale + add, count);
     }
 }
 
 template <Kind KIND, int R>
-void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vector bias, Type type, void* out) {
+void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vector bias, Type type,
+                 char* const* out) {
     // Two panels at once are two streams from memory, and a sixth faster. Of more rows the sums fill the registers.
     constexpr int AT_ONCE = AVX2 && R <= (KIND == INT4 ? 1 : 2) ? 2 : 1;
     int64_t panel = begin;
@@ -288,7 +319,7 @@ void linear_rows(const Weight& w, Activations x, int64_t begin, int64_t end, Vec
 
 template <Kind KIND, int R>
 void linear_tile(const Weight& w, Activations x, int rows, int64_t begin, int64_t end, Vector bias, Type type,
-                 void* y) {
+                 char* const* y) {
     if (rows == R)
         linear_rows<KIND, R>(w, x, begin, end, bias, type, y);
     else if constexpr (R < TILE_ROWS)
@@ -296,190 +327,13 @@ void linear_tile(const Weight& w, Activations x, int rows, int64_t begin, int64_
 }
 
 void linear_quantized(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
-                      void* y) {
+                      char* const* y) {
     const auto tile = w.bits == 4 ? linear_tile<INT4, 1> : w.grouped ? linear_tile<INT8_GROUPED, 1> : linear_tile<INT8, 1>;
     tile(w, x, R, begin, end, bias, type, y);
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// bf16 linear
-
-constexpr int BF16_ROWS = 6, STEP = 2 * LANES;  // rows of x at once, k at once
-// A step is read in PARTS. Without products of bf16, these are the numbers at even k, then those at odd k, as floats.
-#if AVX512
-constexpr bool BF16_PRODUCTS = true;
-constexpr int PARTS = 1;
-typedef uint16_t Activation;
-typedef __m512bh Part;
-INLINE Part weights(const uint16_t* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
-INLINE Part activations(const uint16_t* x, int) { return weights(x, 0); }
-INLINE f32s multiply_add(f32s sum, Part w, Part x) { return (f32s)_mm512_dpbf16_ps((__m512)sum, w, x); }
-INLINE int64_t place(int64_t k, int r, int, int64_t row) { return r * row + k; }
-constexpr auto to_floats = nullptr;
-#else
-constexpr bool BF16_PRODUCTS = false;
-constexpr int PARTS = 2;
-typedef float Activation;
-typedef f32s Part;
-INLINE Part weights(const uint16_t* w, int part) {
-    const Pairs both = pairs_of(w);
-    return part ? both.odd : both.even;
-}
-INLINE Part activations(const float* x, int part) { return load<f32s>(x + part * LANES); }
-INLINE f32s multiply_add(f32s sum, Part w, Part x) { return sum + w * x; }
-INLINE int64_t place(int64_t k, int r, int R, int64_t) { return k * R + r * STEP; }  // in the order of reading
-
-void to_floats(const uint16_t* x, int64_t k, int R, int r, float* to) {
-    for (int64_t i = 0; i < k; i += STEP) {
-        const Pairs p = split(load_lanes({x, BF16}, i, k - i), load_lanes({x, BF16}, i + LANES, k - i - LANES));
-        store(to + place(i, r, R, 0), p.even), store(to + place(i, r, R, 0) + LANES, p.odd);
-    }
-}
-#endif
-
-// NW rows of w times R rows of x: w is read once from memory and each value used R times. y is [R, 16].
-template <int NW, int R>
-void bf16_tile(const uint16_t* w, int64_t k, const Activation* x, float* y) {
-    f32s sums[R][NW] = {};
-    // A step: of weights, and of activations from i on, in rows that are so long.
-    const auto add = [&](const uint16_t* w, int64_t row, const Activation* x, int64_t i) INLINE_LAMBDA {
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            Part ws[NW];
-            UNROLL for (int j = 0; j < NW; j++) ws[j] = weights(w + j * row, p);
-            UNROLL for (int r = 0; r < R; r++) {
-                Part xs = activations(x + place(i, r, R, row), p);
-                if constexpr (NW > 1) keep_in_register(xs);
-                UNROLL for (int j = 0; j < NW; j++) sums[r][j] = multiply_add(sums[r][j], ws[j], xs);
-            }
-        }
-    };
-    int64_t i = 0;
-    for (; i + STEP <= k; i += STEP) {
-        // What is needed later lies further in these rows, or at the beginning of those after them.
-        const int64_t ahead = i + AHEAD / 2 < k ? i + AHEAD / 2 : i + AHEAD / 2 + (NW - 1) * k;
-        add(w + i, k, x, i);
-        UNROLL for (int j = 0; j < NW; j++) prefetch(w + j * k + ahead);
-    }
-    if (i < k) {  // with zeros from k on
-        uint16_t last_w[NW * STEP] = {};
-        for (int j = 0; j < NW; j++) memcpy(last_w + j * STEP, w + j * k + i, 2 * (k - i));
-        if constexpr (BF16_PRODUCTS) {
-            uint16_t last_x[R * STEP] = {};
-            for (int r = 0; r < R; r++) memcpy(last_x + r * STEP, x + r * k + i, 2 * (k - i));
-            add(last_w, STEP, last_x, 0);
-        } else {
-            add(last_w, STEP, x, i);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < NW; j++) y[r * 16 + j] = sum_lanes(sums[r][j]);
-}
-
-template <int R>
-void bf16_rows(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int64_t begin, int64_t end, Vector bias,
-               void* out) {
-    constexpr int NW = AVX512 ? (R <= 2 ? 8 : 4) : (R == 1 ? 4 : 2);  // as many as there are registers for
-    for (int64_t first = begin; first < end; first += 16) {
-        const int64_t count = smaller(16, end - first);
-        float y[R * 16] = {};
-        int64_t j = 0;
-        for (; j + NW <= count; j += NW) bf16_tile<NW, R>(w + (first + j) * k, k, x, y + j);
-        for (; j < count; j++) bf16_tile<1, R>(w + (first + j) * k, k, x, y + j);
-        for (int64_t i = 0; i < count; i += LANES) {
-            const f32s add = bias.data ? load_lanes(bias, first + i, count - i) : f32s{};
-            for (int r = 0; r < R; r++)
-                store_lanes(out, BF16, r * n + first + i, load<f32s>(y + 16 * r + i) + add, count - i);
-        }
-    }
-}
-
-template <int R>
-void bf16_any(const uint16_t* w, int64_t n, int64_t k, const Activation* x, int rows, int64_t begin, int64_t end,
-              Vector bias, void* y) {
-    if (rows == R)
-        bf16_rows<R>(w, n, k, x, begin, end, bias, y);
-    else if constexpr (R < BF16_ROWS)
-        bf16_any<R + 1>(w, n, k, x, rows, begin, end, bias, y);
-}
-
-void linear_bf16(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end, Vector bias,
-                 void* y) {
-    bf16_any<1>(w, n, k, (const Activation*)x, R, begin, end, bias, y);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// bf16 linear of many rows, without products of bf16: a GEMM of floats (https://doi.org/10.1145/1356052.1356053). Of
-// GEMM_COLUMNS rows of w, GEMM_DEPTH k at a time become floats. They stay in the first level cache while all of x goes
-// by.
-
-#if !AVX512
-void gemm_tile(const uint16_t* x, int64_t k, int64_t rows, int64_t row, float* tiles) {
-    const int64_t padded = round_up(rows, GEMM_ROWS);
-    for (int64_t first = 0; first < k; first += GEMM_DEPTH) {
-        const int64_t depth = smaller(GEMM_DEPTH, k - first);
-        float* tile = tiles + first * padded + row * depth;
-        for (int64_t r = 0; r < GEMM_ROWS; r++)
-            for (int64_t i = 0; i < depth; i += LANES) {
-                const int64_t at = (row + r) * k + first + i;
-                const f32s v = row + r < rows ? load_lanes({x, BF16}, at, depth - i) : f32s{};
-                for (int64_t j = 0; j < smaller(LANES, depth - i); j++) tile[(i + j) * GEMM_ROWS + r] = v[j];
-            }
-    }
-}
-
-// `count` rows of w, `depth` k from w on -> floats [depth][GEMM_COLUMNS], zeros after the last row.
-INLINE void gemm_panel(const uint16_t* w, int64_t k, int64_t count, int64_t depth, float* panel) {
-    for (int64_t i = 0; i < depth; i += LANES)
-        for (int64_t first = 0; first < GEMM_COLUMNS; first += LANES) {
-            f32s v[LANES];
-            UNROLL for (int j = 0; j < LANES; j++)
-                v[j] = first + j < count ? load_lanes({w, BF16}, (first + j) * k + i, depth - i) : f32s{};
-            transpose(v);
-            for (int j = 0; j < smaller(LANES, depth - i); j++) store(panel + (i + j) * GEMM_COLUMNS + first, v[j]);
-        }
-}
-
-// sums [GEMM_ROWS, GEMM_COLUMNS] += a tile times a panel, VECTORS of its columns at once.
-INLINE void gemm_product(const float* tile, const float* panel, int64_t depth, float* sums) {
-    constexpr int VECTORS = 2;  // as many as there are registers for
-    for (int64_t column = 0; column < GEMM_COLUMNS; column += VECTORS * LANES) {
-        f32s s[GEMM_ROWS][VECTORS];
-        UNROLL for (int r = 0; r < GEMM_ROWS; r++) UNROLL for (int j = 0; j < VECTORS; j++)
-            s[r][j] = load<f32s>(sums + r * GEMM_COLUMNS + column + j * LANES);
-        for (int64_t i = 0; i < depth; i++) {
-            f32s w[VECTORS];
-            UNROLL for (int j = 0; j < VECTORS; j++) w[j] = load<f32s>(panel + i * GEMM_COLUMNS + column + j * LANES);
-            UNROLL for (int r = 0; r < GEMM_ROWS; r++) UNROLL for (int j = 0; j < VECTORS; j++)
-                s[r][j] += w[j] * tile[i * GEMM_ROWS + r];
-        }
-        UNROLL for (int r = 0; r < GEMM_ROWS; r++) UNROLL for (int j = 0; j < VECTORS; j++)
-            store(sums + r * GEMM_COLUMNS + column + j * LANES, s[r][j]);
-    }
-}
-
-void gemm(const uint16_t* w, int64_t n, int64_t k, const float* tiles, int64_t rows, int64_t begin, Vector bias,
-          void* y, float* scratch) {
-    float *panel = scratch, *sums = scratch + GEMM_DEPTH * GEMM_COLUMNS;
-    const int64_t count = smaller(GEMM_COLUMNS, n - begin), padded = round_up(rows, GEMM_ROWS);
-    memset(sums, 0, padded * GEMM_COLUMNS * sizeof(float));
-    for (int64_t first = 0; first < k; first += GEMM_DEPTH) {
-        const int64_t depth = smaller(GEMM_DEPTH, k - first);
-        gemm_panel(w + begin * k + first, k, count, depth, panel);
-        for (int64_t row = 0; row < rows; row += GEMM_ROWS)
-            gemm_product(tiles + first * padded + row * depth, panel, depth, sums + row * GEMM_COLUMNS);
-    }
-    for (int64_t i = 0; i < count; i += LANES) {
-        const f32s add = bias.data ? load_lanes(bias, begin + i, count - i) : f32s{};
-        for (int64_t row = 0; row < rows; row++)
-            store_lanes(y, BF16, row * n + begin + i, load<f32s>(sums + row * GEMM_COLUMNS + i) + add, count - i);
-    }
-}
-#else
-constexpr auto gemm_tile = nullptr, gemm = nullptr;  // oneDNN's is as fast
-#endif
 
 }  // namespace
 }  // namespace brisk
 
 extern "C" __attribute__((visibility("default"))) const brisk::LinearKernels brisk_linear = {
-    brisk::TILE_ROWS, brisk::BF16_ROWS,   brisk::BF16_PRODUCTS, brisk::quantize, brisk::linear_quantized,
-    brisk::to_floats, brisk::linear_bf16, brisk::gemm_tile,     brisk::gemm};
+    brisk::TILE_ROWS, brisk::quantize, brisk::linear_quantized};

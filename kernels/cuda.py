@@ -3,7 +3,7 @@
     y = linear_int8(x, packed, scales, bias)                     # what torch.ops.brisk.linear_int8 does on CUDA, ...
     y = linear_int8_grouped(x, packed, scales, out_features, groupsize, bias)
     y = linear_int4(x, packed, out_features, groupsize, scale_dtype, zero, bias)
-    y = decode_attention(q, k_cache, v_cache, input_pos, window)
+    y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
 
 Activations are not quantized here: the tensor cores multiply them with the weights' integers, whose scales come after.
 TRITON_INTERPRET=1 runs everything on CPU tensors, without a GPU and slowly: that is how the tests do it.
@@ -240,21 +240,31 @@ def _dequantized(w: Tensor, s: Tensor, z: Tensor, K: int, groupsize: int, zero: 
 # The keys that a row of the batch sees, known on the device only, are divided among `splits` programs for each head of
 # keys. So the grid is the same for every position (one CUDA graph), the cost follows the position, and a program
 # without keys ends at once. Programs of a second kernel put the splits of a query together.
+#
+# In a ring, positions are counted from the oldest one that any query of the row sees: the slot of each then takes no
+# division. A query so far from the others that its key has the slot of theirs is padding, and sees nothing.
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # scores are in powers of two
 
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, stats_ptr, scale, S, T, window, splits,
+    q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, stats_ptr, scale, softcap, S, T, window, splits,
     k_b, k_h, k_t, v_b, v_h, v_t,
     KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """q [B, S, KV * G, D] -> for each split of keys, float32: y [B, KV, splits, S * G, D], not yet divided by the sum
-    of the weights, and stats [B, KV, splits, S * G, 2], the largest score (as a power of two) and that sum."""
+    of the weights, and stats [B, KV, splits, S * G, 2], the largest score (as a power of two) and that sum.
+
+    Scores are scale * q k, with CAP softcap * tanh(scale / 2 * q k)."""
     split, b, kv = tl.program_id(0), (tl.program_id(1) // KV).to(tl.int64), tl.program_id(1) % KV
     row, d = tl.program_id(2) * BM + tl.arange(0, BM), tl.arange(0, BD)
     s, live = row // G, row < S * G
-    pos = tl.load(pos_ptr + b * S + s, live, -1).to(tl.int32)
+    pos = tl.load(pos_ptr + b * S + s, live, -1)
+    oldest = tl.maximum(tl.min(tl.where(live, pos, 2**62)) - window + 1, 0) if RING else 0
+    oldest_slot = (oldest % (T - 1)).to(tl.int32) if RING else 0
+    pos = _counted(pos, oldest, T, RING)
     first, last = tl.min(tl.where(live, pos, 2**30)), tl.max(pos)
     begin = tl.maximum(first - window + 1, 0) if WINDOW else 0
     end = tl.minimum(last + 1, T)
@@ -272,13 +282,20 @@ def _attend(
     acc = tl.zeros([BM, BD], tl.float32)
     for start in range(begin, end, BT):
         t = start + tl.arange(0, BT)
+        slot = t
+        if RING:
+            slot += oldest_slot
+            slot = tl.where(slot < T - 1, slot, slot - (T - 1))
         inside = (t < end)[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + t[:, None] * k_t + d[None, :], inside, 0)
-        v = tl.load(v_ptr + t[:, None] * v_t + d[None, :], inside, 0)
+        k = tl.load(k_ptr + slot[:, None] * k_t + d[None, :], inside, 0)
+        v = tl.load(v_ptr + slot[:, None] * v_t + d[None, :], inside, 0)
         seen = (t[None, :] <= pos[:, None]) & (t < end)[None, :]
         if WINDOW:
             seen &= t[None, :] > pos[:, None] - window
-        scores = tl.where(seen, tl.dot(q, k.T, input_precision="ieee") * scale, float("-inf"))
+        scores = tl.dot(q, k.T, input_precision="ieee") * scale
+        if CAP:
+            scores = (2 * tl.sigmoid(scores) - 1) * softcap
+        scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(new == float("-inf"), 0.0, new)  # no key yet
         weights = tl.exp2(scores - base[:, None])
@@ -293,7 +310,7 @@ def _attend(
             # Not all queries see all of these values, and what one must not see may be NaN, which a weight of 0 does
             # not hide.
             for i in range(S):
-                at = tl.load(pos_ptr + b * S + i).to(tl.int32)
+                at = _counted(tl.load(pos_ptr + b * S + i), oldest, T, RING)
                 visible = t <= at
                 if WINDOW:
                     visible &= t > at - window
@@ -307,26 +324,51 @@ def _attend(
 
 
 @triton.jit
+def _counted(pos, oldest, T, RING: tl.constexpr):
+    """int64 positions -> int32, in a ring from the oldest on; -1 for those that are not among its T - 1."""
+    if RING:
+        pos = pos - oldest
+        pos = tl.where((pos >= 0) & (pos < T - 1), pos, -1)
+    return tl.minimum(pos, 2**30).to(tl.int32)
+
+
+@triton.jit
 def _combine(
-    part_ptr, stats_ptr, y_ptr, S, splits,
-    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    part_ptr, stats_ptr, sinks_ptr, y_ptr, S, splits,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What _attend left -> y [B, S, KV * G, D]."""
+    """What _attend left, and the heads' sinks [KV * G] if there are any -> y [B, S, KV * G, D]."""
     row, b, kv = tl.program_id(0), (tl.program_id(1) // KV).to(tl.int64), tl.program_id(1) % KV
     split, d = tl.arange(0, BS), tl.arange(0, BD)
     at = (tl.program_id(1).to(tl.int64) * splits + split) * (S * G) + row
     most = tl.load(stats_ptr + at * 2, split < splits, float("-inf"))
     total = tl.load(stats_ptr + at * 2 + 1, split < splits, 0.0)
-    weight = tl.exp2(most - tl.max(most, 0))
+    largest = tl.max(most, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + kv * G + row % G).to(tl.float32) * LOG2_E
+        largest = tl.maximum(largest, sink)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # padding that sees nothing
+    weight = tl.exp2(most - largest)
     used = total != 0  # the others left nothing to read
     part = tl.load(part_ptr + at[:, None] * D + d[None, :], used[:, None] & (d < D)[None, :], 0.0)
-    y = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
+    total = tl.sum(total * weight, 0)
+    if SINKS:
+        total += tl.exp2(sink - largest)
+    y = tl.sum(part * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
     head = (b * S + row // G) * (KV * G) + kv * G + row % G
     tl.store(y_ptr + head * D + d, y, d < D)
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    ring: bool = False,
 ) -> Tensor:
     """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B >= B, KV, T, D] -> [B, S, H, D].
 
@@ -338,6 +380,13 @@ def decode_attention(
         raise RuntimeError(f"q {list(q.shape)} does not go with caches {list(k_cache.shape)}, {list(v_cache.shape)}")
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or input_pos.shape != (B, S):
         raise RuntimeError(f"expected caches [max_B, KV, T, D] and input_pos [{B}, {S}], got {list(input_pos.shape)}")
+    if ring and (window is None or window > T - 1):
+        raise RuntimeError(f"ring: expected a window of at most {T - 1}, got {window}")
+    if sinks is not None and sinks.shape != (H,):
+        raise RuntimeError(f"sinks: expected [{H}], got {list(sinks.shape)}")
+    scale = D**-0.5 if scale is None else scale
+    if not (scale > 0 and softcap >= 0):
+        raise RuntimeError(f"expected scale > 0 and softcap >= 0, got {scale} and {softcap}")
     y = torch.empty(B, S, H, D, dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
@@ -347,12 +396,15 @@ def decode_attention(
     splits = max(1, min(triton.cdiv(SPLIT_PROGRAMS, B * KV), triton.cdiv(T, BT), 64))
     part = torch.empty(B, KV, splits, S * G, D, dtype=torch.float32, device=q.device)
     stats = torch.empty(B, KV, splits, S * G, 2, dtype=torch.float32, device=q.device)
-    scale = D**-0.5 * 1.4426950408889634  # log2(e): the kernels take powers of two
+    scale = 2 * scale / softcap if softcap else scale * LOG2_E.value
     with torch.cuda.device_of(q):
         _attend[splits, B * KV, triton.cdiv(S * G, BM)](
-            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), part, stats, scale, S, T, window or 0, splits,
-            *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D, window is not None, BM, BT, BD,
-            num_warps=4, num_stages=3 if BT == 64 else 2,
+            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), part, stats, scale, softcap * LOG2_E.value, S, T,
+            window or 0, splits, *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D,
+            window is not None, softcap > 0, ring, BM, BT, BD, num_warps=4, num_stages=3 if BT == 64 else 2,
         )  # fmt: skip
-        _combine[S * G, B * KV](part, stats, y, S, splits, KV, G, D, triton.next_power_of_2(splits), BD, num_warps=4)
+        _combine[S * G, B * KV](
+            part, stats, None if sinks is None else sinks.contiguous(), y, S, splits, KV, G, D,
+            sinks is not None, triton.next_power_of_2(splits), BD, num_warps=4,
+        )  # fmt: skip
     return y

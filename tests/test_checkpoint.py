@@ -303,7 +303,7 @@ def test_config_that_is_not_json(tmp_path, text):
         ({"intermediate_size": None}, "intermediate_size"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": "mamba"}, "model_type"),
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),

@@ -5,6 +5,7 @@ activations are quantized, each is off by at most half a step of its group.
 """
 
 import ctypes
+import itertools
 import math
 import os
 import shutil
@@ -376,51 +377,135 @@ attention_shapes = st.fixed_dictionaries(
         "T": st.integers(8, 700),
         "window": st.one_of(st.none(), st.integers(1, 10), st.integers(11, 600)),
         "dtype": st.sampled_from(["bf16", "f16", "f32"]),
-        "scale": st.sampled_from([0.0, 1.0, 1.0, 30.0]),
+        "size": st.sampled_from([0.0, 1.0, 1.0, 30.0]),  # of the queries
+        "sinks": st.sampled_from([None, None, "bf16", "f16", "f32"]),
+        "scale": st.sampled_from([None, None, 0.05, 1.0]),
+        "softcap": st.sampled_from([0.0, 0.0, 0.5, 50.0]),
+        "ring": st.booleans(),
         "seed": st.integers(0, 2**31),
     }
 )
 
 # Position 586, so whole blocks of keys, and the head sizes that the CPU kernels know at compile time.
-FULL = dict(B=1, S=1, KV=2, G=7, T=700, window=None, dtype="bf16", scale=1.0, seed=3)
+FULL = dict(B=1, S=1, KV=2, G=7, T=700, window=None, dtype="bf16", size=1.0, seed=3)
+FULL |= dict(sinks=None, scale=None, softcap=0.0, ring=False)
+ALL = FULL | dict(window=600, sinks="bf16", scale=0.1, softcap=5.0, ring=True)
+
+
+def exact_attention(
+    q, k, v, pos, window=None, sinks=None, scale=None, softcap=0.0, ring=False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in float64, a query after the other over what it sees -> [B, S, H, D], slots seen [B, T]."""
+    (B, S, H, D), (KV, T) = q.shape, k.shape[1:3]
+    y, seen = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(B, T, dtype=torch.bool)
+    for b, s in itertools.product(range(B), range(S)):
+        p = pos[b, s].item()
+        slots = torch.arange(0 if window is None else max(0, p - window + 1), p + 1)
+        if ring:
+            slots %= T - 1
+        seen[b, slots] = True
+        keys, values = (cache[b, :, slots].double().repeat_interleave(H // KV, 0) for cache in (k, v))  # [H, n, D]
+        scores = torch.einsum("hd,hnd->hn", q[b, s].double(), keys) * (D**-0.5 if scale is None else scale)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        sink = torch.full((H, 1), -torch.inf, dtype=torch.float64) if sinks is None else sinks.double()[:, None]
+        most = torch.maximum(scores.amax(1, keepdim=True), sink)
+        weights = (scores - most).exp()
+        y[b, s] = torch.einsum("hn,hnd->hd", weights / (weights.sum(1, keepdim=True) + (sink - most).exp()), values)
+    return y, seen
 
 
 @few
 @given(shape=attention_shapes)
 @example(FULL | {"D": 64})
 @example(FULL | {"D": 128})
+@example(ALL | {"D": 64})
+@example(ALL | {"D": 128, "B": 3, "S": 3})
+@example(ALL | {"D": 80, "B": 3, "dtype": "f32"})
 def test_attention(op, shape):
     B, S, KV, G, D, T = (shape[name] for name in ("B", "S", "KV", "G", "D", "T"))
     dtype, generator = DTYPES[shape["dtype"]], torch.Generator().manual_seed(shape["seed"])
+    options = {name: shape[name] for name in ("window", "scale", "softcap", "ring")}
     start = torch.randint(0, T - S + 1, (B, 1), generator=generator)
+    if shape["ring"]:
+        options["window"] = min(shape["window"] or T, T - S)
+        start[1:2] += T * 3
+        start[2:] += 10**12
     pos = start + torch.arange(S)
     if S > 1 and start[0, 0] + S < T:
         pos[0, -1] = T - 1  # padding, as the prefill puts it into the cache's last slot
-    q = (torch.randn(B, S, KV * G, D, generator=generator) * shape["scale"]).to(dtype)
+    H = KV * G
+    options["sinks"] = shape["sinks"] and (torch.randn(H, generator=generator) * 3).to(DTYPES[shape["sinks"]])
+    q = (torch.randn(B, S, H, D, generator=generator) * shape["size"]).to(dtype)
     k, v = (torch.randn(B + 1, KV, T, D, generator=generator).to(dtype) for _ in range(2))
-    distance = pos[:, :, None] - torch.arange(T)
-    seen = (distance >= 0) & (distance < (shape["window"] or T))
-    expected = F.scaled_dot_product_attention(
-        q.double().transpose(1, 2), k[:B].double(), v[:B].double(), attn_mask=seen[:, None], enable_gqa=True
-    ).transpose(1, 2)
-    if op is not kernels or not (S > 1 and pos[0, -1] == T - 1):
-        for cache in (k, v):  # what no query of a row sees may be anything
-            cache[:B].masked_fill_(~seen.any(1)[:, None, :, None], float("nan"))
-    y = op.decode_attention(q, k, v, pos, shape["window"])
-    scores = (q.double().abs().amax() * k.double().nan_to_num().abs().amax() * D**0.5).item()
+    expected, seen = exact_attention(q, k, v, pos, **options)
+    largest = q.double().abs().amax() * k.double().abs().amax() * D * (options["scale"] or D**-0.5)
+    for cache in (k, v):  # what no query of a row sees may be anything
+        cache[:B].masked_fill_(~seen[:, None, :, None], float("nan"))
+    y = op.decode_attention(q, k, v, pos, **options)
+    # Scores are off by what float32 rounds of the largest, and a cap by what it rounds of itself; values are below 6.
+    scores = largest.item() + options["softcap"]
     bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2**-22 * (8 + scores) * 6 + torch.finfo(dtype).tiny
     assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all()
 
 
 def test_attention_sees_nothing_of_other_queries(op):
     """Of two queries of one row, the earlier one must not be touched by what the later one sees."""
-    if op is kernels:
-        pytest.skip("the reference version multiplies masked values by zero")
     q = torch.randn(1, 2, 4, 64).bfloat16()
     k, v = torch.randn(1, 2, 200, 64).bfloat16(), torch.randn(1, 2, 200, 64).bfloat16()
     k[:, :, 50:], v[:, :, 50:] = float("nan"), float("nan")
     y = op.decode_attention(q, k, v, torch.tensor([[49, 199]]), None)
     assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
+
+
+def test_a_ring_holds_the_last_positions(op):
+    """Written token by token, far beyond its length, with proposals rolled back, it gives what a whole cache gives."""
+    torch.manual_seed(0)
+    window, S, length = 20, 4, 150
+    q = torch.randn(1, length, 4, 16)
+    whole = torch.randn(2, 1, 2, length, 16)
+    ring = torch.full((2, 1, 2, window + S, 16), float("nan"))
+    slots = window + S - 1
+    for p in range(0, length, 2):  # writes S tokens, of which the last two are written again, as others
+        pos = torch.arange(p, min(p + S, length))[None]
+        ring[..., pos[0] % slots, :] = torch.cat(
+            (whole[..., pos[0, :2], :], torch.randn(2, 1, 2, pos.shape[1] - 2, 16)), 3
+        )
+        y = op.decode_attention(q[:, pos[0]], *ring, pos, window, ring=True)
+        expected = op.decode_attention(q[:, pos[0, :2]], *whole, pos[:, :2], window)
+        torch.testing.assert_close(y[:, :2], expected)
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("parked", [300, 131_072, 2**40, 2**63 - 1])
+def test_parked_rows_and_padding_change_nothing_of_others(op, parked, ring):
+    torch.manual_seed(0)
+    q, sinks = torch.randn(3, 3, 4, 64).bfloat16(), torch.randn(4)
+    k, v = torch.randn(2, 3, 2, 300, 64).bfloat16()
+    pos = torch.tensor([[100, 101, parked], [parked] * 3, [200, 201, 202]])
+    begin = time.monotonic()
+    y = op.decode_attention(q, k, v, pos, 50, sinks, ring=ring)
+    assert time.monotonic() - begin < 5  # what is seen counts, and not how far apart positions are
+    k[1], v[1] = float("nan"), float("nan")
+    for b, count in ((0, 2), (2, 3)):
+        alone = op.decode_attention(q[b : b + 1, :count], k[b:], v[b:], pos[b : b + 1, :count], 50, sinks, ring=ring)
+        torch.testing.assert_close(y[b : b + 1, :count], alone)
+    op.decode_attention(q, k, v, pos, 299, softcap=3.0, ring=ring)
+
+
+def test_wrong_options_of_attention_are_refused(op):
+    q, cache, pos = torch.randn(1, 1, 4, 16), torch.randn(1, 2, 100, 16), torch.tensor([[5]])
+    for options in (
+        {"ring": True},
+        {"ring": True, "window": 100},
+        {"scale": 0.0},
+        {"scale": -1.0},
+        {"softcap": -1.0},
+        {"sinks": torch.zeros(5)},
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=r"expected|invalid for input of size"):
+            op.decode_attention(q, cache, cache, pos, **options)
+    op.decode_attention(q, cache, cache, pos, window=99, ring=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,6 +518,7 @@ def examples() -> dict[str, tuple]:
     q, scales, zeros = int4_weight(torch.Generator().manual_seed(0), 48, 100, 32, zero_kind="whole")
     packed, zero = kernels.pack_int4(q, scales, zeros, 100, 32)
     cache = torch.randn(2, 2, 300, 32).bfloat16()
+    options = 290, torch.randn(8).bfloat16(), 0.2, 30.0, True
     int8, grid = int8_weight(torch.Generator().manual_seed(0), 48, 96, 32)
     return {
         "linear_bf16": (x, torch.randn(48, 100).bfloat16(), torch.randn(48).bfloat16()),
@@ -440,12 +526,19 @@ def examples() -> dict[str, tuple]:
         "linear_int8_grouped": (x[..., :96], kernels.pack_int8(int8), kernels.pack_scales(grid), 48, 32, None),
         "linear_int4": (x, packed, 48, 32, scales.dtype, zero, None),
         "decode_attention": (torch.randn(2, 1, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7], [299]]), 100),
-    }
+        "decode_attention with options": (
+            torch.randn(2, 3, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7, 8, 9], [900, 901, 5000]]), *options
+        ),
+    }  # fmt: skip
+
+
+def named(name: str) -> torch._ops.OpOverloadPacket:
+    return getattr(torch.ops.brisk, name.split()[0])
 
 
 @pytest.mark.parametrize("name", examples())
 def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.brisk, name).default, examples()[name])
+    torch.library.opcheck(named(name).default, examples()[name])
 
 
 @pytest.mark.parametrize("name", examples())
@@ -455,7 +548,7 @@ def test_the_result_does_not_depend_on_the_threads(name):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(getattr(torch.ops.brisk, name)(*examples()[name]))
+            results.append(named(name)(*examples()[name]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -471,7 +564,7 @@ def test_inputs_without_columns_are_refused():
 def test_wrong_shapes_are_refused(name):
     x, *rest = examples()[name]
     with pytest.raises(RuntimeError, match=r"expected|does not go"):
-        getattr(torch.ops.brisk, name)(x[..., :20], *rest)
+        named(name)(x[..., :20], *rest)
 
 
 class Layer(nn.Module):

@@ -26,6 +26,8 @@ import kernels
 from kernels import Int4Linear, Int8Linear, packing
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from test_kernels import exact_attention  # noqa: E402
+
 from kernels import cuda  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -306,36 +308,45 @@ attention_shapes = st.fixed_dictionaries(
         "T": st.integers(8, 400),
         "window": st.one_of(st.none(), st.integers(1, 10), st.integers(11, 300)),
         "dtype": st.sampled_from(["bf16", "f16", "f32"]),
-        "scale": st.sampled_from([0.0, 1.0, 1.0, 30.0]),
+        "size": st.sampled_from([0.0, 1.0, 1.0, 30.0]),  # of the queries
+        "sinks": st.sampled_from([None, None, "bf16", "f32"]),
+        "scale": st.sampled_from([None, None, 0.05, 1.0]),
+        "softcap": st.sampled_from([0.0, 0.0, 0.5, 50.0]),
+        "ring": st.booleans(),
         "seed": st.integers(0, 2**31),
     }
 )
+PLAIN = dict(dtype="bf16", size=1.0, sinks=None, scale=None, softcap=0.0, ring=False, seed=0)
+OPTIONS = "window", "sinks", "scale", "softcap", "ring"
+ALL = PLAIN | dict(sinks="bf16", scale=0.1, softcap=5.0, ring=True)
 
 
 def check_attention(shape: dict) -> None:
     B, S, KV, G, D, T = (shape[name] for name in ("B", "S", "KV", "G", "D", "T"))
     dtype, generator = DTYPES[shape["dtype"]], torch.Generator().manual_seed(shape["seed"])
     start = torch.randint(0, T - S + 1, (B, 1), generator=generator)
+    options = {name: shape[name] for name in ("window", "scale", "softcap", "ring")}
+    if shape["ring"]:
+        options["window"] = min(shape["window"] or T, T - S)
+        start[1:2] += T * 3
+        start[2:] += 10**12
     pos = start + torch.arange(S)
     if S > 1 and start[0, 0] + S < T:
         pos[0, -1] = T - 1  # padding, as the prefill puts it into the cache's last slot
-    q = (torch.randn(B, S, KV * G, D, generator=generator) * shape["scale"]).to(dtype)
+    options["sinks"] = shape["sinks"] and (torch.randn(KV * G, generator=generator) * 3).to(DTYPES[shape["sinks"]])
+    q = (torch.randn(B, S, KV * G, D, generator=generator) * shape["size"]).to(dtype)
     k, v = (torch.randn(B + 1, KV, T, D, generator=generator).to(dtype) for _ in range(2))
-    distance = pos[:, :, None] - torch.arange(T)
-    seen = (distance >= 0) & (distance < (shape["window"] or T))
-    expected, size = (
-        F.scaled_dot_product_attention(
-            q.double().transpose(1, 2), k[:B].double(), values[:B].double(), attn_mask=seen[:, None], enable_gqa=True
-        ).transpose(1, 2)
-        for values in (v, v.abs())
-    )
+    (expected, seen), (size, _) = (exact_attention(q, k, values, pos, **options) for values in (v, v.abs()))
+    largest = q.double().abs().amax() * k.double().abs().amax() * D * (options["scale"] or D**-0.5)
     for cache in (k, v):  # what no query of a row sees may be anything
-        cache[:B].masked_fill_(~seen.any(1)[:, None, :, None], float("nan"))
-    y = cuda.decode_attention(*on_device(q, k, v, pos, shape["window"])).cpu()
-    scores = (q.double().abs().amax() * k.double().nan_to_num().abs().amax() * D**0.5).item()
+        cache[:B].masked_fill_(~seen[:, None, :, None], float("nan"))
+    y = cuda.decode_attention(*on_device(q, k, v, pos, *(options[name] for name in OPTIONS))).cpu()
+    scores = largest.item() + options["softcap"]
     rounding = torch.finfo(dtype).eps / 2
     bound = rounding * 1.01 * (expected.abs() + 2 * size) + 2**-21 * (8 + scores) * 6 + torch.finfo(dtype).tiny
-    assert y.dtype == dtype and y.is_contiguous() and ((y.double() - expected).abs() <= bound).all()
+    # In a ring, padding that stands too far off to share it with the others may be left out.
+    near = pos - (pos[:, :1] - (options["window"] or 0) + 1).clamp(min=0) < T - 1 if shape["ring"] else pos >= 0
+    assert y.dtype == dtype and y.is_contiguous() and ((y.double() - expected).abs() <= bound)[near].all()
 
 
 @runs
@@ -346,10 +357,47 @@ def test_attention(shape):
 
 
 @runs
-@pytest.mark.parametrize("window", [None, 37])
-def test_attention_of_many_queries(window):
-    shape = {"B": 1, "S": 16, "KV": 1, "G": 8, "D": 32, "T": 200, "window": window}
-    check_attention(shape | {"dtype": "bf16", "scale": 1.0, "seed": 0})
+@pytest.mark.parametrize("window, options", [(None, PLAIN), (37, PLAIN), (37, ALL)])
+def test_attention_of_many_queries(window, options):
+    check_attention({"B": 1, "S": 16, "KV": 1, "G": 8, "D": 32, "T": 200, "window": window} | options)
+
+
+@runs
+@pytest.mark.parametrize("T, window", [(200, 150), (300, 37)])
+def test_attention_of_a_ring(T, window):
+    """In a row of each kind: at the beginning, after some turns, after very many."""
+    for S in (1, 3):
+        check_attention({"B": 3, "S": S, "KV": 2, "G": 4, "D": 64, "T": T, "window": window} | ALL)
+
+
+@runs
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("parked", [300, 131_072, 2**31 + 100, 2**40, 2**63 - 1])
+def test_parked_rows_and_padding_change_nothing_of_others(parked, ring):
+    torch.manual_seed(0)
+    q, sinks = torch.randn(3, 3, 4, 64).bfloat16(), torch.randn(4)
+    k, v = torch.randn(2, 3, 2, 300, 64).bfloat16()
+    k[1], v[1] = float("nan"), float("nan")
+    pos = torch.tensor([[100, 101, parked], [parked] * 3, [200, 201, 202]])
+    options = 50, sinks.to(DEVICE), None, 0.0, ring
+    y = cuda.decode_attention(*on_device(q, k, v, pos, *options)).cpu()
+    for b, count in ((0, 2), (2, 3)):
+        expected, _ = exact_attention(q[b : b + 1, :count], k[b:], v[b:], pos[b : b + 1, :count], 50, sinks, ring=ring)
+        torch.testing.assert_close(y[b : b + 1, :count].double(), expected, atol=0.02, rtol=0.02)
+
+
+@runs
+def test_wrong_options_of_attention_are_refused():
+    tensors = on_device(torch.randn(1, 1, 4, 16), *torch.randn(2, 1, 2, 100, 16), torch.tensor([[5]]))
+    for options in (
+        {"ring": True},
+        {"ring": True, "window": 100},
+        {"scale": 0.0},
+        {"softcap": -1.0},
+        {"sinks": torch.zeros(5)},
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            cuda.decode_attention(*tensors, **options)
 
 
 @runs
@@ -391,18 +439,27 @@ def examples(device: str) -> dict[str, tuple]:
     grid = torch.rand(3, 48).bfloat16().to(device)
     cache = torch.randn(2, 2, 300, 32).bfloat16().to(device)
     pos = torch.tensor([[7], [299]], device=device)
+    options = 100, torch.randn(8).bfloat16().to(device), 0.2, 30.0, True
     return {
         "linear_int8": (x, int8.packed, int8.scales, torch.randn(48).bfloat16().to(device)),
         "linear_int8_grouped": (x, int8.packed, grid, 48, 32, None),
         "linear_int4": (x, int4.packed, 48, 32, int4.scale_dtype, int4.zero, None),
         "decode_attention": (torch.randn(2, 1, 8, 32).bfloat16().to(device), cache, cache + 1, pos, 100),
-    }
+        "decode_attention with options": (
+            torch.randn(2, 1, 8, 32).bfloat16().to(device), cache, cache + 1, pos, *options
+        ),
+    }  # fmt: skip
+
+
+EXAMPLES = [
+    "linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention", "decode_attention with options"
+]  # fmt: skip
 
 
 @runs
-@pytest.mark.parametrize("name", ["linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_outputs_are_as_the_fake_versions_promise(name):
-    arguments = examples(DEVICE)[name]
+    arguments, name = examples(DEVICE)[name], name.split()[0]
     y = getattr(cuda, name)(*arguments)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -441,9 +498,9 @@ def test_without_triton_there_is_one_warning():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["linear_int8", "linear_int8_grouped", "linear_int4", "decode_attention"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.brisk, name).default, examples("cuda")[name])
+    torch.library.opcheck(getattr(torch.ops.brisk, name.split()[0]).default, examples("cuda")[name])
 
 
 @gpu
@@ -581,11 +638,21 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
 
 @pytest.mark.slow
 @no_gpu
-@pytest.mark.parametrize("S, H, KV, D, window", [(1, 32, 8, 128, None), (8, 32, 8, 128, 4096), (1, 14, 2, 64, None)])
-def test_attention_compiles(compilers, tmp_path, S, H, KV, D, window):
+@pytest.mark.parametrize(
+    "S, H, KV, D, window, options",
+    [
+        (1, 32, 8, 128, None, {}),
+        (8, 32, 8, 128, 4096, {}),
+        (1, 14, 2, 64, None, {}),
+        (1, 64, 8, 64, 128, {"sinks": torch.empty(64, dtype=torch.bfloat16, device="meta"), "ring": True}),
+        (1, 16, 8, 256, 4096, {"scale": 1 / 16, "softcap": 50.0, "ring": True}),
+        (4, 16, 8, 256, None, {"scale": 1 / 16, "softcap": 50.0}),
+    ],
+)
+def test_attention_compiles(compilers, tmp_path, S, H, KV, D, window, options):
     q = torch.empty(1, S, H, D, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(1, KV, 8193, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    cuda.decode_attention(q, k, v, torch.empty(1, S, dtype=torch.long, device="meta"), window)
+    cuda.decode_attention(q, k, v, torch.empty(1, S, dtype=torch.long, device="meta"), window, **options)
     check_compiled(compilers["_attend"].compiled, tmp_path)
     check_compiled(compilers["_combine"].compiled, tmp_path, wide_copies=False)
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers
 
+from attention import rope_angles, rope_frequencies
 from checkpoint import load_model
 from compiled import OPTIONS, kernels_together
 from config import ModelConfig
 from convert_hf_checkpoint import convert
 from errors import UserError
-from model import Transformer, rope_angles, rope_frequencies
+from model import Transformer
 
 SIZES = dict(
     hidden_size=64,
@@ -208,9 +209,9 @@ def valid(**fields):
         (dict(model_type="mamba"), "model_type"),
         (dict(model_type=None), "model_type"),
         (dict(architectures=["LlamaForSequenceClassification"]), "architectures"),
-        (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(hidden_act="quick_gelu"), "hidden_act"),
         (dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
-        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "longrope"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "short_factor"),
         (dict(rope_scaling=dict(rope_type="linear")), "factor"),
         (dict(rope_scaling=dict(rope_type="linear", factor=2.0, spiral=3)), "spiral"),
         (dict(rope_scaling="linear"), "rope_scaling"),
@@ -248,7 +249,7 @@ def test_compiled_equals_eager():
     torch._dynamo.reset()
     torch.manual_seed(0)
     hf_config = json.loads(FAMILIES["qwen2-window"].to_json_string(use_diff=False)) | {"architectures": None}
-    config = replace(ModelConfig.from_hf(hf_config), qk_norm=True)
+    config = replace(ModelConfig.from_hf(hf_config), qk_norm="head")
     assert config.sliding_window and config.qkv_bias
     model = Transformer(config)
     randomize(model)

@@ -33,7 +33,7 @@ def shapes(draw):
         qkv_bias=True,
         wo_bias=True,
         mlp_bias=True,
-        qk_norm=True,
+        qk_norm="head",
     )
     return config, ranks
 

@@ -1,0 +1,206 @@
+"""Attention over a static KV cache, and the rotation of its queries and keys.
+
+    cos, sin = rope_angles(rope, rope_frequencies(rope, rotary_dim), input_pos)
+    cache = KVCache((rows, kv_heads, slots, head_dim), dtype, device)
+    y = attend(q, k, v, mask, scale)                        # many queries; few take torch.ops.brisk.decode_attention
+
+Attention masks by position, so whatever lies in the cache beyond a row's position is never seen. The cache of a layer
+with a window is a ring: it holds the last positions only.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import RopeConfig
+from kernels.packing import allocate
+
+DECODE_QUERIES = 16  # of a row: up to so many attention takes the decode kernel, and no decode step has more
+LOOKBACK = 2 * DECODE_QUERIES  # positions that a row may go back by, since a ring keeps so many more than its window
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding
+
+
+def rope_frequencies(rope: RopeConfig, rotary_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Radians per position of each rotated pair, float32 [rotary_dim / 2]; of longrope [2, rotary_dim / 2], for short
+    and for long texts. What `dynamic` adds is in rope_angles."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    freqs = 1.0 / rope.theta**exponent
+    if rope.type == "linear":
+        return freqs / rope.factor
+    if rope.type == "llama3":
+        # Long wavelengths are stretched, short ones kept, those between blended.
+        wavelength = 2 * math.pi / freqs
+        span = rope.high_freq_factor - rope.low_freq_factor
+        keep = ((rope.original_length / wavelength - rope.low_freq_factor) / span).clamp(0, 1)
+        return (1 - keep) * freqs / rope.factor + keep * freqs
+    if rope.type == "yarn":
+        # Pairs that turn more than beta_fast times over the trained length are kept, fewer than beta_slow stretched.
+        low, high = (
+            rotary_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        high += 0.001 if low == high else 0
+        stretch = ((torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+        return stretch * freqs / rope.factor + (1 - stretch) * freqs
+    if rope.type == "longrope":
+        return freqs / torch.tensor([rope.short_factors, rope.long_factors], dtype=torch.float32, device=device)
+    return freqs
+
+
+def rope_angles(rope: RopeConfig, freqs: Tensor, input_pos: Tensor, padding: int = -1) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [B, S, 1, rotary_dim / 2], of positions [B, S]; `padding` is the padding position.
+
+    `dynamic` and `longrope` depend on the length that each row has reached; keys in the cache stay as they are.
+    """
+    if rope.type in ("dynamic", "longrope"):
+        reached = input_pos.masked_fill(input_pos == padding, 0).amax(dim=1)[:, None, None] + 1
+        if rope.type == "dynamic":
+            # NTK scaling: past the trained length the base grows.
+            half = freqs.shape[0]
+            reached = reached.clamp(min=rope.original_length).float()
+            growth = rope.factor * reached / rope.original_length - (rope.factor - 1)
+            exponent = torch.arange(half, dtype=torch.float32, device=freqs.device) / max(half - 1, 1)
+            freqs = freqs * growth**-exponent
+        else:
+            freqs = torch.where(reached > rope.original_length, freqs[1], freqs[0])
+    angles = input_pos[:, :, None].float() * freqs
+    return (angles.cos() * rope.attention_factor)[:, :, None], (angles.sin() * rope.attention_factor)[:, :, None]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first elements of [B, S, heads, head_dim], two for each cos; element i pairs with element
+    i + rotary_dim / 2, as in HF's checkpoints."""
+    rotary_dim = 2 * cos.shape[-1]
+    a, b = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer, [B, kv_heads, T, head_dim], preallocated.
+
+    Position p is in slot p; in a ring, which only a layer with a window has, in slot p % (T - 1). The last slot, which
+    no query ever looks at, is for padding.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, padding: int | None = None
+    ):
+        """`padding`: the padding position of a ring."""
+        super().__init__()
+        self.padding = padding
+        for name in ("k", "v"):
+            self.register_buffer(name, allocate(shape, dtype, device), persistent=False)
+
+    @property
+    def is_ring(self) -> bool:
+        return self.padding is not None
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Where positions [...] are."""
+        size = self.k.shape[2] - 1
+        return (positions % size).masked_fill(positions == self.padding, size) if self.is_ring else positions
+
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
+        """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""
+        slots, size = self.slots(input_pos), self.k.shape[2] - 1
+        if self.is_ring and input_pos.shape[1] > LOOKBACK:  # only the last ones are kept
+            last = input_pos.masked_fill(input_pos == self.padding, -1).amax(1, keepdim=True)
+            slots = slots.masked_fill(input_pos <= last - size, size)
+        rows = first_rows(input_pos) if rows is None else rows
+        self.k[rows[:, None], :, slots] = k
+        self.v[rows[:, None], :, slots] = v
+
+    def before(self, input_pos: Tensor, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What a ring holds of the `count` positions before the first of each row: k and v [B, count, kv_heads,
+        head_dim] and their positions [B, count], below 0 where there are none."""
+        positions = input_pos[:, :1] + torch.arange(-count, 0, device=input_pos.device)
+        rows = first_rows(input_pos) if rows is None else rows
+        slots = self.slots(positions)
+        return self.k[rows[:, None], :, slots], self.v[rows[:, None], :, slots], positions
+
+    def copy_row(self, source: int, row: int, begin: int, end: int) -> None:
+        """Copies positions begin:end of one row to another."""
+        positions = slice(begin, end)
+        if self.is_ring:
+            begin = max(begin, end - (self.k.shape[2] - 1))
+            positions = self.slots(torch.arange(begin, end, device=self.k.device))
+        for cache in (self.k, self.v):
+            cache[row, :, positions] = cache[source, :, positions]
+
+
+def first_rows(input_pos: Tensor) -> Tensor:
+    return torch.arange(len(input_pos), device=input_pos.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention of many queries
+
+
+def seen_by(input_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
+    """Which keys, at positions [L] or [B, 1, L], queries at positions [B, S] see: [B, S, L]."""
+    seen = key_pos <= input_pos[:, :, None]
+    return seen if window is None else seen & (key_pos > input_pos[:, :, None] - window)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Queries [B, S, heads, D], keys and values [B, kv_heads, L, D], mask [B, S, L] -> like q.
+
+    `scale`, `softcap` and `sinks` as in kernels.decode_attention.
+    """
+    B, S, n_heads, D = q.shape
+    n_kv_heads = k.shape[1]
+    if softcap or sinks is not None:  # which no fused attention of PyTorch's has
+        return attend_by_heads(q, k, v, mask, D**-0.5 if scale is None else scale, softcap, sinks)
+    mask = mask[:, None]
+    if S == 1:
+        # The queries of a group share their keys: as rows of one small matrix they read them once.
+        q = q.view(B, n_kv_heads, n_heads // n_kv_heads, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(B, 1, n_heads, D)
+    if q.device.type == "cuda" and n_heads != n_kv_heads:
+        # There no fused kernel takes both a mask and groups, and the others make scores of float32.
+        k, v = (cache.repeat_interleave(n_heads // n_kv_heads, 1) for cache in (k, v))
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=n_heads != k.shape[1]
+    )
+    return y.transpose(1, 2).contiguous()
+
+
+def attend_by_heads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """The same step by step, for the queries of one head of keys after the other: all scores may be gigabytes."""
+    B, S, n_heads, _ = q.shape
+    group = n_heads // k.shape[1]
+    outputs = []
+    for head, queries in enumerate(q.split(group, dim=2)):
+        scores = (queries.transpose(1, 2) @ k[:, head, None].transpose(2, 3)).float() * scale  # [B, group, S, L]
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        if sinks is not None:
+            sink = sinks[head * group : (head + 1) * group].float()[None, :, None, None].expand(B, group, S, 1)
+            weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        outputs.append((weights.to(v.dtype) @ v[:, head, None]).transpose(1, 2))
+    return torch.cat(outputs, dim=2)

@@ -1,0 +1,442 @@
+// The linear ops on CPUs: of one weight, and of experts, where each row of x goes through some of many weights. The
+// work itself is done by the kernels in cpu_linear.cpp and cpu_bf16.cpp.
+
+#include <cstring>
+
+#include "cpu_ops.h"
+
+namespace brisk {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Which rows go through which weight
+
+struct Batch {  // rows [begin, end) of the order that `Rows` gives them
+    int64_t expert, begin, end;
+};
+
+struct Rows {
+    std::vector<Batch> batches;  // of the experts that any row goes through, the smallest first
+    std::vector<int64_t> from;   // the row of x that each reads,
+    std::vector<char*> to;       // and where its result goes
+    int64_t inputs;              // rows of x
+
+    // One row of x, which all experts read as it is.
+    bool one_input() const { return inputs == 1 && batches.size() == from.size(); }
+};
+
+// Rows of an expert that is the only one.
+Rows all_rows(int64_t rows, const Tensor& y) {
+    Rows all{{{0, 0, rows}}, std::vector<int64_t>(rows), std::vector<char*>(rows), rows};
+    const int64_t row_bytes = rows ? y.numel() / rows * size_of(type_of(y.scalar_type())) : 0;
+    for (int64_t i = 0; i < rows; i++) all.from[i] = i, all.to[i] = (char*)y.mutable_data_ptr() + i * row_bytes;
+    return all;
+}
+
+// The choices of all rows, those of one expert together. y is [R, k, N].
+Rows rows_by_expert(const Tensor& x, const Tensor& chosen, int64_t experts, const Tensor& y) {
+    const Tensor dense = in_order(chosen);
+    const int64_t *ids = (const int64_t*)dense.const_data_ptr(), pairs = dense.numel(), k = chosen.size(1);
+    const int64_t row_bytes = y.size(2) * size_of(type_of(y.scalar_type()));
+    std::vector<int64_t> next(experts);  // of each expert, first how many rows, then where the next one goes
+    for (int64_t i = 0; i < pairs; i++) {
+        STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < experts, "chosen: expected experts from 0 to ", experts - 1, ", got ",
+                        ids[i]);
+        next[ids[i]]++;
+    }
+    Rows rows{{}, std::vector<int64_t>(pairs), std::vector<char*>(pairs), x.size(0) * x.size(1)};
+    for (int64_t expert = 0; expert < experts; expert++)
+        if (next[expert]) rows.batches.push_back({expert, 0, next[expert]});
+    // Threads take large parts first, small ones last: so those with most work are in small parts.
+    std::stable_sort(rows.batches.begin(), rows.batches.end(), [](Batch a, Batch b) { return a.end < b.end; });
+    int64_t begin = 0;
+    for (Batch& batch : rows.batches) {
+        batch = {batch.expert, begin, begin + batch.end};
+        next[batch.expert] = begin, begin = batch.end;
+    }
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t at = next[ids[i]]++;
+        rows.from[at] = x.size(1) == 1 ? i / k : i;
+        rows.to[at] = (char*)y.mutable_data_ptr() + i * row_bytes;
+    }
+    return rows;
+}
+
+// y [R, k, N] for x [R, 1 or k, K] and experts chosen [R, k].
+Tensor empty_experts_output(const Tensor& x, const Tensor& chosen, int64_t n) {
+    STD_TORCH_CHECK(chosen.scalar_type() == ScalarType::Long && chosen.dim() == 2 && x.dim() == 3 &&
+                        x.size(0) == chosen.size(0) && (x.size(1) == 1 || x.size(1) == chosen.size(1)),
+                    "expected x [R, 1 or k, K] and int64 chosen [R, k], got ", shape_of(x), " and ", shape_of(chosen));
+    return empty({chosen.size(0), chosen.size(1), n}, x.scalar_type());
+}
+
+// [N], or of experts [E, N].
+Vector bias_of(const OptionalTensor& bias, int64_t n, int64_t experts = 0) {
+    if (!bias.has_value()) return {nullptr, F32};
+    const bool fits = experts ? bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == n
+                              : bias->dim() == 1 && bias->size(0) == n;
+    STD_TORCH_CHECK(fits && bias->is_contiguous(), "bias: expected [", experts ? std::to_string(experts) + ", " : "", n,
+                    "], got ", shape_of(*bias));
+    return vector_of(*bias);
+}
+
+Vector bias_of(Vector all, int64_t expert, int64_t n) {
+    return all.data ? Vector{(const char*)all.data + expert * n * size_of(all.type), all.type} : all;
+}
+
+// The rows of a batch in as few tiles as possible, of nearly equal size.
+template <class Work>
+void each_tile(const Batch& batch, int64_t tile_rows, const Work& work) {
+    const int64_t rows = batch.end - batch.begin, tiles = (rows + tile_rows - 1) / tile_rows;
+    for (int64_t i = 0; i < tiles; i++) {
+        const Range r = share(rows, i, tiles);
+        work(Range{batch.begin + r.begin, batch.begin + r.end});
+    }
+}
+
+// A thread's share of the weights of all batches, each of them so many parts.
+template <class Work>
+void take_parts(Queue& queue, const std::vector<Batch>& batches, int64_t parts, const Work& work) {
+    for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
+        for (int64_t begin = mine.begin, end; begin < mine.end; begin = end) {
+            const int64_t batch = begin / parts, first = batch * parts;
+            end = std::min(mine.end, first + parts);
+            work(batches[batch], Range{begin - first, end - first});
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantized weights
+
+// Of experts, one after the other.
+struct Weights {
+    Weight first;
+    int64_t experts, packed_bytes, scales_bytes;  // of one
+
+    Weight operator[](int64_t expert) const {
+        Weight w = first;
+        w.packed += expert * packed_bytes;
+        if (w.scales) w.scales = (const char*)w.scales + expert * scales_bytes;
+        return w;
+    }
+};
+
+// Each row times the weight of its expert. All threads quantize the activations together, then take panels.
+void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vector bias) {
+    const Weight& w = weights.first;
+    const LinearKernels& kernels = *linear;
+    const int64_t panels = (w.n + PANEL - 1) / PANEL, padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
+    const int64_t starts = round_up(padded_k, 32) / 32;  // of a row, at most
+    const bool one_input = rows.one_input();
+    const int64_t inputs = one_input ? 1 : rows.from.size();
+    const Vector x_vector = vector_of(x);
+    Memory q = allocate(inputs * padded_k), scale = allocate(inputs * w.groups * 4);
+    Memory start = allocate(inputs * starts * 4);
+    const auto activations = [&](Range tile) {
+        const int64_t first = one_input ? 0 : tile.begin;
+        return Activations{(int8_t*)q.get() + first * padded_k, (float*)scale.get() + first * w.groups,
+                           (int32_t*)start.get() + first * starts};
+    };
+    const auto quantize = [&](Range units) {  // groups of all inputs, one row after the other
+        for (const Batch& batch : rows.batches)
+            each_tile(batch, kernels.tile_rows, [&](Range tile) {
+                for (int64_t row = tile.begin; row < tile.end; row++) {
+                    const int64_t begin = std::max<int64_t>(units.begin - row * w.groups, 0);
+                    const int64_t end = std::min<int64_t>(units.end - row * w.groups, w.groups);
+                    if (begin < end)
+                        kernels.quantize(w, x_vector, rows.from[row], begin, end, tile.end - tile.begin,
+                                         row - tile.begin, activations(tile));
+                }
+            });
+    };
+    Queue queue(rows.batches.size() * panels);
+    parallel([&](int thread, int threads) {
+        quantize(share(inputs * w.groups, thread, threads));
+        GOMP_barrier();
+        take_parts(queue, rows.batches, panels, [&](const Batch& batch, Range mine) {
+            const Weight weight = weights[batch.expert];
+            const Vector add = bias_of(bias, batch.expert, w.n);
+            // Of several tiles all take a panel before the next: it comes from memory once.
+            const int64_t step = batch.end - batch.begin <= kernels.tile_rows ? panels : 1;
+            for (int64_t panel = mine.begin; panel < mine.end; panel += step)
+                each_tile(batch, kernels.tile_rows, [&](Range tile) {
+                    kernels.linear_quantized(weight, activations(tile), tile.end - tile.begin, panel,
+                                             smaller(panel + step, mine.end), add, x_vector.type,
+                                             rows.to.data() + tile.begin);
+                });
+        });
+    });
+}
+
+// x [..., K] times one weight, or x [R, 1 or k, K] times those of the chosen experts.
+Tensor linear_quantized(const Tensor& input, const Weights& weights, const OptionalTensor& chosen,
+                        const OptionalTensor& bias) {
+    const Weight& w = weights.first;
+    STD_TORCH_CHECK(w.k > 0, "x: expected at least one column");
+    const Tensor x = in_order(input);
+    const Tensor y = chosen.has_value() ? empty_experts_output(x, *chosen, w.n) : empty_output(x, w.n);
+    const Vector added = bias_of(bias, w.n, chosen.has_value() ? weights.experts : 0);
+    if (!y.numel()) return y;
+    linear_rows(x, weights,
+                chosen.has_value() ? rows_by_expert(x, *chosen, weights.experts, y) : all_rows(x.numel() / w.k, y),
+                added);
+    return y;
+}
+
+void check_packed(const Tensor& packed, const Weights& weights) {
+    const int64_t expected = weights.experts * weights.packed_bytes;
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == expected,
+                    "packed: expected ", expected, " bytes for ", weights.experts, " weights [", weights.first.n, ", ",
+                    weights.first.k, "], got ", packed.numel());
+}
+
+void check_group(int64_t group) {
+    STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "groupsize: expected 32, 64 or 128, got ", group);
+}
+
+// Each of the ops is for one weight, and with another dimension before the others for experts.
+Tensor int8(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& chosen,
+            const OptionalTensor& bias) {
+    const int64_t experts = chosen.has_value();
+    STD_TORCH_CHECK(
+        scales.dim() == 1 + experts && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
+        "scales: expected float32 ", experts ? "[E, N]" : "[N]");
+    Weight w{};
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.scales = scales.const_data_ptr();
+    w.bits = 8, w.n = scales.size(-1), w.k = x.size(-1);
+    w.group = ACT_GROUP, w.groups = (w.k + ACT_GROUP - 1) / ACT_GROUP, w.panel_bytes = PANEL * round_up(w.k, 16);
+    const int64_t panels = (w.n + PANEL - 1) / PANEL;
+    const Weights weights{w, experts ? scales.size(0) : 1, panels * w.panel_bytes, w.n * 4};
+    check_packed(packed, weights);
+    return linear_quantized(x, weights, chosen, bias);
+}
+
+Tensor int8_grouped(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& chosen,
+                    int64_t n, int64_t group, const OptionalTensor& bias) {
+    const int64_t experts = chosen.has_value(), k = x.size(-1), panels = (n + PANEL - 1) / PANEL;
+    check_group(group);
+    STD_TORCH_CHECK(k % group == 0 && scales.dim() == 3 + experts && scales.size(-3) == panels &&
+                        scales.size(-2) == k / group && scales.size(-1) == PANEL && scales.is_contiguous(),
+                    "expected whole groups of ", group, " columns and scales [", experts ? "E, " : "", panels, ", ",
+                    k / group, ", ", PANEL, "], got ", k, " columns and scales ", shape_of(scales));
+    Weight w{};
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.scales = scales.const_data_ptr();
+    w.scale_type = type_of(scales.scalar_type()), w.grouped = true;
+    w.bits = 8, w.n = n, w.k = k, w.group = group, w.groups = k / group, w.panel_bytes = PANEL * k;
+    const Weights weights{w, experts ? scales.size(0) : 1, panels * w.panel_bytes,
+                          panels * w.groups * PANEL * size_of(w.scale_type)};
+    check_packed(packed, weights);
+    return linear_quantized(x, weights, chosen, bias);
+}
+
+Tensor int4(const Tensor& x, const Tensor& packed, const OptionalTensor& chosen, int64_t n, int64_t group,
+            ScalarType scale_type, int64_t zero, const OptionalTensor& bias) {
+    check_group(group);
+    STD_TORCH_CHECK(zero >= FP4 && zero <= 16, "zero: expected -3 to 16, got ", zero);
+    STD_TORCH_CHECK(zero != FP4 || (group == 32 && scale_type == ScalarType::BFloat16),
+                    "expected 4-bit floats in groups of 32 with bfloat16 scales, got groups of ", group);
+    Weight w{};
+    w.packed = (const uint8_t*)packed.const_data_ptr(), w.bits = 4, w.n = n, w.k = x.size(-1), w.group = group;
+    w.groups = (w.k + group - 1) / group, w.scale_type = type_of(scale_type), w.zero = zero;
+    const int64_t zero_bytes = zero == ZERO_BYTES ? 1 : zero == ZERO_FLOATS ? 4 : 0;
+    w.group_bytes = round_up(PANEL * (group / 2 + size_of(w.scale_type) + zero_bytes), 64);
+    w.panel_bytes = w.groups * w.group_bytes;
+    const Weights weights{w, chosen.has_value() ? packed.size(0) : 1, (n + PANEL - 1) / PANEL * w.panel_bytes, 0};
+    check_packed(packed, weights);
+    return linear_quantized(x, weights, chosen, bias);
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& bias) {
+    return int8(x, packed, scales, std::nullopt, bias);
+}
+
+Tensor linear_int8_experts(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& chosen,
+                           const OptionalTensor& bias) {
+    return int8(x, packed, scales, chosen, bias);
+}
+
+Tensor linear_int8_grouped(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t n, int64_t group,
+                           const OptionalTensor& bias) {
+    return int8_grouped(x, packed, scales, std::nullopt, n, group, bias);
+}
+
+Tensor linear_int8_grouped_experts(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& chosen,
+                                   int64_t n, int64_t group, const OptionalTensor& bias) {
+    return int8_grouped(x, packed, scales, chosen, n, group, bias);
+}
+
+Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t n, int64_t group, ScalarType scale_type,
+                   int64_t zero, const OptionalTensor& bias) {
+    return int4(x, packed, std::nullopt, n, group, scale_type, zero, bias);
+}
+
+Tensor linear_int4_experts(const Tensor& x, const Tensor& packed, const Tensor& chosen, int64_t n, int64_t group,
+                           ScalarType scale_type, int64_t zero, const OptionalTensor& bias) {
+    return int4(x, packed, chosen, n, group, scale_type, zero, bias);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights of floats
+
+// Rows from which on a GEMM is faster: oneDNN's, where that has products of bf16, and our own elsewhere.
+constexpr int64_t MANY_PRODUCTS = 17, MANY_FLOATS = 32;
+
+int64_t many_rows(ScalarType type) {
+    return type != ScalarType::BFloat16 ? 1 : bf16->products ? MANY_PRODUCTS : MANY_FLOATS;
+}
+
+Tensor aten_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+    StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(w),
+                             torch::stable::detail::from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x [..., K] times w [N, K]. All threads make the tiles of x together, then each takes its columns of y.
+Tensor gemm(const Tensor& input, const Tensor& w, const OptionalTensor& bias) {
+    if (w.scalar_type() != ScalarType::BFloat16 || bf16->products) return aten_linear(input, w, bias);
+    const int64_t n = w.size(0), k = w.size(1), rows = input.numel() / k, tiles = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
+    const Tensor x = in_order(input), y = empty_output(x, n);
+    const Vector bias_vector = bias_of(bias, n);
+    const Memory tiles_memory = allocate(tiles * GEMM_ROWS * k * 4);
+    float* floats = (float*)tiles_memory.get();
+    Queue queue((n + GEMM_COLUMNS - 1) / GEMM_COLUMNS);
+    parallel([&](int thread, int threads) {
+        const Memory scratch = allocate(gemm_scratch(rows) * 4);
+        const Range mine = share(tiles, thread, threads);
+        for (int64_t row = mine.begin * GEMM_ROWS; row < smaller(rows, mine.end * GEMM_ROWS); row += GEMM_ROWS)
+            bf16->gemm_tile((const uint16_t*)x.const_data_ptr(), k, rows, row, floats);
+        GOMP_barrier();
+        for (Range part = queue.take(); part.begin < part.end; part = queue.take())
+            for (int64_t block = part.begin; block < part.end; block++)
+                bf16->gemm((const uint16_t*)w.const_data_ptr(), n, k, floats, rows, block * GEMM_COLUMNS, bias_vector,
+                           y.mutable_data_ptr(), (float*)scratch.get());
+    });
+    return y;
+}
+
+// The rows of some batches of few rows each, times weights [N, K] that follow one another at w.
+void bf16_rows(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, const Rows& rows,
+               const std::vector<Batch>& batches, Vector bias) {
+    const Bf16Kernels& kernels = *bf16;
+    const bool one_input = rows.one_input();
+    const int64_t inputs = one_input ? 1 : batches.back().end;
+    const int64_t stride = kernels.products ? k : round_up(k, 32), size = kernels.products ? 2 : 4;
+    // With products, rows that follow one another in x are read where they are.
+    const auto in_place = [&](Range tile) {
+        bool consecutive = kernels.products;
+        for (int64_t row = tile.begin; row < tile.end; row++)
+            consecutive &= rows.from[row] - rows.from[tile.begin] == row - tile.begin;
+        return consecutive;
+    };
+    bool all_in_place = true;
+    for (const Batch& batch : batches)
+        each_tile(batch, kernels.tile_rows, [&](Range tile) { all_in_place &= in_place(tile); });
+    const Memory memory = all_in_place ? nullptr : allocate(inputs * stride * size);
+    const auto activations = [&](Range tile) {
+        return in_place(tile) ? (char*)(x + rows.from[tile.begin] * k)
+                              : memory.get() + (one_input ? 0 : tile.begin * stride * size);
+    };
+    const auto prepare = [&](const Batch& batch, Range mine) {
+        each_tile(batch, kernels.tile_rows, [&](Range tile) {
+            if (in_place(tile)) return;
+            for (int64_t row = std::max(tile.begin, mine.begin); row < std::min(tile.end, mine.end); row++) {
+                const uint16_t* from = x + rows.from[row] * k;
+                const int64_t r = row - tile.begin;
+                if (kernels.products)
+                    memcpy(activations(tile) + r * stride * size, from, k * size);
+                else
+                    kernels.to_floats(from, k, tile.end - tile.begin, r, (float*)activations(tile));
+            }
+        });
+    };
+    constexpr int64_t BLOCK = 16;  // rows of w for all rows of x before the next: the second time they are in the cache
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    Queue queue(batches.size() * blocks);
+    parallel([&](int thread, int threads) {
+        if (!all_in_place) {
+            for (const Batch& batch : batches) prepare(batch, share(inputs, thread, threads));
+            GOMP_barrier();
+        }
+        take_parts(queue, batches, blocks, [&](const Batch& batch, Range mine) {
+            const Vector add = bias_of(bias, batch.expert, n);
+            for (int64_t block = mine.begin; block < mine.end; block++)
+                each_tile(batch, kernels.tile_rows, [&](Range tile) {
+                    kernels.linear(w + batch.expert * n * k, n, k, activations(tile), tile.end - tile.begin,
+                                   block * BLOCK, smaller(n, block * BLOCK + BLOCK), add,
+                                   rows.to.data() + tile.begin);
+                });
+        });
+    });
+}
+
+// The rows of one batch: together in one matrix, as a GEMM wants them.
+void gemm_rows(const Tensor& x, const Tensor& w, const Rows& rows, const Batch& batch, const OptionalTensor& bias) {
+    const int64_t count = batch.end - batch.begin, size = size_of(type_of(x.scalar_type()));
+    const int64_t in_bytes = w.size(1) * size, out_bytes = w.size(0) * size;
+    const Tensor gathered = empty({count, w.size(1)}, x.scalar_type());
+    const char* from = (const char*)x.const_data_ptr();
+    char* to = (char*)gathered.mutable_data_ptr();
+    torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            memcpy(to + i * in_bytes, from + rows.from[batch.begin + i] * in_bytes, in_bytes);
+    });
+    const Tensor y = gemm(gathered, w, bias);
+    const char* result = (const char*)y.const_data_ptr();
+    torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) memcpy(rows.to[batch.begin + i], result + i * out_bytes, out_bytes);
+    });
+}
+
+Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& bias) {
+    const int64_t k = input.size(-1);
+    STD_TORCH_CHECK(input.scalar_type() == ScalarType::BFloat16 && w.scalar_type() == ScalarType::BFloat16 &&
+                        w.dim() == 2 && w.size(1) == k && w.is_contiguous(),
+                    "expected bfloat16 x and a contiguous bfloat16 weight [N, ", k, "], got ", shape_of(w));
+    const int64_t n = w.size(0), count = k ? input.numel() / k : 0;
+    if (!count || !n) return aten_linear(input, w, bias);
+    if (count >= many_rows(ScalarType::BFloat16)) return gemm(input, w, bias);
+    const Tensor x = in_order(input), y = empty_output(x, n);
+    const Rows rows = all_rows(count, y);
+    bf16_rows((const uint16_t*)x.const_data_ptr(), (const uint16_t*)w.const_data_ptr(), n, k, rows, rows.batches,
+              bias_of(bias, n));
+    return y;
+}
+
+Tensor linear_experts(const Tensor& input, const Tensor& w, const Tensor& chosen, const OptionalTensor& bias) {
+    const int64_t k = input.size(-1);
+    STD_TORCH_CHECK(input.scalar_type() == w.scalar_type() && w.dim() == 3 && w.size(2) == k && k > 0 &&
+                        w.is_contiguous(),
+                    "expected x and a contiguous weight [E, N, ", k, "] of one type, got ", shape_of(w));
+    const int64_t experts = w.size(0), n = w.size(1);
+    const Tensor x = in_order(input), y = empty_experts_output(x, chosen, n);
+    const Vector added = bias_of(bias, n, experts);
+    if (!y.numel()) return y;
+    const Rows rows = rows_by_expert(x, chosen, experts, y);
+    std::vector<Batch> few;
+    for (const Batch& batch : rows.batches) {  // the small ones first
+        if (batch.end - batch.begin < many_rows(w.scalar_type())) {
+            few.push_back(batch);
+            continue;
+        }
+        const auto of_expert = [&](const Tensor& all) { return torch::stable::select(all, 0, batch.expert); };
+        gemm_rows(x, of_expert(w), rows, batch, bias.has_value() ? OptionalTensor(of_expert(*bias)) : std::nullopt);
+    }
+    if (!few.empty())
+        bf16_rows((const uint16_t*)x.const_data_ptr(), (const uint16_t*)w.const_data_ptr(), n, k, rows, few, added);
+    return y;
+}
+
+}  // namespace
+}  // namespace brisk
+
+STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
+    m.impl("linear_bf16", TORCH_BOX(&brisk::linear_bf16));
+    m.impl("linear_int8", TORCH_BOX(&brisk::linear_int8));
+    m.impl("linear_int8_grouped", TORCH_BOX(&brisk::linear_int8_grouped));
+    m.impl("linear_int4", TORCH_BOX(&brisk::linear_int4));
+    m.impl("linear_experts", TORCH_BOX(&brisk::linear_experts));
+    m.impl("linear_int8_experts", TORCH_BOX(&brisk::linear_int8_experts));
+    m.impl("linear_int8_grouped_experts", TORCH_BOX(&brisk::linear_int8_grouped_experts));
+    m.impl("linear_int4_experts", TORCH_BOX(&brisk::linear_int4_experts));
+}

@@ -1,0 +1,128 @@
+// What the files of ops share: checks of tensors, memory, threads.
+
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+
+// GCC's OpenMP functions, which every OpenMP library has that PyTorch comes with. For `#pragma omp` clang would call
+// those of its own library, and the one of GNU, with which most builds of PyTorch come, lacks them.
+extern "C" {
+int omp_in_parallel();
+int omp_get_thread_num();
+int omp_get_num_threads();
+void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+void GOMP_barrier();
+}
+
+namespace brisk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Of the instruction set that build.py chose.
+inline const LinearKernels* linear = nullptr;
+inline const Bf16Kernels* bf16 = nullptr;
+inline const AttentionKernels* attention = nullptr;
+
+inline Type type_of(ScalarType type) {
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                    "expected float32, float16 or bfloat16");
+    return type == ScalarType::Float ? F32 : type == ScalarType::Half ? F16 : BF16;
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + "]";
+}
+
+inline Vector vector_of(const Tensor& tensor) { return {tensor.const_data_ptr(), type_of(tensor.scalar_type())}; }
+
+inline Tensor in_order(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+typedef std::unique_ptr<char, Free> Memory;
+
+inline Memory allocate(int64_t bytes) {
+    Memory memory((char*)std::aligned_alloc(64, round_up(bytes + 1, 64)));
+    STD_TORCH_CHECK(memory != nullptr, "not enough memory: ", bytes, " bytes");
+    return memory;
+}
+
+// Runs work(thread, threads) on PyTorch's own threads.
+template <class Work>
+void parallel(const Work& work) {
+    const bool in_team = omp_in_parallel();  // a team of its own then, of one: its barriers are not those around it
+    const int threads = in_team ? 1 : torch::stable::get_num_threads();
+    if (threads == 1 && !in_team) return work(0, 1);
+    const auto run = [](void* work) { (*(const Work*)work)(omp_get_thread_num(), omp_get_num_threads()); };
+    GOMP_parallel(run, (void*)&work, threads, 0);
+}
+
+struct Range {
+    int64_t begin, end;
+};
+
+// Part number `part` of parts of nearly equal size.
+inline Range share(int64_t total, int64_t part, int64_t parts) {
+    return {total * part / parts, total * (part + 1) / parts};
+}
+
+// Work for threads to take as they get ready: one that is held up, by another process say, takes less of it. The parts
+// get smaller (guided self-scheduling), so that all threads end at nearly the same time.
+class Queue {
+   public:
+    explicit Queue(int64_t total) : total(total), parts(PARTS * torch::stable::get_num_threads()) {}
+
+    // The next part of the work, empty when there is none left.
+    Range take() {
+        int64_t begin = next.load(std::memory_order_relaxed), end;
+        do {
+            end = begin + (total - begin + parts - 1) / parts;
+        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return {begin, end};
+    }
+
+   private:
+    static constexpr int64_t PARTS = 2;  // of what is left, for each thread
+    const int64_t total, parts;
+    std::atomic<int64_t> next{0};
+};
+
+// Contiguous, not initialized.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+    AtenTensorHandle y;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), (int32_t)type, 0, -1, &y));
+    return Tensor(y);
+}
+
+// Contiguous, like x but for the last size.
+inline Tensor empty_output(const Tensor& x, int64_t n) {
+    std::vector<int64_t> sizes(x.dim());
+    for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
+    sizes.back() = n;
+    return empty(sizes, x.scalar_type());
+}
+
+}  // namespace brisk
