@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton", reason="Triton is not installed")
 from test_kernels_cuda import DEVICE, DTYPES, Compiler, check_compiled, gpu, int4_weight, no_gpu, runs
 
+import kernels
 from kernels import cuda, cuda_experts, packing
 
 ROOT = Path(__file__).parent.parent
@@ -73,35 +74,39 @@ def make(kind: str, E: int, N: int, K: int, dtype: torch.dtype, generator, group
         arguments = {"packed": q, "scales": grid, "out_features": N, "groupsize": groupsize}
         return Weights(exact, exact.abs(), arguments, "linear_int8_grouped_experts")
     zero_kind, packed, exact, size = kind.split()[1], [], [], []
-    for _ in range(E):
-        q, grid, zeros = int4_weight(generator, N, K, groupsize, scales, "same" if zero_kind == "fp4" else zero_kind)
-        if zero_kind == "bytes":
-            zeros[0] = torch.arange(zeros.shape[1]) % 2  # some that differ, for every expert
-        elif zero_kind == "floats":
-            zeros[0, 0] = 0.5
-        piece, zero = cuda.pack_int4(q, grid, None if zero_kind == "fp4" else zeros, K, groupsize)
+    # The first expert has the same zero everywhere: it is packed as the others need it.
+    kinds = ["same"] + (E - 1) * ["same" if zero_kind == "fp4" else zero_kind]
+    each = [int4_weight(generator, N, K, groupsize, scales, kind) for kind in kinds]
+    zero = packing.kind_of_zeros(None if zero_kind == "fp4" else torch.stack([zeros for _, _, zeros in each]))
+    for q, grid, zeros in each:
         levels = packing.unpack_nibbles(q, K)
         if zero_kind == "fp4":
-            weight = packing.dequantize(E2M1[levels.int()], grid.double(), 0, groupsize)
+            zeros, weight = None, packing.dequantize(E2M1[levels.int()], grid.double(), 0, groupsize)
             largest = weight.abs()
         else:
             weight = packing.dequantize(levels.double(), grid.double(), zeros.double(), groupsize)
             added = 15 + (1024 if dtype == torch.float16 else 128)  # a nibble goes into the sum with so much
             largest = ((added + zeros.double().abs()) * grid.double()).repeat_interleave(groupsize, 1)[:, :K]
+        piece, same = cuda.pack_int4(q, grid, zeros, K, groupsize, zero)
+        assert same == zero
         for part, parts in ((piece, packed), (weight, exact), (largest, size)):
             parts.append(part)
-    if zero_kind in ("bytes", "floats") and N * K > 32:
-        assert zero == {"bytes": packing.ZERO_BYTES, "floats": packing.ZERO_FLOATS}[zero_kind]
+    if E > 1 and N * K > 64:
+        assert zero == {"same": 8, "bytes": packing.ZERO_BYTES, "floats": packing.ZERO_FLOATS}.get(zero_kind, -3)
     arguments = {
-        "packed": torch.stack(packed), "out_features": N, "groupsize": groupsize, "scale_dtype": grid.dtype,
+        "packed": torch.stack(packed), "out_features": N, "groupsize": groupsize, "scale_dtype": each[0][1].dtype,
         "zero": zero,
     }  # fmt: skip
     return Weights(torch.stack(exact), torch.stack(size), arguments, "linear_int4_experts")
 
 
-def check(y: Tensor, weights: Weights, x: Tensor, chosen: Tensor, bias: Tensor | None) -> None:
+def check(
+    y: Tensor, weights: Weights, x: Tensor, chosen: Tensor, bias: Tensor | None, pairs: int | None = None
+) -> None:
+    """`pairs`: how many there were, if these are only some of them."""
     R, k = chosen.shape
-    _, N, K = weights.exact.shape
+    E, N, K = weights.exact.shape
+    many = (pairs or R * k) > cuda_experts.FEW_ROWS * E or x.dtype == torch.float32
     assert (y.shape, y.dtype, y.is_contiguous()) == ((R, k, N), x.dtype, True)
     rounding, x = torch.finfo(x.dtype).eps / 2, x.double()
     for r in range(R):
@@ -111,8 +116,8 @@ def check(y: Tensor, weights: Weights, x: Tensor, chosen: Tensor, bias: Tensor |
             summed = weights.size[e] @ row.abs()
             if bias is not None:
                 exact, summed = exact + bias[e].double(), summed + bias[e].double().abs()
-            # The output is rounded once, sums are in float32, and weights may be rounded to x's dtype.
-            bound = (summed + products * (2 + K / 32)) * 2**-21 + rounding * 1.01 * (exact.abs() + products)
+            # The output is rounded once, sums are in float32, and in large blocks weights are rounded to x's dtype.
+            bound = (summed + products * (2 + K / 32)) * 2**-21 + rounding * 1.01 * (exact.abs() + many * products)
             error = (y[r, j].double() - exact).abs()
             assert (error <= bound + torch.finfo(y.dtype).tiny * K).all(), (r, j, (error / bound).max())
 
@@ -278,6 +283,13 @@ def test_nothing_waits_for_the_device(monkeypatch, R, kind):
     assert grids == {0: [], 1: [(4, 3)], 5: [(20, 1)], 100: [(4,), (7, 1)]}[R]
 
 
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_cuda_tensors_come_here(kind):
+    assert kernels.cuda_kernels() is cuda
+    op = empty(kind, 1, 32, 32, torch.bfloat16)[0]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"brisk::{op}", "CUDA")
+
+
 @runs
 def test_what_does_not_fit_is_refused():
     weights = {kind: make(kind, 3, 40, 96, torch.bfloat16, torch.Generator()) for kind in KINDS}
@@ -309,7 +321,7 @@ def test_the_sizes_of_models(kind, E, k, N, K, R):
     chosen = choose(E, R, k, "distinct", generator)
     y = weights(x, chosen)
     some = torch.randint(0, R, (3,), generator=generator)
-    check(y[some], weights, x[some], chosen[some], None)
+    check(y[some], weights, x[some], chosen[some], None, R * k)
 
 
 @gpu
