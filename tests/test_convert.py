@@ -166,8 +166,8 @@ def test_minimind_in_hf_form(tmp_path, family):
     convert(tmp_path / "in", tmp_path / "out")
     same(tmp_path / "out", fused(model.state_dict(), tied=True), torch.float16)
     assert load_config(tmp_path / "out").qk_norm == ("head" if family == "qwen3" else "")
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"use_moe": True}))
-    with pytest.raises(UserError, match="use_moe"):
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"use_moe": True, "n_routed_experts": 4}))
+    with pytest.raises(UserError, match="mlp.gate.weight. is missing"):
         convert(tmp_path / "in", tmp_path / "moe")
 
 
