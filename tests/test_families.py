@@ -565,7 +565,6 @@ GEMMA, GPT_OSS, QWEN = "google/gemma-2-9b", "openai/gpt-oss-20b", "Qwen/Qwen3-30
         ("openai-community/gpt2", dict(n_positions=0), "n_positions"),
         ("openai-community/gpt2", dict(activation_function="tanh"), "activation_function"),
         ("openai-community/gpt2", dict(add_cross_attention=True), "add_cross_attention"),
-        ("bigcode/starcoder2-3b", dict(norm_type="rms"), "norm_type"),
         ("bigcode/starcoder2-3b", dict(use_bias="both"), "use_bias"),
         (QWEN, dict(num_experts=0), "num_experts"),
         (QWEN, dict(num_experts=-3), "num_experts"),
