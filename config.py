@@ -255,7 +255,8 @@ def read_rope(
 ) -> RopeConfig:
     """From the fields `given`, and where these are silent from config.json's own."""
     fields = dict(given)
-    fields.setdefault("rope_theta", outer.value(theta_name, outer.value("rope_theta", 1e4)))
+    if "rope_theta" not in fields:
+        fields["rope_theta"] = outer.number("rope_theta" if outer.value(theta_name) is None else theta_name, 1e4)
     if outer.value("original_max_position_embeddings") is not None:
         fields["original_max_position_embeddings"] = outer.value("original_max_position_embeddings")
     read = FieldReader(fields, f"{outer.where}: {where}")
