@@ -333,7 +333,7 @@ def test_longrope_beyond_the_trained_length(cached, tokenizer, name):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", ["olmo3-hub", "gpt-neox-hub"])  # test_compiled_steps has others
 def test_compiled_equals_eager(cached, name):
     torch._dynamo.reset()
     _, folder = cached(name)
