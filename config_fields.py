@@ -158,6 +158,8 @@ class FieldReader:
 
     def family(self) -> Family:
         """The family, by whose names and defaults the fields then go. Refuses what this program cannot honour."""
+        if self.value("model_type") in WRAPPERS and not isinstance(self.value("text_config"), dict):
+            raise self.error("text_config", "the field is missing; get the model's own config.json")
         self.config = text_fields(self.config)
         family = self._known_family()
         if self.value("quantization"):  # which mlx writes
@@ -185,8 +187,8 @@ class FieldReader:
             nested = self.value(name)
             if isinstance(nested, dict) and nested.get("partial_rotary_factor") is not None:
                 self.config["partial_rotary_factor"] = nested["partial_rotary_factor"]
-        self.renamed = family.renamed
-        given = {ours: self.config[theirs] for ours, theirs in family.renamed.items() if theirs in self.config}
+        self.renamed = {ours: theirs for ours, theirs in family.renamed.items() if theirs in self.config}
+        given = {ours: self.config[theirs] for ours, theirs in self.renamed.items()}
         self.config = defaults | self.config | given
         return family
 

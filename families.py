@@ -35,7 +35,8 @@ class ExpertFields:
     count: str = "num_local_experts"
     width: str = "intermediate_size"  # of an expert's feed-forward
     normalized: str | bool = True  # whether the weights of the chosen experts add up to 1, or the field that says so
-    shared: str = ""  # the width of a further expert that all tokens go through
+    shared: str = ""  # the width of a further expert that all tokens go through,
+    shared_count: str = ""  # or how many there are, 0 or 1, as wide as the others
     shared_gate: bool = False  # which counts as much as a sigmoid says
     bias: bool = False  # of the experts and of the router
 
@@ -411,7 +412,8 @@ FAMILIES = {
         reads={"qkv_bias": "qkv_bias"},
         windows="early",
         experts=ExpertFields(
-            "num_experts", "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True
+            "num_experts", "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size",
+            shared_gate=True,
         ),
         names=Names(LLAMA | EXPERTS),
     ),
@@ -481,7 +483,8 @@ FAMILIES = {
         "MiniMind, dense and with experts",
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": True, "norm_topk_prob": True},
         reads={"attention_bias": "qkv_bias wo_bias", "qk_norm": "qk_norm=head"},
-        experts=ExpertFields("num_experts", "moe_intermediate_size", "norm_topk_prob", "shared_intermediate_size"),
+        experts=ExpertFields("num_experts", "moe_intermediate_size", "norm_topk_prob", shared_count="n_shared_experts"),
+        renamed={"num_experts": "n_routed_experts"},  # of its second version
         use_experts="use_moe",
         architectures=("MiniMindLM",),
         ffn_rule="8/3",

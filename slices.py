@@ -75,7 +75,7 @@ class Slices:
         everything = 0, [(0, shape[0], shape[0])]
         outputs = int(".experts." in layer)  # the dimension of a layer's outputs: experts come before it
         if inputs := inputs_shared(config, layer):
-            if kind == "bias" or (kind == "scales" and not self.groupsizes.get(layer)):
+            if kind == "bias" or (kind == "scales" and len(shape) == outputs + 1):
                 return everything
             dim = 0 if kind == "order" else outputs + 1
             width = self._ffn_width(layer) if matrix == "w2" else self._heads_width(layer)
