@@ -3,6 +3,7 @@
     python bench.py                                                   # the 1b shape, random weights, bf16
     python bench.py --mode bf16 int8 int4 --against llama.cpp transformers
     python bench.py --shape 8b --device cuda --mode int8 int4
+    python bench.py --shape moe --mode int4 --against llama.cpp       # a mixture of experts, 8 of 64 for each token
     python bench.py --checkpoint_path checkpoints/org/name/model_int8.safetensors
     torchrun --standalone --nproc_per_node 2 bench.py --mode int4     # tensor parallelism; GB/s are those of a rank
     python bench.py --mode int4 --batch_size 8 --positions 0 1000 4000 8000 --startup --long_cache   # more, see below
@@ -23,12 +24,14 @@ the rounds (of the bandwidth, over all measurements), and ratios are ratios of m
   once compiled (prefill and decode apart, each for its exact shape) with a static cache that is as short as the run
   allows. Ratios are against the better of the two, for prefill and for decode.
 - llama.cpp reads the same weights from a GGUF file, through its C API and without its sampler: as BF16 for bf16, all
-  matrices as Q8_0 for int8 and as Q4_0 for int4 (its own quantizer would make the output projection a larger Q6_K).
+  matrices as Q8_0 for int8 and as Q4_0 for int4 (its own quantizer would make the output projection a larger Q6_K),
+  but for routers, which choose among experts and are floats in both programs.
 - All use --threads threads. A GPU's work is timed by its events, up to a synchronisation.
 
-A decode step reads every weight once (of an embedding that is not also the output, one row) and the cache up to its
-position. These bytes over its time are its GB/s; over the read bandwidth, its share of the roofline. The read bandwidth
-is that of summing a buffer far larger than the caches; on CPUs hand-written loads were no faster.
+A decode step reads every weight once (of an embedding that is not also the output, one row; of experts, those that are
+chosen) and the cache up to its position. These bytes over its time are its GB/s; over the read bandwidth, its share of
+the roofline. The read bandwidth is that of summing a buffer far larger than the caches; on CPUs hand-written loads were
+no faster.
 
 --batch_size and --positions decode over caches that are filled with random values. They take turns like the above, each
 of them with one row, or with position 100, to be compared with.

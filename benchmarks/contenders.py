@@ -59,7 +59,7 @@ def make_peers(
             if program == "llama.cpp":
                 for mode in modes:
                     peer, path, kind = llama_cpp_peer(stored, mode, folder, max_length, threads)
-                    contenders[f"llama.cpp {kind}"] = Contender(peer, program, mode, gguf_bytes(path))
+                    contenders[f"llama.cpp {kind}"] = Contender(peer, program, mode, gguf_bytes(path, stored.config))
             elif unquantized in modes:
                 for name, peer in transformers_peers(hf_config, stored, max_length).items():
                     contenders[name] = Contender(peer, program, unquantized, size)

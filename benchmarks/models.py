@@ -17,12 +17,15 @@ from config import ModelConfig
 from errors import UserError
 from files import check_memory
 from kernels import Int4Linear, Int8Linear
+from kernels.experts import Int4Experts, Int8Experts
 from kernels.packing import allocate
-from model import Linear, Transformer, expected_shapes
+from layout import is_quantizable
+from model import ExpertsLinear, Linear, Transformer, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, quantize_int8, stored_int4, to_levels
 from tp import ALONE, Group
 
 MODES = ("bf16", "int8", "int4")
+INT8, INT4 = (Int8Linear, Int8Experts), (Int4Linear, Int4Experts)
 UNQUANTIZED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LLAMA: dict[str, Any] = dict(
     model_type="llama", num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, tie_word_embeddings=False
@@ -42,6 +45,14 @@ SHAPES: dict[str, dict[str, Any]] = {  # as config.json; "demo" is the embedded 
             rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
+    ),
+    # Half of Qwen3 30B A3B in each dimension: 1,520,084,480 parameters, of which a step reads 298,231,296: 169,869,312
+    # of the chosen experts, 32,768,000 of the output projection and 95,593,984 of attention, routers and norms.
+    "moe": dict(
+        model_type="qwen3_moe", hidden_size=1024, num_hidden_layers=18, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=128, intermediate_size=3072, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=384,
+        norm_topk_prob=True, vocab_size=32000, max_position_embeddings=8192, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
     ),
 }  # fmt: skip
 
@@ -66,7 +77,7 @@ def random_model(
         elif "norm" in name:
             weight.fill_(1)
         else:
-            bound = (3 / weight.shape[1]) ** 0.5
+            bound = (3 / weight.shape[-1]) ** 0.5
             weight.uniform_(-bound, bound, generator=generator)
     return group.parallelize(model, whole).eval().requires_grad_(False)
 
@@ -83,38 +94,50 @@ def rebuild(model: Transformer, layers: Mapping[str, nn.Module] | None = None) -
 
 def mode_of(model: Transformer) -> str:
     """What the weights of a model are: "bf16", "fp16", "fp32", "int8" or "int4"."""
-    kinds = {type(module) for module in model.modules()}
-    if Int4Linear in kinds:
+    layers = [*model.modules()]
+    if any(isinstance(layer, INT4) for layer in layers):
         return "int4"
-    return "int8" if Int8Linear in kinds else UNQUANTIZED[model.tok_embeddings.weight.dtype]
+    if any(isinstance(layer, INT8) for layer in layers):
+        return "int8"
+    return UNQUANTIZED[model.tok_embeddings.weight.dtype]
 
 
 def format_of(model: Transformer) -> str:
     """The mode, and the group sizes if it has groups: "int4-g32"."""
-    quantized = [module for module in model.modules() if isinstance(module, (Int8Linear, Int4Linear))]
-    groups = sorted({module.groupsize for module in quantized} - {0})
+    groups = sorted({layer.groupsize for layer in model.modules() if isinstance(layer, INT8 + INT4)} - {0})
     return "-g".join([mode_of(model), *map(str, groups)])
 
 
 def quantize_model(model: Transformer, mode: str, groupsize: int) -> Transformer:
-    """All layers quantized, the output projection as well; the embedding and the norms are those of `model`."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    """All layers quantized, the output projection as well; what chooses among experts, the embedding and the norms are
+    those of `model`."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, ExpertsLinear))}
     matrices = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
     if model.output is None:
         matrices["output"] = (model.tok_embeddings.weight, None)
-    quantized: dict[str, nn.Module] = {}
-    for name, (weight, bias) in matrices.items():
-        if mode == "int4" and weight.shape[1] % groupsize:
-            raise UserError(f"--groupsize {groupsize} does not divide the {weight.shape[1]} inputs of {name}")
-        rows = weight.split(1024)
-        if mode == "int8":
-            parts = zip(*(quantize_int8(some.float()) for some in rows), strict=True)
-            quantized[name] = Int8Linear.from_canonical(*map(torch.cat, parts), bias)
-        else:
-            parts = zip(*(stored_int4(*round_int4(some.float(), groupsize)) for some in rows), strict=True)
-            parts = (torch.cat(part).to(weight.device) for part in parts)
-            quantized[name] = Int4Linear.from_canonical(*parts, weight.shape[1], groupsize, bias)
+    quantized = {
+        name: quantize_layer(name, weight, bias, mode, groupsize)
+        for name, (weight, bias) in matrices.items()
+        if is_quantizable(name, tuple(weight.shape))
+    }
     return rebuild(model, quantized)
+
+
+def quantize_layer(name: str, weight: Tensor, bias: Tensor | None, mode: str, groupsize: int) -> nn.Module:
+    """The layer with a weight [out, in], or [experts, out, in]."""
+    inputs, of_experts = weight.shape[-1], weight.ndim == 3
+    if mode == "int4" and inputs % groupsize:
+        raise UserError(f"--groupsize {groupsize} does not divide the {inputs} inputs of {name}")
+    rows = weight.flatten(0, -2).split(1024)
+    if mode == "int8":
+        parts = (quantize_int8(some.float()) for some in rows)
+    else:
+        parts = (stored_int4(*round_int4(some.float(), groupsize)) for some in rows)
+    whole = (torch.cat(part).unflatten(0, weight.shape[:-1]) for part in zip(*parts, strict=True))
+    whole = [part.to(weight.device) for part in whole]
+    if mode == "int8":
+        return (Int8Experts if of_experts else Int8Linear).from_canonical(*whole, bias)
+    return (Int4Experts if of_experts else Int4Linear).from_canonical(*whole, inputs, groupsize, bias)
 
 
 def round_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:

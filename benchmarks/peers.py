@@ -17,7 +17,12 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
+import re
+import tempfile
+from collections.abc import Container
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +31,24 @@ import torch
 from torch import Tensor
 
 from attention import rope_frequencies
-from config import ModelConfig
+from config import ExpertsConfig, ModelConfig, RopeConfig
+from families import FAMILIES, Names
 from files import check_disk, lock_temporary
 from model import Transformer
 
+HF_EXPERTS = {  # a mixture of experts in the memory of transformers
+    "feed_forward.router": "mlp.gate.weight",
+    "feed_forward.experts.w13": "mlp.experts.gate_up_proj",
+    "feed_forward.experts.w2": "mlp.experts.down_proj",
+}
 GGUF_KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+# The options that a GGUF file says, or unsupported_options looks at.
+WRITTEN = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "context_length", "norm_eps",
+    "qk_norm", "rope", "rotary_dim", "sliding_window", "window_layers", "experts", "expert_layers", "tied",
+}  # fmt: skip
+ROPE_WRITTEN = {"type", "theta", "factor", "original_length", "low_freq_factor", "high_freq_factor"}
+EXPERTS_WRITTEN = {"count", "chosen", "width"}
 GGUF_ALIGNMENT = 64  # bytes; the default of 32 would put rows of AVX512 loads across cache lines
 
 
@@ -114,15 +132,27 @@ def transformers_peers(hf_config: dict[str, Any], model: Transformer, max_length
     """transformers' model of the same config.json, on the same tensors, eager and compiled."""
     transformers = require("transformers", "transformers")
     transformers.logging.set_verbosity_error()
+    kind = hf_config["model_type"]
     try:
-        config = transformers.AutoConfig.for_model(**hf_config)
+        with tempfile.TemporaryDirectory() as folder:  # only from a file it reads older spellings
+            Path(folder, "config.json").write_text(json.dumps(hf_config))
+            config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(config)
     except (KeyError, ValueError) as error:
-        raise Unavailable(f"transformers has no model of type {hf_config.get('model_type')!r}") from error
-    hf.load_state_dict(hf_state_dict(model), assign=True)
+        reason = str(error).partition("\n")[0]
+        raise Unavailable(f"transformers makes no {kind} of this config.json: {reason}") from error
+    if kind not in FAMILIES:  # a model with eyes
+        raise Unavailable(f"a {kind} of transformers needs more than these weights")
+    named = hf_state_dict(model, FAMILIES[kind].names)
+    theirs = {name: tensor.shape for name, tensor in hf.state_dict().items()}
+    if {name: tensor.shape for name, tensor in named.items()} != theirs:
+        raise Unavailable(f"the weights of a {kind} are not renamed for transformers here")
+    hf.load_state_dict(named, assign=True)
     # Made on the meta device, it has no frequencies, and a checkpoint does not store them.
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config=config).to(model.tok_embeddings.weight.device)
+    if any(buffer.is_meta for buffer in hf.buffers()):
+        raise Unavailable(f"a {kind} of transformers needs more than these weights")
     hf.eval().requires_grad_(False)
     return {
         "transformers, eager": TransformersPeer(hf, max_length, compiled=False),
@@ -130,32 +160,27 @@ def transformers_peers(hf_config: dict[str, Any], model: Transformer, max_length
     }
 
 
-def hf_state_dict(model: Transformer) -> dict[str, Tensor]:
-    """The weights under the names of Hugging Face; q, k, v, gate and up are views of the fused tensors."""
-    renamed = {}
+def hf_state_dict(model: Transformer, names: Names) -> dict[str, Tensor]:
+    """The weights under the names of transformers' modules, as views: q, k, v, gate and up of the fused tensors.
+
+    Unavailable for a family whose rows have another order there."""
+    if names.interleaved or names.transforms:
+        raise Unavailable("transformers orders the rows of these weights in another way")
+    config, renamed = model.config, {}
+    one_by_one = "{}" in names.parts.get("feed_forward.experts.w2", [""])[0]  # on disk; in memory they are stacked
     for name, tensor in model.state_dict().items():
-        for ours, theirs in (
-            ("tok_embeddings.", "model.embed_tokens."),
-            ("layers.", "model.layers."),
-            ("attention_norm.", "input_layernorm."),
-            ("ffn_norm.", "post_attention_layernorm."),
-            ("attention.", "self_attn."),
-            ("feed_forward.", "mlp."),
-            (".wo.", ".o_proj."),
-            (".w2.", ".down_proj."),
-        ):
-            name = name.replace(ours, theirs)
-        name = {"norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}.get(name, name)
-        if ".wqkv." in name:
-            for part, rows in zip("qkv", split_qkv(model.config, tensor), strict=True):
-                renamed[name.replace("wqkv", f"{part}_proj")] = rows
-        elif ".w13." in name:
-            for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
-                renamed[name.replace("w13", f"{part}_proj")] = rows
+        layer, part, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+        if one_by_one and part in HF_EXPERTS:
+            theirs, rows = [HF_EXPERTS[part]], [tensor]
         else:
-            renamed[name] = tensor
+            theirs = [f"{stem}.{kind}" for stem in names.parts[part]]
+            fused = part == "attention.wqkv" and len(theirs) == 3
+            rows = split_qkv(config, tensor) if fused else tensor.chunk(len(theirs))
+        prefix = names.layer.format(layer) if layer else ""
+        renamed |= {prefix + their: some for their, some in zip(theirs, rows, strict=True)}
     if model.output is None:
-        renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
+        head, embedding = (f"{names.parts[part][0]}.weight" for part in ("output", "tok_embeddings"))
+        renamed[head] = renamed[embedding]
     return renamed
 
 
@@ -228,26 +253,20 @@ def llama_cpp_peer(
 
 
 def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
-    """Writes the weights as a GGUF file of the architecture "llama", without a vocabulary, and returns its path; a file
-    of that kind in the folder is kept.
+    """Writes the weights as a GGUF file, without a vocabulary, and returns its path; a file of that kind in the folder
+    is kept. Unavailable for models that none of these architectures expresses: "llama", which may have experts, and
+    those with norms of queries and keys, "qwen3" and "qwen3moe".
 
-    All matrices are of one kind: that of the weights, "Q8_0" or "Q4_0". Norms are float32.
+    All matrices are of one kind: that of the weights, "Q8_0" or "Q4_0". Norms are float32, and so is what chooses among
+    experts, as where llama.cpp converts.
 
-    The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Its RoPE pairs neighbours where ours pairs an
-    element with the one half a head away, so the rows of q and k are interleaved. Unavailable for models that
-    "llama" in llama.cpp cannot express.
+    The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
     gguf = require("gguf", "gguf")
     config = model.config
-    for unsupported, what in (
-        (config.qkv_bias or config.wo_bias or config.mlp_bias, "biases"),
-        (config.qk_norm, "qk-norm"),
-        (config.sliding_window is not None, "a sliding window"),
-        (config.rope.type not in ("default", "linear", "llama3"), f"{config.rope.type} RoPE"),
-    ):
-        if unsupported:
-            raise Unavailable(f"models with {what} are not written as GGUF here")
-    if kind.startswith("Q") and any(p.ndim == 2 and p.shape[1] % 32 for p in model.parameters()):
+    if unwritten := unsupported_options(config):
+        raise Unavailable(f"models with {', '.join(unwritten)} are not written as GGUF here")
+    if kind.startswith("Q") and any(p.ndim > 1 and p.shape[-1] % 32 for p in model.parameters()):
         raise Unavailable(f"{kind} needs widths that are multiples of 32")
     tensor_kind, file_types = gguf.GGMLQuantizationType[kind], gguf.LlamaFileType
     path = folder / f"{kind}.gguf"
@@ -258,14 +277,20 @@ def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     descriptor = lock_temporary(temporary)
     try:
-        writer = gguf.GGUFWriter(temporary, "llama")
+        writer = gguf.GGUFWriter(temporary, architecture(config))
         writer.add_custom_alignment(GGUF_ALIGNMENT)
         writer.add_file_type(file_types.ALL_F32 if kind == "F32" else file_types[f"MOSTLY_{kind}"])
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.context_length)
         writer.add_embedding_length(config.dim)
         writer.add_block_count(config.n_layers)
-        writer.add_feed_forward_length(config.ffn_dim)
+        if config.experts is None:
+            writer.add_feed_forward_length(config.ffn_dim)
+        else:  # "llama" reads the first of these, "qwen3moe" the second
+            writer.add_feed_forward_length(config.experts.width)
+            writer.add_expert_feed_forward_length(config.experts.width)
+            writer.add_expert_count(config.experts.count)
+            writer.add_expert_used_count(config.experts.chosen)
         writer.add_head_count(config.n_heads)
         writer.add_head_count_kv(config.n_kv_heads)
         writer.add_key_length(config.head_dim)
@@ -275,11 +300,12 @@ def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
         writer.add_rope_freq_base(config.rope.theta)
         writer.add_tokenizer_model("no_vocab")
         for name, tensor in gguf_tensors(model).items():
-            if tensor.dim() == 1:
+            if tensor.dim() == 1 or "ffn_gate_inp" in name:
                 writer.add_tensor(name, tensor.float().cpu().numpy())
             elif kind.startswith("Q"):
-                rows = (gguf.quants.quantize(part.float().cpu().numpy(), tensor_kind) for part in tensor.split(512))
-                writer.add_tensor(name, torch.cat([*map(torch.from_numpy, rows)]).numpy(), raw_dtype=tensor_kind)
+                parts = (part.float().cpu().numpy() for part in tensor.flatten(0, -2).split(512))
+                rows = torch.cat([torch.from_numpy(gguf.quants.quantize(part, tensor_kind)) for part in parts])
+                writer.add_tensor(name, rows.unflatten(0, tensor.shape[:-1]).numpy(), raw_dtype=tensor_kind)
             else:
                 data = tensor.contiguous().cpu().view(torch.uint8).numpy()
                 writer.add_tensor(name, data, raw_dtype=tensor_kind)
@@ -297,14 +323,55 @@ def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:
     return path
 
 
-def gguf_bytes(path: Path) -> int:
-    """Bytes of weights in a GGUF file that a decode step reads: all but an embedding that is not the output as well."""
+def unsupported_options(config: ModelConfig) -> list[str]:
+    """What of a config `write_gguf` does not write, or not so that llama.cpp computes it."""
+    found = unusual(config, WRITTEN)
+    rope_types = ("default",) if config.qk_norm else ("default", "linear", "llama3")
+    if config.rope.type in rope_types:
+        found += unusual(config.rope, ROPE_WRITTEN)
+    else:
+        found.append(f"{config.rope.type} RoPE")
+    if config.rotary_dim != config.head_dim:
+        found.append("RoPE of a part of each head")
+    if config.qk_norm not in ("", "head"):
+        found.append(f"qk_norm={config.qk_norm!r}")
+    if any(config.window_layers):
+        found.append("a sliding window")
+    if config.experts is not None:
+        found += unusual(config.experts, EXPERTS_WRITTEN)
+        if not all(config.expert_layers):
+            found.append("layers without experts")
+    return found
+
+
+def unusual(options: ModelConfig | RopeConfig | ExpertsConfig, known: Container[str]) -> list[str]:
+    """The options that are not at their defaults, but for those that are known: ["qkv_bias=True", ...]."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    defaults = {field.name: field.default for field in fields(options)}
+    return [f"{name}={value!r}" for name, value in values.items() if name not in known and value != defaults[name]]
+
+
+def architecture(config: ModelConfig) -> str:
+    """What llama.cpp calls such a model."""
+    if not config.qk_norm:
+        return "llama"
+    return "qwen3" if config.experts is None else "qwen3moe"
+
+
+def gguf_bytes(path: Path, config: ModelConfig) -> int:
+    """Bytes of weights in a GGUF file that a decode step reads: of experts the chosen ones, of an embedding that is not
+    the output as well none."""
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in require("gguf", "gguf").GGUFReader(path).tensors}
-    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+    unread = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+    if config.experts is not None:
+        stacked = sum(size for name, size in sizes.items() if "_exps." in name)
+        unread += stacked - stacked * config.experts.chosen // config.experts.count
+    return sum(sizes.values()) - unread
 
 
 def gguf_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The weights under the names of GGUF, q and k interleaved for its RoPE."""
+    """The weights under the names of GGUF. The RoPE of "llama" pairs neighbours where ours pairs an element with the
+    one half a head away, so its rows of q and k are interleaved."""
     config, state = model.config, model.state_dict()
     tensors = {"token_embd.weight": state["tok_embeddings.weight"], "output_norm.weight": state["norm.weight"]}
     if "output.weight" in state:
@@ -315,18 +382,25 @@ def gguf_tensors(model: Transformer) -> dict[str, Tensor]:
     for i in range(config.n_layers):
         layer = f"layers.{i}."
         q, k, v = split_qkv(config, state[layer + "attention.wqkv.weight"])
-        gate, up = state[layer + "feed_forward.w13.weight"].chunk(2)
         named = {
             "attn_norm": state[layer + "attention_norm.weight"],
-            "attn_q": interleave(q, config.head_dim),
-            "attn_k": interleave(k, config.head_dim),
+            "attn_q": q if config.qk_norm else interleave(q, config.head_dim),
+            "attn_k": k if config.qk_norm else interleave(k, config.head_dim),
             "attn_v": v,
             "attn_output": state[layer + "attention.wo.weight"],
             "ffn_norm": state[layer + "ffn_norm.weight"],
-            "ffn_gate": gate,
-            "ffn_up": up,
-            "ffn_down": state[layer + "feed_forward.w2.weight"],
         }
+        if config.qk_norm:
+            named["attn_q_norm"] = state[layer + "attention.q_norm.weight"]
+            named["attn_k_norm"] = state[layer + "attention.k_norm.weight"]
+        if config.experts is None:
+            named["ffn_gate"], named["ffn_up"] = state[layer + "feed_forward.w13.weight"].chunk(2)
+            named["ffn_down"] = state[layer + "feed_forward.w2.weight"]
+        else:
+            named["ffn_gate_inp"] = state[layer + "feed_forward.router.weight"]
+            gate, up = state[layer + "feed_forward.experts.w13.weight"].chunk(2, dim=1)
+            named["ffn_gate_exps"], named["ffn_up_exps"] = gate, up
+            named["ffn_down_exps"] = state[layer + "feed_forward.experts.w2.weight"]
         tensors |= {f"blk.{i}.{name}.weight": tensor for name, tensor in named.items()}
     return tensors
 

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.models import INT4, INT8
 from checkpoint import DEMO
-from engine import weight_bytes
+from engine import resident_bytes
 from errors import UserError, log
 from files import check_disk, write_atomically
 from kernels import Int4Linear, Int8Linear, unpack_int4, unpack_int8, unpack_scales
+from kernels.experts import Int4Experts, Int8Experts
 from layout import FORMAT, VERSION, Form
 from model import Transformer
 from writer import write_safetensors
@@ -35,7 +37,7 @@ import errors  # first: it keeps a warning of torch's quiet
 import re, sys, torch
 from pathlib import Path
 from checkpoint import load_model
-from engine import peak_memory, weight_bytes
+from engine import peak_memory, resident_bytes
 
 def peak():
     # ru_maxrss starts with what the parent had, on Linux
@@ -50,19 +52,18 @@ loaded = peak()
 model.setup_caches(1, 128)
 with torch.no_grad():
     model(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))
-embedding = 0 if model.output is None else model.tok_embeddings.weight.nbytes
-print(weight_bytes(model) + embedding, imported, loaded, peak())
+print(resident_bytes(model), imported, loaded, peak())
 """
 
 
 def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer) -> Path:
     """Writes the model as a checkpoint, with the demo's tokenizer; one that is in the folder already is kept."""
     if not (folder / "config.json").exists():
-        check_disk(weight_bytes(model) + model.tok_embeddings.weight.nbytes, folder)
+        check_disk(resident_bytes(model), folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors, quantized = model.state_dict(), {}
         for name, layer in model.named_modules():
-            if isinstance(layer, (Int8Linear, Int4Linear)):
+            if isinstance(layer, INT8 + INT4):
                 quantized[name], parts = canonical(layer)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -76,16 +77,27 @@ def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer
     return folder
 
 
-def canonical(layer: Int8Linear | Int4Linear) -> tuple[str, dict[str, Tensor | None]]:
+def canonical(
+    layer: Int8Linear | Int4Linear | Int8Experts | Int4Experts,
+) -> tuple[str, dict[str, Tensor | None]]:
     """What a quantized layer is called in the metadata, and its tensors as they are on disk."""
-    sizes = layer.out_features, layer.in_features
-    form = Form(8 if isinstance(layer, Int8Linear) else 4, layer.groupsize)
-    if isinstance(layer, Int8Linear):
-        scales = unpack_scales(layer.scales, layer.out_features) if layer.groupsize else layer.scales
-        parts = unpack_int8(layer.packed, *sizes), scales
+    form = Form(8 if isinstance(layer, INT8) else 4, layer.groupsize)
+    if isinstance(layer, (Int8Experts, Int4Experts)):
+        experts = [unpacked(layer, i) for i in range(layer.n_experts)]
+        parts, order = [torch.stack(part) for part in zip(*experts, strict=True)], None
     else:
-        parts = unpack_int4(layer.packed, *sizes, layer.groupsize, layer.scale_dtype, layer.zero)
-    return form.name, {**dict(zip(form.parts, parts, strict=True)), "bias": layer.bias, "order": layer.order}
+        parts, order = unpacked(layer), layer.order
+    return form.name, {**dict(zip(form.parts, parts, strict=True)), "bias": layer.bias, "order": order}
+
+
+def unpacked(layer: nn.Module, expert: int | None = None) -> tuple[Tensor, ...]:
+    """The weight [out, in], the scales and for int4 the zeros of a quantized layer, or of one of its experts."""
+    sizes = layer.out_features, layer.in_features
+    packed = layer.packed if expert is None else layer.packed[expert]
+    if isinstance(layer, INT4):
+        return unpack_int4(packed, *sizes, layer.groupsize, layer.scale_dtype, layer.zero)
+    scales = layer.scales if expert is None else layer.scales[expert]
+    return unpack_int8(packed, *sizes), unpack_scales(scales, layer.out_features) if layer.groupsize else scales
 
 
 def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@
     y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
 
 Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
-build.py compiles at the first use); and most have one in Triton for CUDA (cuda.py, imported at the first use). Without
+build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at the first use). Without
 a compiler there is one warning, and the reference versions do the work. packing.py brings weights into the order in
 which the CPU kernels read them, cuda.py into one of its own.
 
@@ -121,7 +121,8 @@ def linear_int4(
     """x [..., K] times an int4 weight from `pack_int4`, which also says what `zero` is -> [..., out_features]."""
     q, scales, zeros = unpack_int4(packed, out_features, x.shape[-1], groupsize, scale_dtype, zero)
     levels = unpack_nibbles(q, x.shape[-1]).float()
-    return _reference_linear(x, dequantize(levels, scales.float(), zeros.float(), groupsize), groupsize, bias)
+    zeros = None if zeros is None else zeros.float()
+    return _reference_linear(x, dequantize(levels, scales.float(), zeros, groupsize), groupsize, bias)
 
 
 # Mixtures of experts: each row of x goes through the weights of k of E experts, those in `chosen`, int64 [R, k]. x is
@@ -309,7 +310,7 @@ def unpack_scales(packed: Tensor, N: int) -> Tensor:
 
 
 def pack_int4(
-    q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int, zero: int | None = None
+    q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize: int, zero: int | None = None
 ) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)], scales and zeros [N, groups] -> (packed, zero); packing.py and cuda.py say how."""
     cuda = cuda_kernels() if q.device.type == "cuda" else None
@@ -318,8 +319,8 @@ def pack_int4(
 
 def unpack_int4(
     packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups], or None for FP4."""
     cuda = cuda_kernels() if packed.ndim == 1 else None
     return (cuda or packing).unpack_int4(packed, N, K, groupsize, scale_dtype, zero)
 
@@ -382,7 +383,8 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T + b with W int4, w = (q - zero) * scale in groups of K. Takes the place of model.Linear."""
+    """y = x W^T + b with W int4, w = (q - zero) * scale in groups of K, or 4-bit floats (MXFP4), w = FP4_VALUES[q] *
+    scale. Takes the place of model.Linear."""
 
     def __init__(
         self,
@@ -407,7 +409,7 @@ class Int4Linear(nn.Module):
         cls,
         q: Tensor,
         scales: Tensor,
-        zeros: Tensor,
+        zeros: Tensor | None,
         in_features: int,
         groupsize: int,
         bias: Tensor | None = None,
@@ -415,13 +417,13 @@ class Int4Linear(nn.Module):
     ) -> "Int4Linear":
         """From uint8 [N, ceil(K / 2)], the low nibble the even k; scales (float16, bfloat16 or float32) and zeros (in
         units of q, any dtype) [N, ceil(K / groupsize)]; a bias [N] of any float dtype; an order of the inputs, int32
-        [K], where x[..., order] is what the weight is for. ValueError for other shapes."""
+        [K], where x[..., order] is what the weight is for. Without zeros, q are codes of 4-bit floats, in groups of 32
+        with bfloat16 scales. ValueError for other shapes."""
         N, K = q.shape[0], in_features
         shape = (N, -(-K // groupsize))
         if groupsize not in GROUPSIZES or q.dtype != torch.uint8 or q.shape != (N, -(-K // 2)):
             raise ValueError(f"expected uint8 [N, {-(-K // 2)}] in groups of 32, 64 or 128, got {_describe(q)}")
-        if scales.shape != shape or zeros.shape != shape or not scales.dtype.is_floating_point:
-            raise ValueError(f"expected scales and zeros {shape}, got {_describe(scales)} and {_describe(zeros)}")
+        _check_grid(scales, zeros, shape, groupsize)
         _check_order(order, K)
         packed, zero = pack_int4(q, scales, zeros, K, groupsize)
         return cls(packed, zero, N, K, groupsize, scales.dtype, bias, order)
@@ -436,6 +438,18 @@ class Int4Linear(nn.Module):
     def weight_bytes(self) -> int:
         """What one decode step reads."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def _check_grid(scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], groupsize: int) -> None:
+    """Of int4 weights: ValueError for scales and zeros of another shape, or none for what 4-bit floats have."""
+    if scales.shape != shape or not scales.dtype.is_floating_point:
+        raise ValueError(f"expected scales {list(shape)}, got {_describe(scales)}")
+    if zeros is not None and zeros.shape != shape:
+        raise ValueError(f"expected zeros {list(shape)}, got {_describe(zeros)}")
+    if zeros is None and (groupsize != 32 or scales.dtype != torch.bfloat16):
+        raise ValueError(
+            f"expected zeros, or groups of 32 with bfloat16 scales, got {groupsize} with {_describe(scales)}"
+        )
 
 
 def _check_order(order: Tensor | None, K: int) -> None:
@@ -453,14 +467,17 @@ def _describe(tensor: Tensor) -> str:
 
 @functools.cache
 def cuda_kernels() -> ModuleType | None:
-    """cuda.py, whose ops are registered for CUDA; None, after a warning, where Triton is missing."""
+    """cuda.py, whose ops are registered for CUDA, with those of cuda_experts.py; None, after a warning, where Triton is
+    missing."""
     try:
-        from kernels import cuda
+        from kernels import cuda, cuda_experts
     except ImportError as error:
         log(f"warning: no Triton, so quantized layers and attention will be slow: {error}")
         return None
     for function in (
-        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16
+        cuda.linear_int8, cuda.linear_int8_grouped, cuda.linear_int4, cuda.decode_attention, linear_bf16,
+        cuda_experts.linear_experts, cuda_experts.linear_int8_experts, cuda_experts.linear_int8_grouped_experts,
+        cuda_experts.linear_int4_experts,
     ):  # fmt: skip
         _library.impl(function.__name__, function, "CUDA")
     return cuda

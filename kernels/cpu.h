@@ -30,6 +30,7 @@ constexpr int64_t ACT_GROUP = 128;  // activations that share a scale, where the
 //         [panels, groups, 32].
 //   int4: for each group: for each 8 k, 32 rows of 4 bytes as they are on disk (even k in the low nibble); 32 scales;
 //         32 zeros (bytes or floats), unless all zeros are the same integer; up to a whole number of cache lines.
+//         FP4: the nibbles are codes of 4-bit floats, which have no zeros; groups of 32, their scales are BF16.
 struct Weight {
     const uint8_t* packed;
     const void* scales;  // int8
@@ -37,11 +38,11 @@ struct Weight {
     bool grouped;  // the scales are those of groups, and not of rows
     int64_t n, k, group, groups;
     Type scale_type;  // of groups
-    int64_t zero;     // int4: the zero of all groups, or ZERO_BYTES or ZERO_FLOATS
+    int64_t zero;     // int4: the zero of all groups, or ZERO_BYTES, ZERO_FLOATS or FP4
     int64_t group_bytes;  // int4
     int64_t panel_bytes;
 };
-enum { ZERO_BYTES = -1, ZERO_FLOATS = -2 };
+enum { ZERO_BYTES = -1, ZERO_FLOATS = -2, FP4 = -3 };
 
 // Activations quantized to 8 bits. A tile of R rows is laid out as [k / 4][R][4], its scales and starts as [groups][R]:
 // the order in which the kernel reads them.

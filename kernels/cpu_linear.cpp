@@ -6,6 +6,27 @@ namespace brisk {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
+// 4-bit floats as integers: the levels of a code are twice its value (packing.FP4_VALUES), plus a zero of 12
+
+constexpr int32_t FP4_ZERO = 12;
+
+INLINE bytes fp4_levels(bytes codes) {
+#if AVX512 || AVX2
+#define LEVELS 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
+    static constexpr uint8_t TABLE[64] = {LEVELS, LEVELS, LEVELS, LEVELS};  // an instruction looks up in 16 bytes each
+#if AVX512
+    return (bytes)_mm512_shuffle_epi8((__m512i)load<bytes>(TABLE), (__m512i)codes);
+#else
+    return (bytes)_mm256_shuffle_epi8((__m256i)load<bytes>(TABLE), (__m256i)codes);
+#endif
+#else
+    const bytes magnitude = codes & 7;  // 0 to 4 as they are, then 6, 8, 12
+    const bytes twice = magnitude + (magnitude > 4 ? magnitude - 4 : bytes{}) + ((bytes)(magnitude == 7) & 2);
+    return codes > 7 ? 12 - twice : 12 + twice;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Quantized activations
 
 #if AVX2
@@ -20,7 +41,8 @@ int32_t start_of_pairs(i32s sum, int32_t zero) {
 
 void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to) {
     // dpbusd wants unsigned weights: int8 ones have a zero of 128 there.
-    const int32_t zero = w.bits == 8 ? (AVX512 ? 128 : 0) : w.zero >= 0 ? w.zero : 1;
+    const bool fp4 = w.bits == 4 && w.zero == FP4;
+    const int32_t zero = w.bits == 8 ? (AVX512 ? 128 : 0) : fp4 ? FP4_ZERO : w.zero >= 0 ? w.zero : 1;
     for (int64_t g = begin; g < end; g++) {
         const int64_t first = g * w.group, count = smaller(w.group, round_up(w.k, 16) - first);
         float values[ACT_GROUP];
@@ -56,7 +78,7 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
             if (w.bits == 4 && k % 32) to.start[(first + k) / 32 * R + r] = start_of_pairs(sum, zero), sum = i32s{};
 #endif
         }
-        to.scale[g * R + r] = scale;
+        to.scale[g * R + r] = fp4 ? scale / 2 : scale;
         if (!AVX2 || w.bits == 8) to.start[g * R + r] = -zero * sum_lanes(sum);
     }
 }
@@ -92,6 +114,7 @@ INLINE i32s dot_int8(i32s sums, bytes w, int32_t x) {
 
 // The same for weights from 0 to 15. On AVX2 a lane of 16 bits adds up 16 of 32 k, starting from -zero times their sum:
 // so each counts as -zero * q and then as (w - zero) * q: with zeros from 0 to 16 never more than 16 * 16 * 127 in all.
+// The levels of 4-bit floats go up to 24, but their zero is 12.
 #if AVX2
 typedef int16_t Sums4 __attribute__((vector_size(32)));
 INLINE Sums4 dot_int4(Sums4 sums, bytes w, int32_t x) {
@@ -179,13 +202,20 @@ void panels_int8(const Weight& w, const uint8_t* at, int64_t panel, Activations 
     }
 }
 
-// Adds to y what the groups [begin, end) of P panels give, for NV of their vectors. COMMON: what quantize.py writes by
-// default; known at compile time it is a fifth faster. Not inlined: there GCC runs out of registers.
-template <int R, int P, int NV, bool COMMON>
+// What is known of an int4 weight at compile time. COMMON is what quantize.py writes by default: a fifth faster so.
+enum Form { ANY, COMMON, FLOATS };
+
+// Adds to y what the groups [begin, end) of P panels give, for NV of their vectors. Not inlined: there GCC runs out of
+// registers.
+template <int R, int P, int NV, Form FORM>
 __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel, Activations x, int64_t begin,
                                            int64_t end, int first, f32s (&y)[P][R][VECTORS]) {
-    const int64_t group = COMMON ? 32 : w.group, zero = COMMON ? 8 : w.zero, block = AVX2 ? 32 : group;
-    const Type scale_type = COMMON ? BF16 : w.scale_type;
+    const int64_t group = FORM == ANY ? w.group : 32, block = AVX2 ? 32 : group;
+    const int64_t zero = FORM == ANY ? w.zero : FORM == COMMON ? 8 : FP4_ZERO;
+    const Type scale_type = FORM == ANY ? w.scale_type : BF16;
+    const auto levels = [](bytes nibbles) INLINE_LAMBDA {
+        return FORM == FLOATS ? fp4_levels(nibbles & 15) : nibbles & 15;
+    };
     constexpr bool FETCH = P == 1;  // two panels at once are fastest without
     constexpr int64_t ahead = AVX2 && R > 2 ? 8192 : AHEAD;  // arithmetic takes longer than memory: further
     f32s total[P][R][NV];
@@ -210,14 +240,14 @@ __attribute__((noinline)) void groups_int4(const Weight& w, const uint8_t* panel
                 }
                 _Pragma("GCC unroll 4") for (int64_t i = 0; i < block; i += 8) {
                     bytes ws[NV];
-                    UNROLL for (int v = 0; v < NV; v++) ws[v] = load<bytes>(at + v * 4 * LANES) & 15;
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = levels(load<bytes>(at + v * 4 * LANES));
                     if (FETCH)
                         UNROLL for (int b = 0; b < NV * 4 * LANES; b += 64) prefetch(at + ahead + b);
                     UNROLL for (int r = 0; r < R; r++) {
                         const int32_t even = load4(q + 4 * r);
                         UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], even);
                     }
-                    UNROLL for (int v = 0; v < NV; v++) ws[v] = (bytes)(load<u32s>(at + v * 4 * LANES) >> 4) & 15;
+                    UNROLL for (int v = 0; v < NV; v++) ws[v] = levels((bytes)(load<u32s>(at + v * 4 * LANES) >> 4));
                     UNROLL for (int r = 0; r < R; r++) {
                         const int32_t odd = load4(q + 4 * (R + r));
                         UNROLL for (int v = 0; v < NV; v++) some[r][v] = dot_int4(some[r][v], ws[v], odd);
@@ -249,7 +279,9 @@ void panels_int4(const Weight& w, const uint8_t* panel, Activations x, f32s (&y)
     constexpr int NV = AVX2 && R <= 3 ? 4 : 2;  // vectors of a panel at once: their sums stay in registers
     constexpr int64_t SOME = NV == VECTORS ? 1 << 30 : 256;  // k, then the other vectors: memory is read in order
     const bool common = w.zero == 8 && w.group == 32 && w.scale_type == BF16;
-    const auto add = common ? groups_int4<R, P, NV, true> : groups_int4<R, P, NV, false>;
+    const auto add = common            ? groups_int4<R, P, NV, COMMON>
+                     : w.zero == FP4 ? groups_int4<R, P, NV, FLOATS>
+                                       : groups_int4<R, P, NV, ANY>;
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS; v++)
         y[p][r][v] = f32s{};
     const int64_t step = SOME / w.group;

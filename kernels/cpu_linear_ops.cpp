@@ -232,7 +232,9 @@ Tensor int8_grouped(const Tensor& x, const Tensor& packed, const Tensor& scales,
 Tensor int4(const Tensor& x, const Tensor& packed, const OptionalTensor& chosen, int64_t n, int64_t group,
             ScalarType scale_type, int64_t zero, const OptionalTensor& bias) {
     check_group(group);
-    STD_TORCH_CHECK(zero >= ZERO_FLOATS && zero <= 16, "zero: expected -2 to 16, got ", zero);
+    STD_TORCH_CHECK(zero >= FP4 && zero <= 16, "zero: expected -3 to 16, got ", zero);
+    STD_TORCH_CHECK(zero != FP4 || (group == 32 && scale_type == ScalarType::BFloat16),
+                    "expected 4-bit floats in groups of 32 with bfloat16 scales, got groups of ", group);
     Weight w{};
     w.packed = (const uint8_t*)packed.const_data_ptr(), w.bits = 4, w.n = n, w.k = x.size(-1), w.group = group;
     w.groups = (w.k + group - 1) / group, w.scale_type = type_of(scale_type), w.zero = zero;

@@ -16,11 +16,9 @@ the first call of every shape, which may be while a graph is recorded.
 What the speed rests on. An H200 reads 4.3 TB/s, or 33 bytes a nanosecond for each of its 132 multiprocessors. Memory
 answers after 0.7 us or so, hence a multiprocessor must have more than 23 KB under way: asynchronous 16-byte copies,
 some 8 KB a stage and three stages ahead of the arithmetic, in two or more programs. At that rate it may spend 3.6
-instructions on an int4 weight and 7 on an int8 weight. The loops below take 2.6 to 3.1 and 3.1 (counted in their SASS).
-None of this has been timed yet.
+instructions on an int4 weight and 7 on an int8 weight. The loops, which are in cuda_loops.py, take 2.6 to 3.1 and 3.1
+(counted in their SASS). None of this has been timed yet.
 """
-
-import os
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.packing import ZERO_BYTES, ZERO_FLOATS, kind_of_zeros
+from kernels.cuda_loops import CHUNK, dequantized_chunks, multiply, multiply_int4, store
+from kernels.packing import FP4, ZERO_BYTES, ZERO_FLOATS, kind_of_zeros
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-CHUNK = tl.constexpr(32)  # int4 weights in 16 bytes; every group is some chunks
-STAGES = tl.constexpr(4)  # of the copies: three under way
 FEW_ROWS = 64  # 16 at a time, from the L2 cache at best; for more the weight is dequantized, for a GEMM
 PROGRAMS = 512  # enough to even out over 132 multiprocessors
 SPLIT_PROGRAMS = 256  # attention: two for each multiprocessor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers of few rows
-#
-# A program computes 16 to 64 columns of y for up to 16 rows of x, over all of K. The dots are batched: K is cut in BC
-# pieces, which go around the warps, so that each warp multiplies weights that no other warp needs, and the pieces' sums
-# are added at the end. The tensor cores take the weights as the side that has 16 rows, and x as the side that has 8.
 
 
 @triton.jit
@@ -56,26 +48,8 @@ def _linear_int8(
     EVEN: BN divides N and BC * BK divides K.
     """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    w_ptr += (tl.program_id(1) * BN).to(tl.int64) * K
-    row = tl.arange(0, BN)
-    acc = tl.zeros([BC, BN, BM], tl.float32)
-    for start in tl.range(0, K, BC * BK, num_stages=STAGES):
-        k = start + tl.arange(0, BC)[:, None] * BK + tl.arange(0, BK)[None, :]
-        inside = tl.full([BC, BK], True, tl.int1) if EVEN else k < K
-        some = tl.full([BN], True, tl.int1) if EVEN else n < N
-        w = tl.load(w_ptr + row[None, :, None] * K + k[:, None, :], inside[:, None, :] & some[None, :, None], 0)
-        x = tl.load(x_ptr + r[None, None, :] * K + k[:, :, None], inside[:, :, None] & (r < R)[None, None, :], 0)
-        if GROUP:
-            c = start + tl.arange(0, BC) * BK
-            s = tl.load(s_ptr + (c // GROUP)[:, None] * N + n[None, :], (c < K)[:, None] & (n < N)[None, :], 0)
-            acc += tl.dot(w.to(x.dtype), x) * s.to(tl.float32)[:, :, None]
-        else:
-            acc = tl.dot(w.to(x.dtype), x, acc)
-    y = tl.sum(acc, 0)
-    if not GROUP:
-        y *= tl.load(s_ptr + n, n < N, 0)[:, None]
-    _store(y, y_ptr, b_ptr, r, n, R, N, BIAS)
+    y = multiply(x_ptr, w_ptr, s_ptr, r, r < R, N, K, GROUP, BM, BN, BC, BK, EVEN)
+    store(y, y_ptr, b_ptr, r, r < R, N, BIAS)
 
 
 @triton.jit
@@ -89,70 +63,8 @@ def _linear_int4(
     EVEN: BN divides N, BC divides chunks and K is CHUNK * chunks.
     """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    w_ptr += (tl.program_id(1) * BN).to(tl.int64) * chunks * 4
-    row = tl.arange(0, BN)
-    word = tl.arange(0, 4)
-    # Joined, as the weights are, so that both dots want x in the same registers.
-    half = tl.full([BC, BN, CHUNK // 2], 1, tl.float32).to(x_ptr.dtype.element_ty)
-    ones = tl.join(half, half).reshape(BC, BN, CHUNK)
-    acc = tl.zeros([BC, BN, BM], tl.float32)
-    for start in tl.range(0, chunks, BC, num_stages=STAGES):
-        c = start + tl.arange(0, BC)
-        k = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        inside = tl.full([BC, BN], True, tl.int1) if EVEN else (c < chunks)[:, None] & (n < N)[None, :]
-        ends = tl.full([BC, CHUNK], True, tl.int1) if EVEN else k < K
-        at = (c * CHUNK // GROUP)[:, None] * N + n[None, :]
-        w = tl.load(w_ptr + (row[None, :, None] * chunks + c[:, None, None]) * 4 + word, inside[:, :, None], 0)
-        x = tl.load(x_ptr + r[None, None, :] * K + k[:, :, None], ends[:, :, None] & (r < R)[None, None, :], 0)
-        s = tl.load(s_ptr + at, inside, 0).to(tl.float32)
-        q = _nibbles_as_floats(w, x.dtype).permute(0, 1, 4, 2, 3, 5).reshape(BC, BN, CHUNK)
-        part = tl.dot(q, x)
-        # What was added to q, and the zero, are subtracted from the sum, by way of the sum of x. Every row of it is
-        # the same, yet it costs the tensor cores less than subtracting from each q would cost the others.
-        sums = tl.dot(ones, x)
-        if ZERO >= 0:
-            part -= sums * (_offset(x.dtype) + ZERO)
-        else:
-            part -= sums * (_offset(x.dtype) + tl.load(z_ptr + at, inside, 0).to(tl.float32))[:, :, None]
-        acc += part * s[:, :, None]
-    _store(tl.sum(acc, 0), y_ptr, b_ptr, r, n, R, N, BIAS)
-
-
-@triton.jit
-def _nibbles_as_floats(w, dtype: tl.constexpr):
-    """Words [..., 4] of pack_int4 -> [..., 4, 2, 2, 2], the q at bits 4 e + 8 h + 16 b at [e, h, b], plus _offset.
-
-    With the bits of 128 above it, a nibble in the low bits of a bfloat16 is 128 + q (of a float16: 1024 + q). So two
-    weights become floats, in the register that the tensor cores read, by one shift and one operation a & b | c.
-    """
-    MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-    w = tl.join(w, w >> 4)
-    w = tl.join(w, w >> 8)
-    if INTERPRETED:
-        w = (w & 0x000F000F) | MAGIC
-    elif dtype == tl.bfloat16:  # spelled out, since two constants make two instructions of it
-        w = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;", "=r,r", [w], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        w = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000F000F, 0x64006400, 0xEA;", "=r,r", [w], tl.int32, is_pure=True, pack=1
-        )
-    return tl.join(w.to(tl.int16), (w >> 16).to(tl.int16)).to(dtype, bitcast=True)
-
-
-@triton.jit
-def _offset(dtype: tl.constexpr):
-    return 128.0 if dtype == tl.bfloat16 else 1024.0
-
-
-@triton.jit
-def _store(y, y_ptr, b_ptr, r, n, R, N, BIAS: tl.constexpr):
-    """Adds the bias to y [BN, BM], which goes to y_ptr [R, N]."""
-    if BIAS:
-        y += tl.load(b_ptr + n, n < N, 0).to(tl.float32)[:, None]
-    tl.store(y_ptr + r[None, :] * N + n[:, None], y, (r < R)[None, :] & (n < N)[:, None])
+    y = multiply_int4(x_ptr, w_ptr, s_ptr, z_ptr, r, r < R, N, K, chunks, ZERO, GROUP, BM, BN, BC, EVEN)
+    store(y, y_ptr, b_ptr, r, r < R, N, BIAS)
 
 
 def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -247,20 +159,22 @@ def _block(rows: int, N: int) -> tuple[int, int]:
 # int4 weights: packed, and as a matrix of floats
 
 
-def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) -> tuple[Tensor, int]:
+def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize: int) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
 
-    `packed` holds the words of q, the scales, and the zeros if `zero` (as in packing.pack_int4) says so, one after the
-    other, as `_parts` finds them. 16 bytes hold the same 32 weights as before, in another order: bits 4 e + 8 h + 16 b
-    of word j are k = 16 h + 4 j + 2 e + b. So the word j is what one thread feeds to the tensor cores, and the two
-    weights of each register (b) lie 16 bits apart. Scales and zeros are turned, [groups, N], for 16-byte copies.
+    Without zeros, q is FP4. `packed` holds the words of q, the scales, and the zeros if `zero` (as in
+    packing.pack_int4) says so, one after the other, as `_parts` finds them. 16 bytes hold the same 32 weights as
+    before, in another order: bits 4 e + 8 h + 16 b of word j are k = 16 h + 4 j + 2 e + b. So the word j is what one
+    thread feeds to the tensor cores, and the two weights of each register (b) lie 16 bits apart. Scales and zeros are
+    turned, [groups, N], for 16-byte copies.
     """
     N, groups = scales.shape
     q = F.pad(q, (0, groups * groupsize // 2 - q.shape[1])).view(N, -1, 2, 4, 2)  # [N, chunks, h, j, e], bytes of two b
     first, second = q.unbind(-1)
     halves = torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 240)), -1)  # [N, chunks, h, j, b]
-    zero, parts = kind_of_zeros(zeros), [halves.permute(0, 1, 3, 4, 2).contiguous(), scales.T.contiguous()]
-    if zero < 0:
+    zero = FP4 if zeros is None else kind_of_zeros(zeros)
+    parts = [halves.permute(0, 1, 3, 4, 2).contiguous(), scales.T.contiguous()]
+    if zero in (ZERO_BYTES, ZERO_FLOATS):
         parts.append(zeros.T.to(torch.uint8 if zero == ZERO_BYTES else torch.float32).contiguous())
     pieces = [part.view(-1).view(torch.uint8) for part in parts]
     return torch.cat([F.pad(piece, (0, -len(piece) % 16)) for piece in pieces]), zero
@@ -268,16 +182,18 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int) 
 
 def unpack_int4(
     packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups]."""
     w, s, z = _parts(packed, N, K, groupsize, scale_dtype, zero)
     even, odd = w.view(torch.uint8).view(N, -1, 4, 2, 2).permute(3, 0, 1, 4, 2)  # [b; N, chunks, h, j]
     q = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), -1).reshape(N, -1)
-    return q[:, : (K + 1) // 2], s.T, z.T.float() if zero < 0 else torch.full_like(s.T, zero, dtype=torch.float32)
+    zeros = z.T.float() if zero < 0 else torch.full_like(s.T, zero, dtype=torch.float32)
+    return q[:, : (K + 1) // 2], s.T, None if zero == FP4 else zeros
 
 
 def _parts(packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int) -> tuple[Tensor, ...]:
-    """What pack_int4 packed: words int32 [N, chunks, 4], scales [groups, N], and zeros, or the scales once more."""
+    """What pack_int4 packed: words int32 [N, chunks, 4], scales [groups, N], and zeros, or the scales once more; each
+    [E, ...], if packed is [E, bytes]."""
     groups = triton.cdiv(K, groupsize)
     zero_dtype = {ZERO_BYTES: torch.uint8, ZERO_FLOATS: torch.float32}.get(zero)
     parts, begin = [], 0
@@ -286,10 +202,10 @@ def _parts(packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dt
     ):  # fmt: skip
         if dtype is not None:
             nbytes = torch.Size(shape).numel() * dtype.itemsize
-            parts.append(packed[begin : begin + nbytes].view(dtype).view(shape))
+            parts.append(packed[..., begin : begin + nbytes].view(dtype).view(*packed.shape[:-1], *shape))
             begin += triton.cdiv(nbytes, 16) * 16
-    if begin != packed.numel():
-        raise RuntimeError(f"expected {begin} bytes for {N} rows of {K} weights, got {packed.numel()}")
+    if begin != packed.shape[-1]:
+        raise RuntimeError(f"expected {begin} bytes for {N} rows of {K} weights, got {packed.shape[-1]}")
     return *parts[:2], parts[-1]
 
 
@@ -303,13 +219,7 @@ def _dequantize_int4(
     c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
     inside = (n < N) & (c < chunks)
     w = tl.load(w_ptr + ((n.to(tl.int64) * chunks + c) * 4)[:, :, None] + tl.arange(0, 4), inside[:, :, None], 0)
-    w = tl.join(w, w >> 4)
-    w = tl.join(w, w >> 8)
-    w = tl.join(w, w >> 16)  # [BN, BC, j, e, h, b]
-    q = (w & 15).permute(0, 1, 4, 2, 3, 5).reshape(BN, BC, CHUNK).to(tl.float32)
-    at = c * CHUNK // GROUP * N + n
-    zero = tl.load(z_ptr + at, inside, 0).to(tl.float32)[:, :, None] if ZERO < 0 else ZERO
-    y = (q - zero) * tl.load(s_ptr + at, inside, 0).to(tl.float32)[:, :, None]
+    y = dequantized_chunks(w, s_ptr, z_ptr, c * CHUNK // GROUP * N + n, inside, ZERO)
     k = (c * CHUNK)[:, :, None] + tl.arange(0, CHUNK)
     tl.store(y_ptr + n.to(tl.int64)[:, :, None] * K + k, y, inside[:, :, None] & (k < K))
 

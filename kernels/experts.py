@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kernels import _describe, pack_int4, pack_int8, pack_scales, packing
+from kernels import _check_grid, _describe, pack_int4, pack_int8, pack_scales, packing
 from kernels.packing import GROUPSIZES, kind_of_zeros
 
 
@@ -67,7 +67,8 @@ class Int8Experts(nn.Module):
 
 
 class Int4Experts(nn.Module):
-    """y[r, j] = x[r, j] W[chosen[r, j]]^T + b[chosen[r, j]], with W int4, w = (q - zero) * scale in groups of K."""
+    """y[r, j] = x[r, j] W[chosen[r, j]]^T + b[chosen[r, j]], with W int4, w = (q - zero) * scale in groups of K, or
+    4-bit floats (MXFP4), w = FP4_VALUES[q] * scale."""
 
     def __init__(
         self,
@@ -90,24 +91,24 @@ class Int4Experts(nn.Module):
         cls,
         q: Tensor,
         scales: Tensor,
-        zeros: Tensor,
+        zeros: Tensor | None,
         in_features: int,
         groupsize: int,
         bias: Tensor | None = None,
     ) -> "Int4Experts":
         """From uint8 [E, N, ceil(K / 2)]; scales and zeros [E, N, ceil(K / groupsize)] and a bias [E, N], of the dtypes
-        that kernels.Int4Linear takes. ValueError for other shapes."""
+        that kernels.Int4Linear takes, and without zeros as there. ValueError for other shapes."""
         if q.dtype != torch.uint8 or q.ndim != 3 or not len(q):
             raise ValueError(f"expected uint8 [E, N, ceil(K / 2)], got {_describe(q)}")
         E, N, K = len(q), q.shape[1], in_features
         shape = (E, N, -(-K // groupsize))
         if groupsize not in GROUPSIZES or q.shape[2] != -(-K // 2):
             raise ValueError(f"expected [E, N, {-(-K // 2)}] in groups of 32, 64 or 128, got {_describe(q)}")
-        if scales.shape != shape or zeros.shape != shape or not scales.dtype.is_floating_point:
-            raise ValueError(f"expected scales and zeros {shape}, got {_describe(scales)} and {_describe(zeros)}")
+        _check_grid(scales, zeros, shape, groupsize)
         _check_bias(bias, E, N)
         zero = kind_of_zeros(zeros)
-        packed = (pack_int4(*expert, K, groupsize, zero)[0] for expert in zip(q, scales, zeros, strict=True))
+        each = zip(q, scales, [None] * E if zeros is None else zeros, strict=True)
+        packed = (pack_int4(*expert, K, groupsize, zero)[0] for expert in each)
         return cls(_stack(packed, E), zero, N, K, groupsize, scales.dtype, bias)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:

@@ -17,10 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The value of each code of the 4-bit floats e2m1: a sign, two bits of exponent, one of mantissa. MXFP4 is these in
+# groups of 32 weights that share a power of two, w = FP4_VALUES[code] * scale. (OCP Microscaling Formats, version 1.0)
+# They lie on no grid of 16 levels, but are packed as int4 weights are, without zeros, in groups of 32 with bfloat16
+# scales: these hold every power of two that MXFP4 has.
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 CACHE_LINE = 64  # bytes
 PANEL = 32  # rows of a packed weight that are interleaved
 GROUPSIZES = (32, 64, 128)  # inputs that may share a scale
 ZERO_BYTES, ZERO_FLOATS = -1, -2  # how int4 zeros are packed, if they are not all the same integer
+FP4 = -3  # no zeros: 4-bit floats, e2m1: a sign, and 0, 0.5, 1, 1.5, 2, 3, 4 or 6
 
 
 def pack_int8(weight: Tensor) -> Tensor:
@@ -60,9 +66,10 @@ def unpack_nibbles(q: Tensor, K: int) -> Tensor:
 
 
 def pack_int4(
-    q: Tensor, scales: Tensor, zeros: Tensor, K: int, groupsize: int, zero: int | None = None
+    q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize: int, zero: int | None = None
 ) -> tuple[Tensor, int]:
-    """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
+    """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero). Without
+    zeros, q are codes of 4-bit floats.
 
     `packed` is uint8 [N / 32, groups, bytes]: for each 8 k, 4 bytes of each of 32 rows as they are; then the 32 scales
     in their dtype; then the zeros as 32 bytes if `zero` is ZERO_BYTES, as 32 floats if it is ZERO_FLOATS; otherwise
@@ -75,7 +82,7 @@ def pack_int4(
     words = padded.view(torch.int32).view(-1, PANEL, groups, groupsize // 8)
     parts = [words.permute(0, 2, 3, 1), _by_panel(scales)]
     zero = kind_of_zeros(zeros) if zero is None else zero
-    if zero < 0:
+    if zero in (ZERO_BYTES, ZERO_FLOATS):
         parts.append(_by_panel(zeros.to(torch.uint8 if zero == ZERO_BYTES else torch.float32)))
     widths = [part[0, 0].numel() * part.element_size() for part in parts]
     group_bytes = sum(widths) + -sum(widths) % CACHE_LINE
@@ -85,9 +92,12 @@ def pack_int4(
     return packed, zero
 
 
-def kind_of_zeros(zeros: Tensor) -> int:
+def kind_of_zeros(zeros: Tensor | None) -> int:
     """The zero of all groups, if that is the same whole number from 0 to 16; ZERO_BYTES if there are several such;
-    ZERO_FLOATS for others. Of zeros above 16, sums would not fit the 16 bits that AVX2 has for them."""
+    ZERO_FLOATS for others; FP4 if there are none. Of zeros above 16, sums would not fit the 16 bits that AVX2 has for
+    them."""
+    if zeros is None:
+        return FP4
     low, high = zeros.aminmax()
     if low < 0 or high > 16 or bool((zeros != zeros.round()).any()):
         return ZERO_FLOATS
@@ -101,25 +111,30 @@ def _by_panel(x: Tensor) -> Tensor:
 
 def unpack_int4(
     packed: Tensor, N: int, K: int, groupsize: int, scale_dtype: torch.dtype, zero: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What pack_int4 packed: q uint8 [N, ceil(K / 2)], scales and zeros [N, groups], or None for FP4."""
     zero_dtype = {ZERO_BYTES: torch.uint8, ZERO_FLOATS: torch.float32}.get(zero)
     widths = [PANEL * groupsize // 2, PANEL * scale_dtype.itemsize, PANEL * zero_dtype.itemsize if zero_dtype else 0]
     words, scales, zeros = (part.contiguous() for part in packed[..., : sum(widths)].split(widths, -1))
     q = words.view(torch.int32).unflatten(-1, (-1, PANEL)).permute(0, 3, 1, 2).contiguous()  # [panels, 32, groups, ...]
     q = q.view(torch.uint8).flatten(0, 1).flatten(1)[:N, : (K + 1) // 2]
     scales = scales.view(scale_dtype).transpose(1, 2).flatten(0, 1)[:N]
+    if zero == FP4:
+        return q, scales, None
     if zero_dtype is None:
         return q, scales, torch.full_like(scales, zero, dtype=torch.float32)
     return q, scales, zeros.view(zero_dtype).transpose(1, 2).flatten(0, 1)[:N].float()
 
 
-def dequantize(levels: Tensor, scales: Tensor, zeros: Tensor | int, groupsize: int) -> Tensor:
-    """w = (level - zero) * scale, [N, K], of levels [N, K] and scales [N, groups]; zeros are like them, or all one."""
+def dequantize(levels: Tensor, scales: Tensor, zeros: Tensor | int | None, groupsize: int) -> Tensor:
+    """w = (level - zero) * scale, [N, K], of levels [N, K] and scales [N, groups]; zeros are like them, or all one.
+    With None for them, FP4_VALUES[level] * scale."""
 
     def spread(grid: Tensor) -> Tensor:
         return grid.repeat_interleave(groupsize, 1)[:, : levels.shape[1]]
 
+    if zeros is None:
+        return scales.new_tensor(FP4_VALUES)[levels.long()] * spread(scales)
     return (levels - (zeros if isinstance(zeros, int) else spread(zeros))) * spread(scales)
 
 

@@ -22,10 +22,10 @@ import files
 import kernels
 import rounding
 from benchmarks import contenders, models, peers, report, startup, turns
-from config import ModelConfig
+from config import ExpertsConfig, ModelConfig
 from errors import UserError
 from kernels import packing
-from model import Linear, Transformer
+from model import ExpertsLinear, Linear, Transformer
 
 HERE = Path(bench.__file__).parent
 TINY = models.LLAMA | dict(
@@ -41,13 +41,22 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
+MOE = dict(
+    model_type="qwen3_moe", head_dim=64, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64,
+    norm_topk_prob=True,
+)  # fmt: skip
 MODELS = {
     "plain": TINY,
     "tied": TINY | dict(tie_word_embeddings=True, rms_norm_eps=1e-6),
     "llama3": TINY | dict(rope_parameters=LLAMA3),
     "linear": TINY | dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
     "head_dim": TINY | dict(head_dim=64, num_key_value_heads=4),
-}
+    "qwen3": TINY | dict(model_type="qwen3", head_dim=64),
+    "moe": TINY | MOE,
+    "mixtral": TINY | dict(
+        model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, sliding_window=None
+    ),
+}  # fmt: skip
 PROMPT = random.Random(0).choices(range(4200), k=40)
 needs_llama_cpp = pytest.mark.skipif(
     not all(importlib.util.find_spec(module) for module in ("llama_cpp", "gguf")),
@@ -60,6 +69,9 @@ def tiny_model(**fields) -> Transformer:
     model = models.random_model(ModelConfig.from_hf(TINY | fields), "cpu", torch.float32)
     for layer in model.layers:
         layer.attention.wqkv.weight.mul_(2)
+        if layer.attention.q_norm is not None:  # all different, and as large as to undo that they normalize
+            for norm in (layer.attention.q_norm, layer.attention.k_norm):
+                norm.weight.copy_(torch.linspace(1, 2, len(norm.weight)))
     return model
 
 
@@ -133,7 +145,7 @@ def test_llama_cpp_runs_our_model(name, tmp_path):
 
 @needs_llama_cpp
 @pytest.mark.parametrize(("mode", "kind", "bits", "limit"), [("int8", "Q8_0", 8.5, 0.05), ("int4", "Q4_0", 4.5, 0.5)])
-@pytest.mark.parametrize("name", ["plain", "tied"])
+@pytest.mark.parametrize("name", ["plain", "tied", "moe"])
 def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, tmp_path):
     model = tiny_model(**MODELS[name])
     peer, path, found = peers.llama_cpp_peer(model, mode, tmp_path, max_length=64, threads=1)
@@ -141,23 +153,32 @@ def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, tmp_p
     assert found == kind
     assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
     assert contenders.logits_error(peer, model, PROMPT) < limit
-    shapes = [tensor.shape for layer, tensor in model.named_parameters() if tensor.ndim == 2]
-    matrices = sum(shape.numel() for shape in shapes) - (0 if model.config.tied else shapes[0].numel())
-    norms = 5 * 128 * 4
-    assert peers.gguf_bytes(path) == matrices * bits / 8 + norms
+    read = {layer: tensor.numel() for layer, tensor in model.named_parameters() if tensor.ndim >= 2}
+    if not model.config.tied:
+        del read["tok_embeddings.weight"]
+    floats = 5 * 128
+    if name == "moe":
+        read = {layer: count * 3 // 8 if ".experts." in layer else count for layer, count in read.items()}
+        floats += 2 * 2 * 64 + sum(read.pop(f"layers.{i}.feed_forward.router.weight") for i in range(2))
+    assert peers.gguf_bytes(path, model.config) == sum(read.values()) * bits / 8 + floats * 4
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize(("kind", "error"), [("Q8_0", 0.01), ("Q4_0", 0.1)])
-def test_gguf_holds_every_matrix_quantized(kind, error, tmp_path):
+@pytest.mark.parametrize("name", ["plain", "moe"])
+def test_gguf_holds_every_matrix_quantized(name, kind, error, tmp_path):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    model = models.random_model(ModelConfig.from_hf(TINY), "cpu")
+    model = models.random_model(ModelConfig.from_hf(MODELS[name]), "cpu")
     tensors = GGUFReader(peers.write_gguf(model, tmp_path, kind)).tensors
-    assert {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) == 2} == {kind}
+    assert {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) >= 2 and "inp" not in tensor.name} == {
+        kind
+    }
     expected = peers.gguf_tensors(model)
+    assert {tensor.name for tensor in tensors} == set(expected)
     for tensor in tensors:
+        assert [*reversed(tensor.shape.tolist())] == list(expected[tensor.name].shape)
         stored = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(expected[tensor.name].shape)
         difference = stored - expected[tensor.name].float()
         assert difference.norm() <= error * expected[tensor.name].float().norm()
@@ -182,17 +203,25 @@ def test_gguf_says_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"qk_norm": "head"}, "qk-norm"),
-        ({"qkv_bias": True}, "biases"),
+        ({"qk_norm": "all"}, "models with qk_norm='all' are not written"),
+        ({"qkv_bias": True, "norm": "layer"}, "norm='layer', qkv_bias=True"),
+        ({"attention_softcap": 50.0}, "attention_softcap=50.0"),
         ({"sliding_window": 8, "window_layers": (True, True)}, "sliding window"),
-        ({"rope": {"type": "yarn"}}, "yarn"),
+        ({"rope": {"type": "yarn"}}, "yarn RoPE"),
+        ({"rope": {"query_beta": 0.1}}, "query_beta=0.1"),
+        ({"rope": {"type": "llama3"}, "qk_norm": "head"}, "llama3 RoPE"),
+        ({"rotary_dim": 16}, "RoPE of a part"),
+        ({"experts": ExpertsConfig(4, 2, 64, normalized=False), "expert_layers": (True, True)}, "normalized=False"),
+        ({"experts": ExpertsConfig(4, 2, 64, shared_width=64), "expert_layers": (True, True)}, "shared_width=64"),
+        ({"experts": ExpertsConfig(4, 2, 64), "expert_layers": (True, False)}, "layers without experts"),
+        ({"experts": ExpertsConfig(4, 2, 48), "expert_layers": (True, True)}, "multiples of 32"),
         ({"ffn_dim": 240}, "multiples of 32"),
     ],
 )
 def test_what_gguf_cannot_hold_is_skipped(fields, what, tmp_path):
     config = ModelConfig.from_hf(TINY)
     if "rope" in fields:
-        fields = {"rope": dataclasses.replace(config.rope, **fields["rope"])}
+        fields = fields | {"rope": dataclasses.replace(config.rope, **fields["rope"])}
     model = Transformer(dataclasses.replace(config, **fields))
     with pytest.raises(peers.Unavailable, match=what):
         peers.write_gguf(model, tmp_path, "Q4_0")
@@ -231,7 +260,7 @@ def logits(model: Transformer, prompt: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("mode", "groupsize", "error"), [("int8", 32, 0.05), ("int4", 32, 0.4), ("int4", 64, 0.5)])
-@pytest.mark.parametrize("name", ["plain", "tied"])
+@pytest.mark.parametrize("name", ["plain", "tied", "moe"])
 def test_quantized_models_are_close(name, mode, groupsize, error):
     model = tiny_model(**MODELS[name])
     quantized = models.quantize_model(model, mode, groupsize)
@@ -240,7 +269,8 @@ def test_quantized_models_are_close(name, mode, groupsize, error):
     assert torch.equal(logits(model, PROMPT), expected)  # it has not changed
     assert models.mode_of(model) == "fp32" and models.mode_of(quantized) == mode
     assert models.format_of(quantized) == (f"int4-g{groupsize}" if mode == "int4" else "int8")
-    assert not any(isinstance(module, Linear) for module in quantized.modules())
+    unquantized = [name for name, module in quantized.named_modules() if isinstance(module, (Linear, ExpertsLinear))]
+    assert unquantized == [f"layers.{i}.feed_forward.router" for i in range(2) if name == "moe"]
     assert quantized.tok_embeddings.weight is model.tok_embeddings.weight and quantized.norm.weight is model.norm.weight
 
 
@@ -270,7 +300,7 @@ def test_rebuilt_models_share_layers_but_no_cache():
 
 
 @pytest.mark.parametrize("mode", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize("name", ["plain", "tied"])
+@pytest.mark.parametrize("name", ["plain", "tied", "moe"])
 def test_a_written_checkpoint_is_the_model(name, mode, tmp_path):
     fields = TINY | MODELS[name]
     model = tiny_model(**fields)
@@ -542,19 +572,23 @@ def test_startup_of_what_does_not_run(tmp_path):
 
 
 def test_random_weights_are_the_same_each_time():
-    config = ModelConfig.from_hf(TINY)
+    config = ModelConfig.from_hf(TINY | MOE)
     first, second = (models.random_model(config, "cpu").state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["norm.weight"].dtype == torch.bfloat16 and (first["norm.weight"] == 1).all()
-    scale = first["layers.0.feed_forward.w2.weight"].float().std() * 256**0.5
-    assert scale == pytest.approx(1, rel=0.02)
+    for name, inputs in (("attention.wo", 256), ("feed_forward.experts.w2", 64)):
+        scale = first[f"layers.0.{name}.weight"].float().std() * inputs**0.5
+        assert scale == pytest.approx(1, rel=0.02)
 
 
-@pytest.mark.parametrize(("shape", "parameters"), [("1b", 1.10e9), ("8b", 8.03e9)])
-def test_shapes_have_their_size(shape, parameters):
+@pytest.mark.parametrize(
+    ("shape", "parameters", "read"), [("1b", 1.10e9, 1.03e9), ("8b", 8.03e9, 7.50e9), ("moe", 1.52e9, 0.298e9)]
+)
+def test_shapes_have_their_size(shape, parameters, read):
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_hf(models.SHAPES[shape]))
+        model = Transformer(ModelConfig.from_hf(models.SHAPES[shape])).bfloat16()
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+    assert engine.weight_bytes(model) / 2 == pytest.approx(read, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,16 @@ static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int choice) {
     return v;
 }
 
+// Within each 128 bits: the byte of a that the low 4 bits of b's byte name, 0 where its highest bit is set.
+static inline __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {
+    emulated::u8 v;
+    for (int i = 0; i < 64; i++) {
+        const uint8_t index = ((emulated::u8)b)[i];
+        v[i] = index & 128 ? 0 : ((emulated::u8)a)[i / 16 * 16 + index % 16];
+    }
+    return (__m512i)v;
+}
+
 static inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
     emulated::i32 sums;
     for (int i = 0; i < 16; i++)
