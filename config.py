@@ -160,7 +160,7 @@ class ModelConfig:
             if rotary_dim < 2 or rotary_dim % 2 or factor > 1:
                 raise read.error("partial_rotary_factor", f"{factor} of {head_dim} is no whole number of pairs")
         window, window_layers = read.sliding_window(family, layers)
-        rope, window_rope = read_ropes(read, family, max_positions, rotary_dim)
+        rope, window_rope = read_ropes(read, family, max_positions, rotary_dim) if rotary_dim else (RopeConfig(), None)
         experts, expert_layers = read_experts(read, family, layers)
         multiple = {"": None, "8/3": 64 * math.ceil(int(dim * 8 / 3) / 64), "4": 4 * dim}[family.ffn_rule]
         config = cls(
@@ -186,6 +186,8 @@ class ModelConfig:
         )
         if config.learned_positions and config.context_length > 2**20:
             raise read.error("max_position_embeddings", f"{max_positions} learned positions are out of range")
+        if config.tied and config.output_bias:
+            raise read.error("tie_word_embeddings", "true is not supported where the output projection has a bias")
         return config
 
 
@@ -214,7 +216,7 @@ def read_experts(read: FieldReader, family: Family, layers: int) -> tuple[Expert
         shared_width=read.integer(names.shared, maximum=2**22) if shared else 0,
         shared_gate=names.shared_gate and bool(shared),
     )
-    with_experts = read.layers_with_experts(layers)
+    with_experts = read.layers_with_experts(family, layers)
     return (experts, with_experts) if any(with_experts) else (None, ())
 
 
