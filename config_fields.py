@@ -179,12 +179,14 @@ class FieldReader:
                     name, f"{value!r}: this field is not supported; remove it if it does not change the model"
                 )
         defaults = dict(family.defaults)
-        if self.value("rope_scaling"):
-            defaults.pop("rope_parameters", None)
         given = {name: value for name, value in self.config.items() if name not in family.renamed}
         second = {ours: theirs for theirs, ours in family.also.items() if theirs in given and ours not in given}
         self.renamed = dict(family.renamed) | second
         given |= {ours: self.config[theirs] for ours, theirs in self.renamed.items() if theirs in self.config}
+        if given.get("rope_parameters") is None:
+            given.pop("rope_parameters", None)
+        if given.get("rope_scaling"):
+            defaults.pop("rope_parameters", None)
         if "partial_rotary_factor" in family.reads:
             for nested in (given.get("rope_scaling"), given.get("rope_parameters")):  # where it may be and counts more
                 if isinstance(nested, dict) and nested.get("partial_rotary_factor") is not None:

@@ -363,6 +363,7 @@ FAMILIES = {
     "gpt_neox": Family(
         "GPT-NeoX, Pythia, Dolly",
         renamed=OWN_KEYS | LAYER_EPS | {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+        ignores=("partial_rotary_factor", "rope_theta"),  # copies that transformers 4 wrote
         defaults=size(50432, 6144, 24576, 44, 64, None, 2048) | {
             "rms_norm_eps": 1e-5, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "use_parallel_residual": True,
             "attention_bias": True,
