@@ -188,9 +188,9 @@ class FieldReader:
         if given.get("rope_scaling"):
             defaults.pop("rope_parameters", None)
         if "partial_rotary_factor" in family.reads:
-            for nested in (given.get("rope_scaling"), given.get("rope_parameters")):  # where it may be and counts more
-                if isinstance(nested, dict) and nested.get("partial_rotary_factor") is not None:
-                    given["partial_rotary_factor"] = nested["partial_rotary_factor"]
+            nested = given.get("rope_scaling") or given.get("rope_parameters")  # where it may be, and counts more
+            if isinstance(nested, dict) and nested.get("partial_rotary_factor") is not None:
+                given["partial_rotary_factor"] = nested["partial_rotary_factor"]
         if "max_position_embeddings" not in given and given.get("max_sequence_length"):  # the first LLaMA's
             given["max_position_embeddings"] = given["max_sequence_length"]
         self.config = defaults | given

@@ -42,6 +42,10 @@ SPECIAL = {  # where the class has them
     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
     "no_rope_layer_interval": 2, "original_max_position_embeddings": 16,
 }  # fmt: skip
+DEEP = {  # so that some layer has no window
+    "cohere2": {"sliding_window_pattern": 2}, "gemma3_text": {"sliding_window_pattern": 2},
+    "olmo3": {"num_hidden_layers": 4},
+}  # fmt: skip
 TOKENS = torch.arange(24)[None]
 NESTED = {"model_type", "text_config", "quantization_config"}  # what all other fields mean depends on these
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}  # so that few tokens show what it changes
@@ -49,28 +53,26 @@ LINEAR = PLAIN | {"rope_type": "linear", "factor": 2.0}
 YARN = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA_3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = PLAIN | {"rope_type": "longrope"}
+OLDER = {"rope_type": "linear", "factor": 2.0}
 OTHERS = {  # other values, where they do not follow from the type
     "architectures": ["LlamaModel"], "attention_dropout": 0.5, "attn_implementation": "eager",
     "attn_logit_softcapping": 2.0, "attn_pdrop": 0.5, "auto_map": {}, "cache_implementation": "static",
     "clip_qkv": 0.5, "dtype": "bfloat16", "embd_pdrop": 0.5, "eos_token_id": 3, "experts_implementation": "eager",
     "final_logit_softcapping": 2.0, "head_dim": 24, "hidden_act": "quick_gelu", "hidden_size": 96,
     "id2label": {"0": "a"}, "initializer_range": 0.5, "intermediate_size": 44, "label2id": {"a": 0},
-    "layer_types": ["full_attention"] * 2, "max_position_embeddings": 32, "max_sequence_length": 128,
+    "max_position_embeddings": 32, "max_sequence_length": 128,
     "max_window_layers": 0, "mlp_only_layers": [0], "moe_intermediate_size": 28, "no_rope_layers": [0, 1],
     "num_attention_heads": 2, "num_experts": 5, "num_experts_per_tok": 1, "num_hidden_layers": 1, "num_labels": 1,
     "num_key_value_heads": 4, "num_local_experts": 5, "original_max_position_embeddings": 8,
     "partial_rotary_factor": 0.75, "problem_type": "regression", "query_pre_attn_scalar": 20, "resid_pdrop": 0.5,
-    "residual_dropout": 0.5, "rms_norm_eps": 0.5, "rope_parameters": YARN, "rope_theta": 3e5,
-    "rope_local_base_freq": 3e4, "rope_scaling": {"type": "linear", "factor": 2.0}, "router_jitter_noise": 0.5, "sliding_window": 2,
+    "residual_dropout": 0.5, "rms_norm_eps": 0.5, "rope_parameters": YARN, "rope_theta": 3e3,
+    "rope_local_base_freq": 3e3, "rope_scaling": {"type": "linear", "factor": 2.0}, "router_jitter_noise": 0.5, "sliding_window": 2,
     "sliding_window_pattern": 1, "summary_activation": "tanh", "summary_type": "first", "temperature": 0.5,
     "torch_dtype": "float16", "transformers_version": "4.0.0", "use_sliding_window": False,
 }  # fmt: skip
 ROPES = {  # of families that have none of the usual ones
     "ministral3": [YARN | {"llama_4_scaling_beta": 0.3}, YARN | {"llama_4_scaling_beta": 0.1, "truncate": False}],
-    "phi3": [
-        LONGROPE | {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 3.5] * 4},
-        LONGROPE | {"short_factor": [1.0, 1.5] * 3, "long_factor": [2.0, 3.5] * 3, "partial_rotary_factor": 0.75},
-    ],
+    "phi3": [LONGROPE | {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 3.5] * 4}],
 }
 # OLMo 3's older rope_theta is that of all layers, and so it is here; Olmo3Config 5 forgets it for those with a window.
 UNLIKE_TRANSFORMERS = {("olmo3", "rope_theta")}
@@ -110,13 +112,16 @@ def spelled(family: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def small(family: str) -> dict[str, Any]:
-    known = class_fields(family)
-    return spelled(family, SMALL) | {name: value for name, value in SPECIAL.items() if name in known}
+    special = {name: value for name, value in SPECIAL.items() if name in class_fields(family)}
+    return spelled(family, SMALL) | special | DEEP.get(family, {})
 
 
 def changed(family: str) -> dict[str, Any]:
     """Each field of the family's class, and each that we know of any, with another value than the small model's."""
     config, others = config_class(family)(**small(family)), OTHERS | spelled(family, OTHERS)
+    others["layer_types"] = ["full_attention"] * config.num_hidden_layers
+    if FAMILIES[family].window_theta:
+        others |= {"rope_parameters": {"full_attention": YARN, "sliding_attention": LINEAR}, "rope_scaling": OLDER}
     if family in ROPES:
         others |= dict.fromkeys(("rope_parameters", "rope_scaling"), ROPES[family][0])
     fields = {}
@@ -140,9 +145,10 @@ def with_change(family: str, name: str, value: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def theirs(family: str, fields: dict[str, Any]) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
-    """The model of transformers with these fields, its weights from one seed for each name and shape, and its logits."""
+    """The model of transformers with these fields and its logits. Weights come from a seed for each name and shape."""
     kind = "ministral" if family == "mistral" and fields.get("layer_types") else family  # as AutoConfig has it
-    config = config_class(kind)(**{"attn_implementation": "eager", "experts_implementation": "eager"} | copy.deepcopy(fields))
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    config = config_class(kind)(**eager | copy.deepcopy(fields))
     config.return_dict = True
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
@@ -220,18 +226,40 @@ def test_fields_that_are_null(family, tmp_path):
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_ropes(family, tmp_path):
-    """Where they are now and where they were; of a part of each head, which is refused where the family has no such."""
-    ropes = ROPES.get(family)
-    if ropes is None:
-        partial = [rope | {"partial_rotary_factor": 0.75} for rope in (LINEAR, YARN, PLAIN)]
-        ropes = [LINEAR, LLAMA_3, YARN | {"truncate": False}, PLAIN, *partial]
-    nested = [{"full_attention": rope, "sliding_attention": LINEAR} for rope in ropes if FAMILIES[family].window_theta]
-    names = ("rope_parameters", "rope_scaling")
-    changes = [(name, rope) for rope in ropes for name in names] + [(names[0], rope) for rope in nested]
-    found = compare(family, changes, tmp_path)
-    rotates, partial = FAMILIES[family].rotated != "none", "partial_rotary_factor" in FAMILIES[family].reads
-    assert found["read"] == (set(names) if rotates else set())
-    assert bool(found["refused"]) == (rotates and not partial and family not in ROPES)
+    """Where they are now and where they were, for all of each head and for a part, one for all layers or nested."""
+    named, part = FAMILIES[family], "partial_rotary_factor"
+    ropes = ROPES.get(family, [LINEAR, LLAMA_3, YARN, YARN | {"truncate": False}, PLAIN])
+    ropes = ropes + [
+        {name: value[:6] if isinstance(value, list) else value for name, value in rope.items()} | {part: 0.75}
+        for rope in ropes
+    ]
+    changes = [(place, rope) for place in ("rope_parameters", "rope_scaling") for rope in ropes]
+    if named.window_theta:
+        nested = [{"full_attention": rope, "sliding_attention": LINEAR} for rope in ropes]
+        changes += [("rope_parameters", rope) for rope in nested]
+
+    def is_supported(place: str, rope: dict[str, Any]) -> bool:
+        if named.window_theta:  # transformers overlooks `truncate` here, and what is not nested
+            if place == "rope_parameters" and "full_attention" not in rope:
+                return False
+            rope = rope.get("full_attention", rope)
+            return part not in rope and "truncate" not in rope
+        return part not in rope or part in named.reads or named.rotated == "none"
+
+    supported = [change for change in changes if is_supported(*change)]
+    assert not compare(family, supported, tmp_path)["refused"]
+    found = compare(family, [change for change in changes if change not in supported], tmp_path)
+    assert not found["read"] and not found["harmless"]
+
+
+@pytest.mark.parametrize("family", ["llama", "stablelm", "gemma3_text"])
+def test_an_older_rope_counts_more_than_a_newer_one(family, tmp_path):
+    newer = {"full_attention": YARN, "sliding_attention": PLAIN} if FAMILIES[family].window_theta else YARN
+    fields = small(family) | {"rope_theta": 1e3, "rope_parameters": newer, "rope_scaling": OLDER}
+    model, logits = theirs(family, fields)
+    config = ModelConfig.from_hf({"model_type": family} | fields)
+    assert_close(ours(family, config, model, tmp_path), logits, "")
+    assert config.rope.type == "linear"
 
 
 @pytest.mark.parametrize("family", CLASSES)
