@@ -161,15 +161,16 @@ class ModelConfig:
                 raise read.error("partial_rotary_factor", f"{factor} of {head_dim} is no whole number of pairs")
         window, window_layers = read.sliding_window(family, layers)
         rope, window_rope = read_ropes(read, family, max_positions, rotary_dim) if rotary_dim else (RopeConfig(), None)
-        experts, expert_layers = read_experts(read, family, layers)
         multiple = {"": None, "8/3": 64 * math.ceil(int(dim * 8 / 3) / 64), "4": 4 * dim}[family.ffn_rule]
+        ffn_dim = read.integer("intermediate_size", default=multiple, maximum=2**22)
+        experts, expert_layers = read_experts(read, family, layers, ffn_dim)
         config = cls(
             dim=dim,
             n_layers=layers,
             n_heads=heads,
             n_kv_heads=kv_heads,
             head_dim=head_dim,
-            ffn_dim=read.integer("intermediate_size", default=multiple, maximum=2**22),
+            ffn_dim=ffn_dim,
             vocab_size=read.integer("vocab_size", maximum=2**24),
             context_length=max(max_positions, int(rope.original_length * rope.factor)),
             norm_eps=read.number("rms_norm_eps", maximum=1.0),
@@ -195,7 +196,9 @@ class ModelConfig:
 # Parts of it
 
 
-def read_experts(read: FieldReader, family: Family, layers: int) -> tuple[ExpertsConfig | None, tuple[bool, ...]]:
+def read_experts(
+    read: FieldReader, family: Family, layers: int, ffn_dim: int
+) -> tuple[ExpertsConfig | None, tuple[bool, ...]]:
     """The mixture of experts and the layers that have it."""
     names = family.experts
     if names is None or (family.use_experts and not read.flag(family.use_experts)):
@@ -206,15 +209,20 @@ def read_experts(read: FieldReader, family: Family, layers: int) -> tuple[Expert
         raise read.error("num_experts_per_tok", f"{chosen} is more than the {count} experts of {names.count}")
     if read.value("scoring_func", "softmax") != "softmax":
         raise read.error("scoring_func", f"{read.value('scoring_func')!r} is not supported, only 'softmax' is")
-    shared = names.shared and read.value(names.shared)
+    width = read.integer(names.width, default=ffn_dim, maximum=2**22)
+    shared = read.integer(names.shared, maximum=2**22) if names.shared and read.value(names.shared) else 0
+    if names.shared_count and (shared_count := read.value(names.shared_count)):
+        if shared_count != 1:
+            raise read.error(names.shared_count, f"{shared_count!r} is not supported, only 0 and 1 are")
+        shared = width
     experts = ExpertsConfig(
         count=count,
         chosen=chosen,
-        width=read.integer(names.width, maximum=2**22),
+        width=width,
         normalized=names.normalized if isinstance(names.normalized, bool) else read.flag(names.normalized),
         bias=names.bias,
-        shared_width=read.integer(names.shared, maximum=2**22) if shared else 0,
-        shared_gate=names.shared_gate and bool(shared),
+        shared_width=shared,
+        shared_gate=names.shared_gate and shared > 0,
     )
     with_experts = read.layers_with_experts(family, layers)
     return (experts, with_experts) if any(with_experts) else (None, ())
@@ -248,7 +256,8 @@ def read_rope(
 ) -> RopeConfig:
     """From the fields `given`, and where these are silent from config.json's own."""
     fields = dict(given)
-    fields.setdefault("rope_theta", outer.value(theta_name, outer.value("rope_theta", 1e4)))
+    if "rope_theta" not in fields:
+        fields["rope_theta"] = outer.number("rope_theta" if outer.value(theta_name) is None else theta_name, 1e4)
     if outer.value("original_max_position_embeddings") is not None:
         fields["original_max_position_embeddings"] = outer.value("original_max_position_embeddings")
     read = FieldReader(fields, f"{outer.where}: {where}")

@@ -160,6 +160,8 @@ class FieldReader:
 
     def family(self) -> Family:
         """The family, by whose names and defaults the fields then go. Refuses what this program cannot honour."""
+        if self.value("model_type") in WRAPPERS and not isinstance(self.value("text_config"), dict):
+            raise self.error("text_config", "the field is missing; get the model's own config.json")
         self.config = text_fields(self.config)
         family = self._known_family()
         if self.value("quantization"):  # which mlx writes

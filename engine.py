@@ -421,7 +421,10 @@ def resident_bytes(module: nn.Module) -> int:
 def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:
     """Bytes of the keys and values of `batch_size` rows of `length` positions."""
     config = model.config
-    positions = sum(cache_slots(config, i, length) for i in range(config.n_layers))
+    windows = sum(config.window_layers)
+    positions = (config.n_layers - windows) * length
+    if windows:
+        positions += windows * cache_slots(config.sliding_window, length)
     return 2 * positions * batch_size * config.n_kv_heads * config.head_dim * model.tok_embeddings.weight.element_size()
 
 

@@ -34,7 +34,8 @@ class ExpertFields:
     count: str = "num_local_experts"
     width: str = "intermediate_size"  # of an expert's feed-forward
     normalized: str | bool = True  # whether the weights of the chosen experts add up to 1, or the field that says so
-    shared: str = ""  # the width of a further expert that all tokens go through
+    shared: str = ""  # the width of a further expert that all tokens go through,
+    shared_count: str = ""  # or how many there are, 0 or 1, as wide as the others
     shared_gate: bool = False  # which counts as much as a sigmoid says
     bias: bool = False  # of the experts and of the router
 
@@ -128,6 +129,7 @@ LAYER_NORM = {"norm": "layer", "norm_bias": True}
 QWEN = size(151936, 4096, 22016, 32, 32, 32, 32768) | {
     "rms_norm_eps": 1e-6, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False,
 }  # fmt: skip
+QWEN_EXPERTS = ("num_experts", "moe_intermediate_size", "norm_topk_prob")
 MISTRAL = size(32000, 4096, 14336, 32, 32, 8, 131072) | {"rms_norm_eps": 1e-6, "sliding_window": 4096}
 GRANITE = {
     "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
@@ -323,7 +325,7 @@ FAMILIES = {
         },
         options=LAYER_NORM | {"gated": False},
         reads={"use_bias": "qkv_bias wo_bias mlp_bias"},
-        ignores=("mlp_type", "norm_type"),
+        ignores=("mlp_type", "norm_type", "rms_norm_eps"),
         windows="always",
         names=Names(LLAMA | UNGATED),
     ),
@@ -396,9 +398,7 @@ FAMILIES = {
         },
         reads={"qkv_bias": "qkv_bias"},
         windows="early",
-        experts=ExpertFields(
-            "num_experts", "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True
-        ),
+        experts=ExpertFields(*QWEN_EXPERTS, "shared_expert_intermediate_size", shared_gate=True),
         names=Names(LLAMA | EXPERTS),
     ),
     "qwen3_moe": Family(
@@ -411,7 +411,7 @@ FAMILIES = {
         options={"qk_norm": "head"},
         reads=ATTENTION_BIAS,
         windows="always",
-        experts=ExpertFields("num_experts", "moe_intermediate_size", "norm_topk_prob"),
+        experts=ExpertFields(*QWEN_EXPERTS),
         names=Names(LLAMA | EXPERTS),
     ),
     "olmoe": Family(
@@ -465,8 +465,9 @@ FAMILIES = {
     "minimind": Family(
         "MiniMind, dense and with experts",
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": True, "norm_topk_prob": True},
+        also={"n_routed_experts": "num_experts"},  # in its second version
         reads=ATTENTION_BIAS | {"qk_norm": "qk_norm=head"},
-        experts=ExpertFields("num_experts", "moe_intermediate_size", "norm_topk_prob", "shared_intermediate_size"),
+        experts=ExpertFields(*QWEN_EXPERTS, shared_count="n_shared_experts"),
         use_experts="use_moe",
         architectures=("MiniMindLM",),
         ffn_rule="8/3",
@@ -481,10 +482,9 @@ FAMILIES = {
 LINEAR = "its linear attention or state-space layers have no keys and values to cache"
 LATENT = "its latent attention (MLA) keeps compressed keys and values"
 REASONS = {
-    **dict.fromkeys(
-        ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "rwkv",
-         "recurrent_gemma", "qwen3_next", "lfm2", "granitemoehybrid", "minimax", "kimi_linear", "olmo_hybrid"), LINEAR
-    ),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv", "lfm2",
+                     "nemotron_h", "recurrent_gemma", "qwen3_next", "granitemoehybrid", "minimax", "kimi_linear",
+                     "olmo_hybrid"), LINEAR),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("bert", "roberta", "t5", "bart", "whisper", "clip"), "it is no decoder-only language model"),
     "gemma3n": "its layers share caches and have inputs of their own",

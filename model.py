@@ -339,7 +339,7 @@ class Transformer(nn.Module):
         config, weight = self.config, self.tok_embeddings.weight
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
         for i, layer in enumerate(self.layers):
-            slots = cache_slots(config, i, max_seq_length)
+            slots = cache_slots(config.window(i), max_seq_length)
             shape = (max_batch_size, config.n_kv_heads, slots + 1, config.head_dim)
             padding = max_seq_length if slots < max_seq_length else None
             layer.attention.kv_cache = KVCache(shape, weight.dtype, weight.device, padding)
@@ -418,9 +418,8 @@ class Transformer(nn.Module):
         return cap * (logits / cap).tanh() if cap else logits
 
 
-def cache_slots(config: ModelConfig, layer: int, max_seq_length: int) -> int:
-    """Positions that the cache of a layer holds."""
-    window = config.window(layer)
+def cache_slots(window: int | None, max_seq_length: int) -> int:
+    """Positions that the cache of a layer with this window holds."""
     return max_seq_length if window is None else min(window + LOOKBACK, max_seq_length)
 
 

@@ -38,29 +38,9 @@ def read_config(path: Path, tensors: Mapping[str, Source]) -> dict[str, Any]:
         return v1_config(config, tensors)
     if config.get("model_type") == "minimind" and "model.layers.0.self_attn.q_norm.weight" in tensors:
         config["qk_norm"] = True  # newer versions normalize q and k, and say so nowhere but in the weights
-    if config.get("model_type") == "minimind" and config.get("use_moe") is True:
-        config |= experts_config(config)
+    if "n_routed_experts" in config and config.get("num_experts_per_tok") == 1:
+        config["norm_topk_prob"] = False  # in the second version a single expert counts as much as the router says
     return config
-
-
-def experts_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of its mixture of experts by the names of its newer versions; older ones have shared experts."""
-    shared = config.get("n_shared_experts", 0) if "n_routed_experts" in config else 0
-    if shared not in (None, 0, 1):
-        raise UserError(f"config.json: n_shared_experts: {shared!r} is not supported, only 0 and 1 are")
-    width = config.get("intermediate_size") or feed_forward_width(config.get("hidden_size", 0))
-    older = "n_routed_experts" in config and "num_experts" not in config
-    fields = {"moe_intermediate_size": config.get("moe_intermediate_size") or width}
-    if older:
-        fields["num_experts"] = config["n_routed_experts"]
-        # A single expert then counts as much as the router says.
-        fields["norm_topk_prob"] = config.get("norm_topk_prob", True) and config.get("num_experts_per_tok", 2) > 1
-    return fields | ({"shared_intermediate_size": width} if shared else {})
-
-
-def feed_forward_width(dim: int) -> int:
-    """What intermediate_size is where it is missing."""
-    return 64 * -(-int(dim * 8 / 3) // 64)
 
 
 def v1_config(config: dict[str, Any], tensors: Mapping[str, Source]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ What the speed rests on. An H200 reads 4.3 TB/s, or 33 bytes a nanosecond for ea
 answers after 0.7 us or so, hence a multiprocessor must have more than 23 KB under way: asynchronous 16-byte copies,
 some 8 KB a stage and three stages ahead of the arithmetic, in two or more programs. At that rate it may spend 3.6
 instructions on an int4 weight and 7 on an int8 weight. The loops, which are in cuda_loops.py, take 2.6 to 3.1 and 3.1
-(counted in their SASS). None of this has been timed yet.
+(FP4: 3.7 to 4; counted in their SASS). None of this has been timed yet.
 """
 
 import torch
@@ -159,11 +159,13 @@ def _block(rows: int, N: int) -> tuple[int, int]:
 # int4 weights: packed, and as a matrix of floats
 
 
-def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize: int) -> tuple[Tensor, int]:
+def pack_int4(
+    q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize: int, zero: int | None = None
+) -> tuple[Tensor, int]:
     """uint8 [N, ceil(K / 2)] (the low nibble is the even k), scales and zeros [N, groups] -> (packed, zero).
 
-    Without zeros, q is FP4. `packed` holds the words of q, the scales, and the zeros if `zero` (as in
-    packing.pack_int4) says so, one after the other, as `_parts` finds them. 16 bytes hold the same 32 weights as
+    `packed` holds the words of q, the scales, and the zeros if `zero` says so, which is as in packing.pack_int4 and may
+    be given; one after the other, as `_parts` finds them. Without zeros, q is FP4. 16 bytes hold the same 32 weights as
     before, in another order: bits 4 e + 8 h + 16 b of word j are k = 16 h + 4 j + 2 e + b. So the word j is what one
     thread feeds to the tensor cores, and the two weights of each register (b) lie 16 bits apart. Scales and zeros are
     turned, [groups, N], for 16-byte copies.
@@ -172,7 +174,7 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor | None, K: int, groupsize
     q = F.pad(q, (0, groups * groupsize // 2 - q.shape[1])).view(N, -1, 2, 4, 2)  # [N, chunks, h, j, e], bytes of two b
     first, second = q.unbind(-1)
     halves = torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 240)), -1)  # [N, chunks, h, j, b]
-    zero = FP4 if zeros is None else kind_of_zeros(zeros)
+    zero = kind_of_zeros(zeros) if zero is None else zero
     parts = [halves.permute(0, 1, 3, 4, 2).contiguous(), scales.T.contiguous()]
     if zero in (ZERO_BYTES, ZERO_FLOATS):
         parts.append(zeros.T.to(torch.uint8 if zero == ZERO_BYTES else torch.float32).contiguous())

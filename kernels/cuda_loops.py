@@ -76,7 +76,9 @@ def multiply_int4(
     for start in tl.range(0, chunks, BC, num_stages=STAGES):
         c = start + tl.arange(0, BC)
         k = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        inside = tl.full([BC, BN], True, tl.int1) if EVEN else (c < chunks)[:, None] & (n < N)[None, :]
+        # For chunks beyond the last one, that one again: a mask would take more instructions. What x has there is 0.
+        c = c if EVEN else tl.minimum(c, chunks - 1)
+        inside = tl.full([BC, BN], True, tl.int1) if EVEN else tl.broadcast_to((n < N)[None, :], BC, BN)
         ends = tl.full([BC, CHUNK], True, tl.int1) if EVEN else k < K
         at = (c * CHUNK // GROUP)[:, None] * N + n[None, :]
         w = tl.load(w_ptr + (row[None, :, None] * chunks + c[:, None, None]) * 4 + word, inside[:, :, None], 0)
@@ -107,15 +109,20 @@ def _nibbles_as_floats(w, dtype: tl.constexpr, ZERO: tl.constexpr):
     floats too (0 and 0.5), makes up for the other bias of the exponent.
     """
     BF16: tl.constexpr = dtype == tl.bfloat16
-    w = tl.join(w, w >> 4)
-    w = tl.join(w, w >> 8)
     if ZERO == E2M1:
-        w = ((w & 0x00080008) << 12) | ((w & 0x00070007) << (6 if BF16 else 9))
+        sign = tl.join(tl.join(w << 12, w << 8), tl.join(w << 4, w))  # to bits 15 and 31
+        if BF16:
+            size = tl.join(tl.join(w << 6, w << 2), tl.join(w >> 2, w >> 6)) & 0x01C001C0
+        else:
+            size = tl.join(tl.join(w << 9, w << 5), tl.join(w << 1, w >> 3)) & 0x0E000E00
+        w = (sign & -0x7FFF8000) | size
         FMA: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;" if BF16 else "fma.rn.f16x2 $0, $1, $2, $3;"
         if not INTERPRETED:  # times 2^126 or 2^14, minus 0
             numbers = [w, 0x7E807E80 if BF16 else 0x74007400, -0x7FFF8000]
             w = tl.inline_asm_elementwise(FMA, "=r,r,r,r", numbers, tl.int32, is_pure=True, pack=1)
     else:
+        w = tl.join(w, w >> 4)
+        w = tl.join(w, w >> 8)
         AND_OR: tl.constexpr = (  # spelled out, since two constants make two instructions of it
             "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;" if BF16
             else "lop3.b32 $0, $1, 0x000F000F, 0x64006400, 0xEA;"

@@ -302,7 +302,7 @@ def test_config_that_is_not_json(tmp_path, text):
         ({"vocab_size": True}, "vocab_size"),
         ({"intermediate_size": None}, "intermediate_size"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act"),
         ({"model_type": "mamba"}, "model_type"),
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

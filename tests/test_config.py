@@ -56,17 +56,17 @@ LONGROPE = PLAIN | {"rope_type": "longrope"}
 OLDER = {"rope_type": "linear", "factor": 2.0}
 OTHERS = {  # other values, where they do not follow from the type
     "architectures": ["LlamaModel"], "attention_dropout": 0.5, "attn_implementation": "eager",
-    "attn_logit_softcapping": 2.0, "attn_pdrop": 0.5, "auto_map": {}, "cache_implementation": "static",
-    "clip_qkv": 0.5, "dtype": "bfloat16", "embd_pdrop": 0.5, "eos_token_id": 3, "experts_implementation": "eager",
+    "attn_logit_softcapping": 2.0, "attn_pdrop": 0.5, "auto_map": {}, "cache_implementation": "static", "clip_qkv": 0.5,
+    "dtype": "bfloat16", "embd_pdrop": 0.5, "eos_token_id": 3, "experts_implementation": "eager",
     "final_logit_softcapping": 2.0, "head_dim": 24, "hidden_act": "quick_gelu", "hidden_size": 96,
     "id2label": {"0": "a"}, "initializer_range": 0.5, "intermediate_size": 44, "label2id": {"a": 0},
-    "max_position_embeddings": 32, "max_sequence_length": 128,
-    "max_window_layers": 0, "mlp_only_layers": [0], "moe_intermediate_size": 28, "no_rope_layers": [0, 1],
-    "num_attention_heads": 2, "num_experts": 5, "num_experts_per_tok": 1, "num_hidden_layers": 1, "num_labels": 1,
-    "num_key_value_heads": 4, "num_local_experts": 5, "original_max_position_embeddings": 8,
-    "partial_rotary_factor": 0.75, "problem_type": "regression", "query_pre_attn_scalar": 20, "resid_pdrop": 0.5,
-    "residual_dropout": 0.5, "rms_norm_eps": 0.5, "rope_parameters": YARN, "rope_theta": 3e3,
-    "rope_local_base_freq": 3e3, "rope_scaling": {"type": "linear", "factor": 2.0}, "router_jitter_noise": 0.5, "sliding_window": 2,
+    "max_position_embeddings": 32, "max_sequence_length": 128, "max_window_layers": 0, "mlp_only_layers": [0],
+    "moe_intermediate_size": 28, "no_rope_layers": [0, 1], "num_attention_heads": 2, "num_experts": 5,
+    "num_experts_per_tok": 1, "num_hidden_layers": 1, "num_labels": 1, "num_key_value_heads": 4, "num_local_experts": 5,
+    "original_max_position_embeddings": 8, "partial_rotary_factor": 0.75, "problem_type": "regression",
+    "query_pre_attn_scalar": 20, "resid_pdrop": 0.5, "residual_dropout": 0.5, "rms_norm_eps": 0.5,
+    "rope_parameters": YARN, "rope_theta": 3e3, "rope_local_base_freq": 3e3,
+    "rope_scaling": {"type": "linear", "factor": 2.0}, "router_jitter_noise": 0.5, "sliding_window": 2,
     "sliding_window_pattern": 1, "summary_activation": "tanh", "summary_type": "first", "temperature": 0.5,
     "torch_dtype": "float16", "transformers_version": "4.0.0", "use_sliding_window": False,
 }  # fmt: skip
@@ -316,8 +316,7 @@ def test_fields_that_would_matter_are_refused():
     files = Path(transformers.__file__).parent.glob("models/*/configuration_*.py")
     known = set(re.findall(r"\w+", " ".join(file.read_text() for file in files)))
     elsewhere = {"scale_emb", "scale_depth", "block_configs", "per_layer_config", "pruned_heads", "add_cross_attention",
-                 "transformers_weights", "norm_type", "use_moe",
-                 "qk_norm"}  # fmt: skip
+                 "transformers_weights", "norm_type", "use_moe", "qk_norm"}  # fmt: skip
     assert REFUSED.keys() - known <= elsewhere
     assert not REFUSED.keys() & (READ | IGNORED)
 

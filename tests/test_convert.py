@@ -165,9 +165,9 @@ def test_minimind_in_hf_form(tmp_path, family):
     torch.save(state | {"_orig_mod.model.freqs_cos": torch.ones(4, 4)}, tmp_path / "in" / "full_sft_64.pth")
     convert(tmp_path / "in", tmp_path / "out")
     same(tmp_path / "out", fused(model.state_dict(), tied=True), torch.float16)
-    assert load_config(tmp_path / "out").qk_norm == (family == "qwen3")
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"use_moe": True}))
-    with pytest.raises(UserError, match="use_moe"):
+    assert load_config(tmp_path / "out").qk_norm == ("head" if family == "qwen3" else "")
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"use_moe": True, "n_routed_experts": 4}))
+    with pytest.raises(UserError, match=r"mlp\.gate\.weight. is missing"):
         convert(tmp_path / "in", tmp_path / "moe")
 
 
@@ -914,7 +914,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
             convert_hf_checkpoint.main()
         return str(caught.value)
 
-    assert "one of the arguments --repo --checkpoint_dir is required" in refused()
+    assert "one of the arguments --repo --checkpoint_dir --families is required" in refused()
     assert "not allowed with argument" in refused("--repo", "a/b", "--checkpoint_dir", "c")
     assert "--revision goes with --repo" in refused("--checkpoint_dir", "c", "--revision", "main")
     assert "invalid choice: 'int8'" in refused("--checkpoint_dir", "c", "--dtype", "int8")

@@ -55,7 +55,7 @@ def op(request, library, tmp_path_factory):
 
 def emulated_avx512(library: Path) -> ctypes.CDLL:
     """The kernels for AVX512 on a processor without it: emulated/immintrin.h is found before the compiler's own."""
-    sources = [ROOT / source for source in build.KERNELS]
+    sources = [build.FOLDER / source for source in build.KERNELS]
     flags = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DBRISK_ISA=avx512", "-shared"]
     subprocess.run(
         [os.environ.get("CXX", "g++"), *flags, "-I", ROOT / "tests" / "emulated", *sources, "-o", library], check=True

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 
-from attention import rope_angles, rope_frequencies
+from attention import LOOKBACK, rope_angles, rope_frequencies
 from checkpoint import load_model
 from compiled import OPTIONS, kernels_together
 from config import ModelConfig
 from convert_hf_checkpoint import convert
+from engine import cache_bytes
 from errors import UserError
 from model import Transformer
 
@@ -239,6 +240,17 @@ def valid(**fields):
 def test_refused_configs_name_the_field(fields, named):
     with pytest.raises(UserError, match=named):
         ModelConfig.from_hf(valid(**fields))
+
+
+def test_a_layer_with_a_window_keeps_what_that_needs():
+    config = replace(ModelConfig.from_hf(valid()), sliding_window=7, window_layers=(True, False, True))
+    model = Transformer(config)
+    for length, slots in ((512, 7 + LOOKBACK), (20, 20)):
+        model.setup_caches(2, length)
+        caches = [layer.attention.kv_cache for layer in model.layers]
+        assert [cache.k.shape for cache in caches] == [(2, 2, count + 1, 16) for count in (slots, length, slots)]
+        assert [cache.is_ring for cache in caches] == [slots < length, False, slots < length]
+        assert cache_bytes(model, 2, length) == 2 * 2 * (2 * slots + length) * 2 * 16 * 4
 
 
 @pytest.mark.slow
