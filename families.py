@@ -482,9 +482,9 @@ FAMILIES = {
 LINEAR = "its linear attention or state-space layers have no keys and values to cache"
 LATENT = "its latent attention (MLA) keeps compressed keys and values"
 REASONS = {
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv", "lfm2",
-                     "nemotron_h", "recurrent_gemma", "qwen3_next", "granitemoehybrid", "minimax", "kimi_linear",
-                     "olmo_hybrid"), LINEAR),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv",
+                     "nemotron_h", "recurrent_gemma", "qwen3_next", "lfm2", "granitemoehybrid", "minimax",
+                     "kimi_linear", "olmo_hybrid"), LINEAR),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("bert", "roberta", "t5", "bart", "whisper", "clip"), "it is no decoder-only language model"),
     "gemma3n": "its layers share caches and have inputs of their own",
