@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from config import ModelConfig
-from config_fields import IGNORED, READ, REFUSED, read_by, unknown_fields
+from config_fields import ACTIVATIONS, IGNORED, READ, REFUSED, read_by, unknown_fields
 from convert_hf_checkpoint import read_planned
 from errors import UserError
 from families import FAMILIES, REASONS
@@ -89,6 +89,7 @@ UNLIKE_LLAMA = {
     "olmo3": {"rope_theta"},  # see above
     "phi": {"tie_word_embeddings"},  # refused
 }
+REFUSED_OF_THEIR_OWN = {"architectures", "tie_word_embeddings", "use_bidirectional_attention", "add_cross_attention"}
 
 
 def config_class(family: str) -> type[transformers.PreTrainedConfig]:
@@ -208,9 +209,20 @@ def test_every_field_of_transformers_is_read_or_refused_or_does_not_matter(famil
     found = compare(family, changed(family).items(), tmp_path)
     own = read_by(FAMILIES[family])
     as_llama = AS_LLAMA - UNLIKE_LLAMA.get(family, set())
-    assert {"architectures", *spelled(family, {"hidden_act": 0}), *REFUSED.keys() - own} <= found["refused"]
+    (activation,) = spelled(family, {"hidden_act": "quick_gelu"})
+    assert {"architectures", activation, *REFUSED.keys() - own} <= found["refused"]
+    assert found["refused"] & {*class_fields(family)} <= {activation, *REFUSED_OF_THEIR_OWN}
     assert {*spelled(family, FAMILIES[family].reads | dict.fromkeys(as_llama))} <= found["read"]
-    assert IGNORED - own <= found["harmless"]
+    assert (IGNORED - own) | {*FAMILIES[family].ignores} <= found["harmless"]
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_activations(family, tmp_path):
+    (name,) = spelled(family, {"hidden_act": "silu"})
+    every = ACTIVATIONS if family == "llama" else ("gelu", "relu")
+    found = compare(family, [(name, activation) for activation in every], tmp_path)
+    assert found["read"] == ({name} if family != "gpt_oss" else set())
+    assert bool(found["refused"]) == (family == "gpt_oss")
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -309,6 +321,13 @@ def test_unknown_fields_are_named_and_known_ones_not():
     }  # fmt: skip
     assert ModelConfig.from_hf(config) == ModelConfig.from_hf({"model_type": "llama"})
     assert unknown_fields(config) == ["newer", "newest"]
+
+
+def test_copies_of_fields_that_transformers_4_wrote():
+    config = {"model_type": "gpt_neox", "rotary_pct": 0.25, "rotary_emb_base": 10000}
+    copies = {"partial_rotary_factor": 0.25, "rope_theta": 10000}
+    assert ModelConfig.from_hf(config | copies) == ModelConfig.from_hf(config)
+    assert unknown_fields(config | copies) == []
 
 
 def test_fields_that_would_matter_are_refused():
