@@ -78,6 +78,13 @@ def random_model(
             weight.fill_(1)
         else:
             bound = (3 / weight.shape[-1]) ** 0.5
+            if config.experts is not None:
+                # The mean of all values is in every token. Here it stays small beside what tells tokens apart, or all
+                # would choose the same few experts, and each greedy step those of the step before.
+                if name == "tok_embeddings.weight":
+                    bound *= config.dim**0.5
+                elif name.endswith("attention.wo.weight"):
+                    bound /= 4
             weight.uniform_(-bound, bound, generator=generator)
     return group.parallelize(model, whole).eval().requires_grad_(False)
 

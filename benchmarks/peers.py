@@ -21,6 +21,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
@@ -98,6 +99,7 @@ class TransformersPeer:
             )
             # As its generate() does, but for dynamic=False: prefill and decode each get code of their exact shape.
             mode = "reduce-overhead" if self.device.type == "cuda" else None
+            warnings.filterwarnings("ignore", ".*functools.lru_cache", module="torch._dynamo")  # in its experts
             self.forward = torch.compile(hf.__call__, mode=mode, dynamic=False)
         else:
             self.new_cache = lambda: cache_utils.DynamicCache(config=hf.config)

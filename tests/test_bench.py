@@ -433,6 +433,29 @@ def test_report(run_here, tmp_path):
         assert "no chart: matplotlib is not installed" in err
 
 
+def test_report_of_experts(run_here, tmp_path):
+    """The bytes of a step are those of the experts that it reads, the same for all programs."""
+    fields = TINY | MOE
+    folder = startup.write_checkpoint(tmp_path / "moe", fields, models.random_model(ModelConfig.from_hf(fields), "cpu"))
+    _, err = run_here(
+        "--checkpoint_path", folder, "--mode", "bf16", "int8", "int4", "--against", "transformers", "llama.cpp",
+        "--prompt_length", 24, "--new_tokens", 4, "--rounds", 1, "--device", "cpu", "--threads", 1, "--out", tmp_path,
+    )  # fmt: skip
+    assert "warning" not in err
+    report = json.loads((tmp_path / "bench-moe-bf16-int8-int4.json").read_text())
+    expert, router = 3 * 128 * 64, 8 * 128
+    attention = 128 * (4 + 2 * 2) * 64 + 4 * 64 * 128
+    matrices = 2 * (attention + 3 * expert) + 4200 * 128
+    floats = 2 * router + 2 * (2 * 128 + 2 * 64) + 128
+    read = {name: c["bytes_per_step"] - report["cache_bytes_per_step"] for name, c in report["contenders"].items()}
+    assert read["gpt-brisk bf16"] == read["transformers, eager"] == 2 * (matrices + floats)
+    assert read["gpt-brisk int4-g32"] == pytest.approx(matrices * 4.5 / 8 + 2 * floats, rel=0.01)
+    if "llama.cpp" not in report["skipped"]:
+        assert read["llama.cpp BF16"] == 2 * matrices + 4 * floats
+        assert read["llama.cpp Q4_0"] == matrices * 4.5 / 8 + 4 * floats
+        assert read["llama.cpp Q8_0"] == matrices * 8.5 / 8 + 4 * floats
+
+
 def turns_taking(step_ms: dict[str, float], new_tokens: int):
     """A `take_turns` with known times; the read bandwidth is 10 GB/s."""
 
@@ -576,9 +599,25 @@ def test_random_weights_are_the_same_each_time():
     first, second = (models.random_model(config, "cpu").state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["norm.weight"].dtype == torch.bfloat16 and (first["norm.weight"] == 1).all()
-    for name, inputs in (("attention.wo", 256), ("feed_forward.experts.w2", 64)):
+    for name, inputs in (("attention.wqkv", 128), ("feed_forward.experts.w2", 64)):
         scale = first[f"layers.0.{name}.weight"].float().std() * inputs**0.5
         assert scale == pytest.approx(1, rel=0.02)
+
+
+def test_tokens_of_random_weights_choose_all_experts():
+    """As in a trained model: prefill has work for all of them, and a step reads others than the step before."""
+    fields = TINY | MOE | dict(num_hidden_layers=6, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=32)
+    model = models.random_model(ModelConfig.from_hf(fields), "cpu")
+    chosen = []
+    for layer in model.layers:
+        layer.feed_forward.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    tokens, _ = our_tokens(model, PROMPT, 8)
+    assert len(set(tokens)) > 4
+    for experts in chosen[-6:]:  # of 47 tokens, in each layer
+        assert experts.shape == (47, 8) and len(experts.unique()) > 60
+        assert torch.bincount(experts.flatten()).max() < 3 * 47 * 8 / 64
+        last, before = set(experts[-1].tolist()), set(experts[-2].tolist())
+        assert len(last & before) < 6
 
 
 @pytest.mark.parametrize(
