@@ -160,7 +160,7 @@ class ModelConfig:
             if rotary_dim < 2 or rotary_dim % 2 or factor > 1:
                 raise read.error("partial_rotary_factor", f"{factor} of {head_dim} is no whole number of pairs")
         window, window_layers = read.sliding_window(family, layers)
-        rope, window_rope = read_ropes(read, family, max_positions, rotary_dim)
+        rope, window_rope = read_ropes(read, family, max_positions, rotary_dim) if rotary_dim else (RopeConfig(), None)
         multiple = {"": None, "8/3": 64 * math.ceil(int(dim * 8 / 3) / 64), "4": 4 * dim}[family.ffn_rule]
         ffn_dim = read.integer("intermediate_size", default=multiple, maximum=2**22)
         experts, expert_layers = read_experts(read, family, layers, ffn_dim)
@@ -187,6 +187,8 @@ class ModelConfig:
         )
         if config.learned_positions and config.context_length > 2**20:
             raise read.error("max_position_embeddings", f"{max_positions} learned positions are out of range")
+        if config.tied and config.output_bias:
+            raise read.error("tie_word_embeddings", "true is not supported where the output projection has a bias")
         return config
 
 
@@ -222,30 +224,29 @@ def read_experts(
         shared_width=shared,
         shared_gate=names.shared_gate and shared > 0,
     )
-    with_experts = read.layers_with_experts(layers)
+    with_experts = read.layers_with_experts(family, layers)
     return (experts, with_experts) if any(with_experts) else (None, ())
 
 
 def read_ropes(
     read: FieldReader, family: Family, max_positions: int, rotary_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """That of all layers, and that of those with a window, if it is another: from `rope_parameters` of today, where it
-    may be nested by the types of layers, or `rope_theta` and `rope_scaling` of before."""
+    """That of all layers, and that of those with a window, if it is another: from `rope_theta` and `rope_scaling` of
+    before, or `rope_parameters` of today, where it is nested if there are two."""
     newer, older = read.value("rope_parameters", {}), read.value("rope_scaling", {})
     for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if not isinstance(value, dict):
             raise read.error(name, "is not an object")
-    nested = (
-        [newer.get(name) for name in ("full_attention", "sliding_attention")] if family.window_theta else [None] * 2
-    )
-    if any(isinstance(part, dict) for part in nested):
-        full, local = (part if isinstance(part, dict) else {} for part in nested)
-    else:
-        full, local = older | newer, {}
-    where = "rope_parameters" if newer else "rope_scaling" if older else "rope"
-    rope = read_rope(read, full, where, "rope_theta", max_positions, rotary_dim)
+    where = "rope_scaling" if older else "rope_parameters" if newer else "rope"
     if not family.window_theta:
-        return rope, None
+        return read_rope(read, older or newer, where, "rope_theta", max_positions, rotary_dim), None
+    kinds = {"full_attention", "sliding_attention"}
+    if newer.keys() - kinds or any(not isinstance(part, dict) for part in newer.values() if part is not None):
+        raise read.error("rope_parameters", f"must hold objects {' and '.join(sorted(kinds))}, for the types of layers")
+    full, local = (newer.get("full_attention") or {}) | older, newer.get("sliding_attention") or {}
+    if not all(part.get("truncate", True) for part in (full, local)):
+        raise read.error(where, f"truncate: false is not supported for model_type {read.value('model_type')!r}")
+    rope = read_rope(read, full, where, "rope_theta", max_positions, rotary_dim)
     other = read_rope(read, local, where, family.window_theta, max_positions, rotary_dim)
     return rope, None if other == rope else other
 

@@ -83,22 +83,24 @@ IGNORED = {
 def unknown_fields(config: dict[str, Any]) -> list[str]:
     """The fields of a parsed config.json of which it is not known whether they matter, without those that are empty."""
     fields = text_fields(config)
-    family = FAMILIES.get(fields.get("model_type"))
-    known = READ | REFUSED.keys() | IGNORED | (read_by(family) if family else set())
+    family = FAMILIES.get(str(fields.get("model_type")), Family(""))
+    known = (READ - family.renamed.keys()) | REFUSED.keys() | IGNORED | read_by(family)
     return [name for name in fields if name not in known and not name.startswith("_") and not _is_empty(fields[name])]
 
 
 def read_by(family: Family) -> set[str]:
     """The fields beside READ that a family honours."""
-    names = {*family.reads, *family.renamed.values(), *family.ignores, family.window_theta, family.use_experts}
-    if family.windows == "pattern":
+    names = {*family.reads, family.window_theta, family.use_experts}
+    names |= {*family.renamed.values(), *family.also.keys(), *family.also.values()}
+    if family.windows == "pattern" and not family.window_pattern:
         names.add("sliding_window_pattern")
     if family.rotated == "listed":
         names |= {"no_rope_layers", "no_rope_layer_interval"}
     if family.experts:
         names |= {*vars(family.experts).values(), "num_experts_per_tok", "scoring_func"}
-        names |= {"decoder_sparse_step", "mlp_only_layers"} & ({*family.defaults, "mlp_only_layers"})
-    return {family.renamed.get(name, name) for name in names if isinstance(name, str)} - {""}
+    if "decoder_sparse_step" in family.defaults:
+        names |= {"decoder_sparse_step", "mlp_only_layers"}
+    return ({family.renamed.get(name, name) for name in names if isinstance(name, str)} | {*family.ignores}) - {""}
 
 
 def text_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,18 +180,22 @@ class FieldReader:
                 raise self.error(
                     name, f"{value!r}: this field is not supported; remove it if it does not change the model"
                 )
-        if "max_position_embeddings" not in self.config and self.value("max_sequence_length"):  # the first LLaMA's
-            self.config["max_position_embeddings"] = self.config["max_sequence_length"]
         defaults = dict(family.defaults)
-        if self.value("rope_scaling"):
+        given = {name: value for name, value in self.config.items() if name not in family.renamed}
+        second = {ours: theirs for theirs, ours in family.also.items() if theirs in given and ours not in given}
+        self.renamed = dict(family.renamed) | second
+        given |= {ours: self.config[theirs] for ours, theirs in self.renamed.items() if theirs in self.config}
+        if given.get("rope_parameters") is None:
+            given.pop("rope_parameters", None)
+        if given.get("rope_scaling"):
             defaults.pop("rope_parameters", None)
-        for name in ("rope_scaling", "rope_parameters"):  # where it also may be, and counts more
-            nested = self.value(name)
+        if "partial_rotary_factor" in family.reads:
+            nested = given.get("rope_scaling") or given.get("rope_parameters")  # where it may be, and counts more
             if isinstance(nested, dict) and nested.get("partial_rotary_factor") is not None:
-                self.config["partial_rotary_factor"] = nested["partial_rotary_factor"]
-        self.renamed = {ours: theirs for ours, theirs in family.renamed.items() if theirs in self.config}
-        given = {ours: self.config[theirs] for ours, theirs in self.renamed.items()}
-        self.config = defaults | self.config | given
+                given["partial_rotary_factor"] = nested["partial_rotary_factor"]
+        if "max_position_embeddings" not in given and given.get("max_sequence_length"):  # the first LLaMA's
+            given["max_position_embeddings"] = given["max_sequence_length"]
+        self.config = defaults | given
         return family
 
     def _known_family(self) -> Family:
@@ -223,7 +229,7 @@ class FieldReader:
         return options
 
     def activation(self, family: Family) -> str:
-        name = self.value("hidden_act", "silu")
+        name = self.config.get("hidden_act", "silu")
         known = ACTIVATIONS | dict(family.activations)
         if not isinstance(name, str) or name not in known:
             raise self.error("hidden_act", f"{name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
@@ -250,12 +256,14 @@ class FieldReader:
             if types is not None and family.windows == "pattern" and "sliding_attention" in types:
                 raise self.error("sliding_window", "layer_types name layers with a window, and this field is missing")
             return None, (False,) * layers
+        if family.windows == "always" and types is not None and "full_attention" in types:
+            raise self.error("layer_types", f"{self.config['model_type']} has a sliding_window in all layers, or none")
         if types is not None:
             windows = tuple(name == "sliding_attention" for name in types)
-        elif family.windows == "all":
+        elif family.windows in ("all", "always"):
             windows = (True,) * layers
         elif family.windows == "pattern":
-            pattern = self.integer("sliding_window_pattern")
+            pattern = family.window_pattern or self.integer("sliding_window_pattern")
             windows = tuple((i + 1) % pattern != 0 for i in range(layers))
         elif family.windows == "unrotated":
             windows = self.unrotated(family, (), layers) or (False,) * layers
@@ -282,9 +290,11 @@ class FieldReader:
             unrotated = tuple(not value for value in rotated)
         return unrotated if any(unrotated) else ()
 
-    def layers_with_experts(self, layers: int) -> tuple[bool, ...]:
-        """By the rules of Qwen: every decoder_sparse_step-th, but for those that are listed."""
-        step = self.integer("decoder_sparse_step", default=1)
+    def layers_with_experts(self, family: Family, layers: int) -> tuple[bool, ...]:
+        """All, or by the rules of Qwen: every decoder_sparse_step-th, but for those that are listed."""
+        if "decoder_sparse_step" not in family.defaults:
+            return (True,) * layers
+        step = self.integer("decoder_sparse_step")
         dense = self.value("mlp_only_layers", [])
         if not isinstance(dense, list) or any(type(i) is not int or not 0 <= i < layers for i in dense):
             raise self.error("mlp_only_layers", f"{dense!r} is no list of layers from 0 to {layers - 1}")

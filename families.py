@@ -23,9 +23,8 @@ class Names:
     parts: Mapping[str, Sequence[str]]  # ours -> those that it is made of, one below the other
     layer: str = "model.layers.{}."  # comes before the names of a layer's tensors
     interleaved: bool = False  # the pairs of elements that RoPE rotates lie next to each other
-    transforms: Mapping[str, str] = field(
-        default_factory=dict
-    )  # ours -> a function of formats/names.py for its tensors
+    # ours -> a function of formats/names.py for its tensors
+    transforms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class Family:
     """What distinguishes a family. Fields go by the names that Llama's config.json gives them."""
 
     models: str  # for people
-    renamed: Mapping[str, str] = field(default_factory=dict)  # Llama's name of a field -> this family's
+    # Llama's name of a field, which then means nothing here -> this family's, "" where it has no such field.
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    also: Mapping[str, str] = field(default_factory=dict)  # a second name of a field -> the first
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of fields that are missing, as in transformers
     options: Mapping[str, Any] = field(default_factory=dict)  # of ModelConfig, that its code fixes
     # Fields that only some families have -> the options of ModelConfig that they set. "option=value": a flag
@@ -54,8 +55,9 @@ class Family:
     reads: Mapping[str, str] = field(default_factory=dict)
     # Which layers have a sliding window where config.json has no layer_types: "none"; "all"; "late", from
     # max_window_layers on; "early", every other one before it; "unrotated", those without RoPE; "pattern", all but
-    # every sliding_window_pattern-th.
+    # every sliding_window_pattern-th. "always": all, and there are no layer_types.
     windows: str = "none"
+    window_pattern: int = 0  # of windows "pattern", where no field says so
     window_theta: str = ""  # the field with the base of RoPE in layers with a window, which is then never stretched
     rotated: str = "all"  # layers with RoPE: "all"; "windows", those with one; "listed" in no_rope_layers; "none"
     experts: ExpertFields | None = None
@@ -71,26 +73,20 @@ class Family:
 # Names
 
 LLAMA = {
-    "tok_embeddings": ["model.embed_tokens"],
+    "tok_embeddings": ["model.embed_tokens"], "norm": ["model.norm"], "output": ["lm_head"],
+    "attention_norm": ["input_layernorm"], "ffn_norm": ["post_attention_layernorm"],
     "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.q_norm": ["self_attn.q_norm"], "attention.k_norm": ["self_attn.k_norm"],
     "attention.wo": ["self_attn.o_proj"],
-    "attention.q_norm": ["self_attn.q_norm"],
-    "attention.k_norm": ["self_attn.k_norm"],
-    "attention_norm": ["input_layernorm"],
-    "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
-    "feed_forward.w2": ["mlp.down_proj"],
-    "ffn_norm": ["post_attention_layernorm"],
-    "norm": ["model.norm"],
-    "output": ["lm_head"],
-}
+    "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"], "feed_forward.w2": ["mlp.down_proj"],
+}  # fmt: skip
 HF = Names(LLAMA)
 FUSED = {"feed_forward.w13": ["mlp.gate_up_proj"]}
 UNGATED = {"feed_forward.w1": ["mlp.c_fc"], "feed_forward.w2": ["mlp.c_proj"]}
-SANDWICH = {  # norms before and after, as Gemma calls them
-    "post_attention_norm": ["post_attention_layernorm"],
-    "ffn_norm": ["pre_feedforward_layernorm"],
+SANDWICH = Names(LLAMA | {  # norms before and after, as Gemma calls them
+    "post_attention_norm": ["post_attention_layernorm"], "ffn_norm": ["pre_feedforward_layernorm"],
     "post_ffn_norm": ["post_feedforward_layernorm"],
-}
+})  # fmt: skip
 EXPERTS = {  # Qwen's
     "feed_forward.router": ["mlp.gate"],
     "feed_forward.experts.w13": ["mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"],
@@ -126,28 +122,32 @@ def size(vocab: int, dim: int, ffn: int, layers: int, heads: int, kv_heads: int 
 
 
 TIED = {"tie_word_embeddings": True}
-BIASES = {"attention_bias": "qkv_bias wo_bias", "mlp_bias": "mlp_bias"}
+ATTENTION_BIAS = {"attention_bias": "qkv_bias wo_bias"}
+BIASES = ATTENTION_BIAS | {"mlp_bias": "mlp_bias"}
+BIASED = {"qkv_bias": True, "wo_bias": True, "mlp_bias": True}
 LAYER_NORM = {"norm": "layer", "norm_bias": True}
 QWEN = size(151936, 4096, 22016, 32, 32, 32, 32768) | {
     "rms_norm_eps": 1e-6, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False,
 }  # fmt: skip
+QWEN_EXPERTS = ("num_experts", "moe_intermediate_size", "norm_topk_prob")
 MISTRAL = size(32000, 4096, 14336, 32, 32, 8, 131072) | {"rms_norm_eps": 1e-6, "sliding_window": 4096}
 GRANITE = {
     "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
-    "attention_multiplier": "attention_scale", "logits_scaling": "logit_scale", "attention_bias": "qkv_bias wo_bias",
+    "attention_multiplier": "attention_scale", "logits_scaling": "logit_scale",
 }  # fmt: skip
 GRANITE_SIZE = size(32000, 4096, 11008, 32, 32, None, 2048) | {"rms_norm_eps": 1e-6, "attention_multiplier": 1.0}
 GEMMA = {"norm": "rms_plus_one", "scale_embedding": True}
+GEMMA_SCALES = {"query_pre_attn_scalar": "attention_scale", "final_logit_softcapping": "logit_softcap"}
 GEMMA_SIZE = TIED | {"head_dim": 256, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
-GEMMA_BIASES = {"attention_bias": "qkv_bias wo_bias"}
 OLMO_SIZE = size(50304, 4096, 11008, 32, 32, None, 2048) | {"rms_norm_eps": 1e-5}
-OLMO_NAMES = Names(LLAMA | SANDWICH)
+OLMO_2 = {"norm_place": "after", "qk_norm": "all"}
 COHERE_SIZE = size(256000, 8192, 22528, 40, 64, None, 8192) | TIED | {"rms_norm_eps": 1e-5, "logit_scale": 0.0625}
 COHERE = {"norm": "layer", "parallel": True, "shared_norm": True}
 GLM_SIZE = size(151552, 4096, 13696, 40, 32, 2, 131072) | {
     "head_dim": 128, "rms_norm_eps": 1.5625e-7, "attention_bias": True, "partial_rotary_factor": 0.5,
 }  # fmt: skip
 GLM_READS = {"attention_bias": "qkv_bias", "partial_rotary_factor": "rotary_factor"}
+OWN_KEYS = {"num_key_value_heads": ""}  # each head has its own
 LAYER_EPS = {"rms_norm_eps": "layer_norm_eps"}
 ROTARY = {"partial_rotary_factor": "rotary_factor"}
 
@@ -168,7 +168,7 @@ FAMILIES = {
                 "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
             },
         },
-        windows="all",
+        windows="always",
         names=HF,
     ),
     "qwen2": Family("Qwen 1.5, 2 and 2.5", defaults=QWEN, options={"qkv_bias": True}, windows="late", names=HF),
@@ -176,7 +176,7 @@ FAMILIES = {
         "Qwen 3",
         defaults=QWEN | {"head_dim": 128},
         options={"qk_norm": "head"},
-        reads={"attention_bias": "qkv_bias wo_bias"},
+        reads=ATTENTION_BIAS,
         windows="late",
         names=HF,
     ),
@@ -184,7 +184,7 @@ FAMILIES = {
         "Gemma 1, CodeGemma",
         defaults=size(256000, 3072, 24576, 28, 16, 16, 8192) | GEMMA_SIZE,
         options=GEMMA,
-        reads=GEMMA_BIASES,
+        reads=ATTENTION_BIAS,
         activations={"gelu": "gelu_tanh"},  # so its first configs say
         ignores=("hidden_activation",),
         names=HF,
@@ -193,34 +193,29 @@ FAMILIES = {
         "Gemma 2",
         renamed={"hidden_act": "hidden_activation"},
         defaults=size(256000, 2304, 9216, 26, 8, 4, 8192) | GEMMA_SIZE | {
-            "sliding_window": 4096, "sliding_window_pattern": 2,
-            "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
         },
         options=GEMMA | {"norm_place": "both"},
-        reads=GEMMA_BIASES | {
-            "query_pre_attn_scalar": "attention_scale", "attn_logit_softcapping": "attention_softcap",
-            "final_logit_softcapping": "logit_softcap",
-        },
-        ignores=("sliding_window_size",),
-        windows="pattern",
-        names=Names(LLAMA | SANDWICH),
+        reads=ATTENTION_BIAS | GEMMA_SCALES | {"attn_logit_softcapping": "attention_softcap"},
+        ignores=("hidden_act", "sliding_window_size"),
+        windows="pattern", window_pattern=2,
+        names=SANDWICH,
     ),
     "gemma3_text": Family(
         "Gemma 3, of those that see pictures the language part",
         renamed={"hidden_act": "hidden_activation"},
         defaults=size(262208, 2304, 9216, 26, 8, 4, 131072) | GEMMA_SIZE | {
-            "sliding_window": 4096, "sliding_window_pattern": 6,
-            "query_pre_attn_scalar": 256, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256, "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
         },
         options=GEMMA | {"norm_place": "both", "qk_norm": "head"},
-        reads=GEMMA_BIASES | {
-            "query_pre_attn_scalar": "attention_scale", "final_logit_softcapping": "logit_softcap",
-        },
-        ignores=("attn_logit_softcapping", "_sliding_window_pattern"),
+        reads=ATTENTION_BIAS | GEMMA_SCALES,
+        ignores=("hidden_act", "attn_logit_softcapping"),
         windows="pattern",
         window_theta="rope_local_base_freq",
         architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-        names=Names(LLAMA | SANDWICH),
+        names=SANDWICH,
     ),
     "phi": Family(
         "Phi 1, 1.5 and 2",
@@ -228,10 +223,7 @@ FAMILIES = {
         defaults=size(51200, 2048, 8192, 24, 32, None, 2048) | {
             "rms_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5,
         },
-        options=LAYER_NORM | {
-            "parallel": True, "shared_norm": True, "gated": False, "qkv_bias": True, "wo_bias": True, "mlp_bias": True,
-            "output_bias": True,
-        },
+        options=LAYER_NORM | BIASED | {"parallel": True, "shared_norm": True, "gated": False, "output_bias": True},
         reads=ROTARY | {"qk_layernorm": "qk_norm=head qk_norm_bias"},
         names=Names(LLAMA | {
             "attention.q_norm": ["self_attn.q_layernorm"], "attention.k_norm": ["self_attn.k_layernorm"],
@@ -246,7 +238,7 @@ FAMILIES = {
         },
         reads=ROTARY,
         ignores=("interpolate_factor", "full_attn_mod"),
-        windows="all",
+        windows="always",
         names=Names(LLAMA | FUSED | {"attention.wqkv": ["self_attn.qkv_proj"]}),
     ),
     "smollm3": Family(
@@ -261,34 +253,29 @@ FAMILIES = {
     ),
     "olmo": Family(
         "OLMo 1",
+        renamed={"rms_norm_eps": ""},
         defaults=OLMO_SIZE,
         options={"norm": "layer", "norm_weight": False},
-        reads={"attention_bias": "qkv_bias wo_bias", "clip_qkv": "clip_qkv"},
+        reads=ATTENTION_BIAS | {"clip_qkv": "clip_qkv"},
         names=HF,
     ),
-    "olmo2": Family(
-        "OLMo 2",
-        defaults=OLMO_SIZE,
-        options={"norm_place": "after", "qk_norm": "all"},
-        reads={"attention_bias": "qkv_bias wo_bias"},
-        names=OLMO_NAMES,
-    ),
+    "olmo2": Family("OLMo 2", defaults=OLMO_SIZE, options=OLMO_2, reads=ATTENTION_BIAS, names=SANDWICH),
     "olmo3": Family(
         "OLMo 3",
-        defaults=OLMO_SIZE | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4},
-        options={"norm_place": "after", "qk_norm": "all"},
-        reads={"attention_bias": "qkv_bias wo_bias"},
-        windows="pattern",
+        defaults=OLMO_SIZE | {"rope_theta": 5e5, "sliding_window": 4096},
+        options=OLMO_2,
+        reads=ATTENTION_BIAS,
+        windows="pattern", window_pattern=4,
         window_theta="rope_theta",
-        names=OLMO_NAMES,
+        names=SANDWICH,
     ),
-    "granite": Family("Granite 3", defaults=GRANITE_SIZE, reads=GRANITE | {"mlp_bias": "mlp_bias"}, names=HF),
+    "granite": Family("Granite 3", defaults=GRANITE_SIZE, reads=GRANITE | BIASES, names=HF),
     "cohere": Family(
         "Command R, Aya",
         renamed=LAYER_EPS,
         defaults=COHERE_SIZE | {"rope_theta": 5e5},
         options=COHERE,
-        reads={"attention_bias": "qkv_bias wo_bias", "logit_scale": "logit_scale", "use_qk_norm": "qk_norm=heads"},
+        reads=ATTENTION_BIAS | {"logit_scale": "logit_scale", "use_qk_norm": "qk_norm=heads"},
         names=Names(LLAMA, interleaved=True),
     ),
     "cohere2": Family(
@@ -296,7 +283,7 @@ FAMILIES = {
         renamed=LAYER_EPS,
         defaults=COHERE_SIZE | {"sliding_window": 4096, "sliding_window_pattern": 4},
         options=COHERE,
-        reads={"attention_bias": "qkv_bias wo_bias", "logit_scale": "logit_scale"},
+        reads=ATTENTION_BIAS | {"logit_scale": "logit_scale"},
         ignores=(
             "layer_switch", "order_of_interleaved_layers", "position_embedding_type", "use_embedding_sharing",
             "use_gated_activation", "use_parallel_block", "use_parallel_embedding",
@@ -338,8 +325,8 @@ FAMILIES = {
         },
         options=LAYER_NORM | {"gated": False},
         reads={"use_bias": "qkv_bias wo_bias mlp_bias"},
-        ignores=("mlp_type", "norm_type"),
-        windows="all",
+        ignores=("mlp_type", "norm_type", "rms_norm_eps"),
+        windows="always",
         names=Names(LLAMA | UNGATED),
     ),
     "seed_oss": Family(
@@ -352,20 +339,18 @@ FAMILIES = {
     ),
     "gpt2": Family(
         "GPT-2",
-        renamed={
-            "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
-            "hidden_act": "activation_function", "rms_norm_eps": "layer_norm_epsilon",
+        renamed=OWN_KEYS | {
+            "intermediate_size": "n_inner", "hidden_act": "activation_function", "rms_norm_eps": "layer_norm_epsilon",
+        },
+        also={
+            "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+            "n_positions": "max_position_embeddings",
         },
         defaults=size(50257, 768, None, 12, 12, None, 1024) | TIED | {
             "rms_norm_eps": 1e-5, "hidden_act": "gelu_new", "scale_attn_weights": True,
         },
-        options=LAYER_NORM | {
-            "gated": False, "qkv_bias": True, "wo_bias": True, "mlp_bias": True, "learned_positions": True,
-        },
-        reads={
-            "scale_attn_weights": "scale_attention", "scale_attn_by_inverse_layer_idx": "attention_scale_falls",
-        },
+        options=LAYER_NORM | BIASED | {"gated": False, "learned_positions": True},
+        reads={"scale_attn_weights": "scale_attention", "scale_attn_by_inverse_layer_idx": "attention_scale_falls"},
         rotated="none",
         architectures=("GPT2LMHeadModel", "GPT2Model"),
         ffn_rule="4",
@@ -379,7 +364,8 @@ FAMILIES = {
     ),
     "gpt_neox": Family(
         "GPT-NeoX, Pythia, Dolly",
-        renamed=LAYER_EPS | {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+        renamed=OWN_KEYS | LAYER_EPS | {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+        ignores=("partial_rotary_factor", "rope_theta"),  # copies that transformers 4 wrote
         defaults=size(50432, 6144, 24576, 44, 64, None, 2048) | {
             "rms_norm_eps": 1e-5, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "use_parallel_residual": True,
             "attention_bias": True,
@@ -395,11 +381,12 @@ FAMILIES = {
     ),
     "mixtral": Family(
         "Mixtral",
+        also={"num_experts": "num_local_experts"},
         defaults=size(32000, 4096, 14336, 32, 32, 8, 131072) | {
             "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        windows="all",
+        windows="always",
         experts=ExpertFields(),
         names=Names(LLAMA | MIXTRAL_EXPERTS),
     ),
@@ -411,66 +398,62 @@ FAMILIES = {
         },
         reads={"qkv_bias": "qkv_bias"},
         windows="early",
-        experts=ExpertFields(
-            "num_experts", "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size",
-            shared_gate=True,
-        ),
+        experts=ExpertFields(*QWEN_EXPERTS, "shared_expert_intermediate_size", shared_gate=True),
         names=Names(LLAMA | EXPERTS),
     ),
     "qwen3_moe": Family(
         "Qwen 3 with experts",
+        also={"num_local_experts": "num_experts"},  # so transformers 5 writes it
         defaults=QWEN | size(151936, 2048, 6144, 24, 32, 4, 32768) | {
             "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
             "decoder_sparse_step": 1,
         },
         options={"qk_norm": "head"},
-        reads={"attention_bias": "qkv_bias wo_bias"},
-        windows="all",
-        experts=ExpertFields("num_experts", "moe_intermediate_size", "norm_topk_prob"),
-        renamed={"num_experts": "num_local_experts"},  # so transformers 5 writes it
+        reads=ATTENTION_BIAS,
+        windows="always",
+        experts=ExpertFields(*QWEN_EXPERTS),
         names=Names(LLAMA | EXPERTS),
     ),
     "olmoe": Family(
         "OLMoE",
+        also={"num_local_experts": "num_experts"},
         defaults=size(50304, 2048, 2048, 16, 16, None, 4096) | {
             "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
         },
         options={"qk_norm": "all"},
-        reads={"attention_bias": "qkv_bias wo_bias", "clip_qkv": "clip_qkv"},
+        reads=ATTENTION_BIAS | {"clip_qkv": "clip_qkv"},
         experts=ExpertFields("num_experts", "intermediate_size", "norm_topk_prob"),
         names=Names(LLAMA | EXPERTS),
     ),
     "granitemoe": Family(
         "Granite 3 with experts",
         defaults=GRANITE_SIZE | {"num_local_experts": 8, "num_experts_per_tok": 2},
-        reads=GRANITE,
+        reads=GRANITE | ATTENTION_BIAS,
         experts=ExpertFields(),
         names=Names(LLAMA | GRANITE_EXPERTS),
     ),
     "granitemoeshared": Family(
         "Granite 3 with experts, one of them shared",
         defaults=GRANITE_SIZE | {"num_local_experts": 8, "num_experts_per_tok": 2},
-        reads=GRANITE,
+        reads=GRANITE | ATTENTION_BIAS,
         experts=ExpertFields(shared="shared_intermediate_size"),
         names=Names(LLAMA | GRANITE_EXPERTS),
     ),
     "gpt_oss": Family(
         "gpt-oss",
+        also={"num_experts": "num_local_experts"},
         defaults=size(201088, 2880, 2880, 36, 64, 8, 131072) | {
-            "head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128, "sliding_window_pattern": 2,
-            "attention_bias": True, "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0,
-            "swiglu_alpha": 1.702, "rope_theta": 150000.0, "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-                "truncate": False, "original_max_position_embeddings": 4096,
+            "head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128, "attention_bias": True,
+            "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+            "rope_theta": 150000.0, "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096,
             },
         },
         options={"attention_sinks": True, "activation": "clamped_silu"},
-        reads={
-            "attention_bias": "qkv_bias wo_bias", "swiglu_limit": "activation_limit",
-            "swiglu_alpha": "activation_alpha",
-        },
+        reads=ATTENTION_BIAS | {"swiglu_limit": "activation_limit", "swiglu_alpha": "activation_alpha"},
         ignores=("experts_per_token",),
-        windows="pattern",
+        windows="pattern", window_pattern=2,
         experts=ExpertFields(bias=True),
         names=Names(LLAMA | {
             "attention.sinks": ["=self_attn.sinks"], "feed_forward.router": ["mlp.router"],
@@ -482,9 +465,9 @@ FAMILIES = {
     "minimind": Family(
         "MiniMind, dense and with experts",
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": True, "norm_topk_prob": True},
-        reads={"attention_bias": "qkv_bias wo_bias", "qk_norm": "qk_norm=head"},
-        experts=ExpertFields("num_experts", "moe_intermediate_size", "norm_topk_prob", shared_count="n_shared_experts"),
-        renamed={"num_experts": "n_routed_experts"},  # of its second version
+        also={"n_routed_experts": "num_experts"},  # in its second version
+        reads=ATTENTION_BIAS | {"qk_norm": "qk_norm=head"},
+        experts=ExpertFields(*QWEN_EXPERTS, shared_count="n_shared_experts"),
         use_experts="use_moe",
         architectures=("MiniMindLM",),
         ffn_rule="8/3",
@@ -499,10 +482,9 @@ FAMILIES = {
 LINEAR = "its linear attention or state-space layers have no keys and values to cache"
 LATENT = "its latent attention (MLA) keeps compressed keys and values"
 REASONS = {
-    **dict.fromkeys(
-        ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "rwkv",
-         "recurrent_gemma", "qwen3_next", "lfm2", "granitemoehybrid", "minimax", "kimi_linear", "olmo_hybrid"), LINEAR
-    ),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv",
+                     "nemotron_h", "recurrent_gemma", "qwen3_next", "lfm2", "granitemoehybrid", "minimax",
+                     "kimi_linear", "olmo_hybrid"), LINEAR),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("bert", "roberta", "t5", "bart", "whisper", "clip"), "it is no decoder-only language model"),
     "gemma3n": "its layers share caches and have inputs of their own",
