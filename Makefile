@@ -7,7 +7,7 @@ RUN = .venv/bin/python
 # Without --no-compile, byte-compiling takes as long as the rest. Python compiles a module when it is first imported.
 INSTALL = $(RUN) -m pip install -q --no-compile
 # These test files start first, so that all processes end at about the same time.
-LONGEST = $(patsubst %,tests/test_%.py,tp readme speculate kernels_cuda bench lifeline compiled engine)
+LONGEST = $(patsubst %,tests/test_%.py,families tp readme speculate kernels_cuda bench experts_cuda experts lifeline compiled engine config)
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 .PHONY: demo test clean

@@ -94,7 +94,7 @@ def measure_kernels() -> dict[str, list[dict]]:
 
 
 def run_tests(folder: Path) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels_cuda.py", "tests/test_experts_cuda.py"]
     tests = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (folder / "tests.txt").write_text(tests.stdout)
     print("\n".join(tests.stdout.splitlines()[-30:]), flush=True)
