@@ -202,7 +202,8 @@ class FieldReader:
         model_type = self.value("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             why = f": {REASONS[model_type]}" if isinstance(model_type, str) and model_type in REASONS else ""
-            raise self.error("model_type", f"{model_type!r} is not supported{why}; supported are {', '.join(FAMILIES)}")
+            listing = "`python convert_hf_checkpoint.py --families` lists what is"
+            raise self.error("model_type", f"{model_type!r} is not supported{why}; {listing}")
         family = FAMILIES[model_type]
         # Configs write their class name: LlamaForCausalLM, and once LLaMAForCausalLM.
         expected = {f"{model_type}forcausallm".replace("_", "")} | {name.lower() for name in family.architectures}

@@ -165,9 +165,9 @@ def convert(
     if (source / "adapter_config.json").is_file():
         log(f"warning: the LoRA adapter in {source} is not applied; merge it into the model to have it converted")
     raw_config = minimind.read_config(source / "config.json", tensors)
+    declared = ModelConfig.from_hf(raw_config)
     for name in unknown_fields(raw_config):
         log(f"warning: config.json: {name}: this field is unknown and is ignored; check that it does not matter")
-    declared = ModelConfig.from_hf(raw_config)
     names = minimind.V1 if minimind.is_v1(tensors) else FAMILIES[text_fields(raw_config)["model_type"]].names
     tensors = text_names(tensors, names)
     config, tensors = settle_tie(declared, tensors, names)
