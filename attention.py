@@ -18,7 +18,9 @@ from config import RopeConfig
 from kernels.packing import allocate
 
 DECODE_QUERIES = 16  # of a row: up to so many attention takes the decode kernel, and no decode step has more
-LOOKBACK = 2 * DECODE_QUERIES  # positions that a row may go back by, since a ring keeps so many more than its window
+# What a ring keeps beyond its window: the proposals of a step, those of one that the device is ahead by, and as many
+# positions as a row may go back by.
+LOOKBACK = 3 * DECODE_QUERIES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary position embedding

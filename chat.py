@@ -150,7 +150,7 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
     room = target.limit - len(ids)
     same = (a == b for a, b in zip(ids[:-1], conversation.cached[:-1], strict=False))
     start = sum(itertools.takewhile(bool, same))
-    if not engine.can_resume(len(conversation.cached), start):
+    if not engine.can_resume(len(conversation.cached), start, len(ids)):
         start = 0
     own = {"max_new_tokens": min(new, room), "seed": (settings["seed"] + conversation.questions) % 2**63}
     request = make_request(target, ids, settings | own, start=start)

@@ -126,7 +126,7 @@ class ModelConfig:
 
     def by_length(self, length: int) -> bool:
         """As RopeConfig.by_length, of all that is rotated."""
-        return self.rotary_dim > 0 and self.rope.by_length(length)
+        return self.rotary_dim > 0 and any(rope.by_length(length) for rope in self.ropes)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
@@ -297,6 +297,9 @@ def read_rope(
             short_factors=read_factors(read, "short_factor", rotary_dim // 2),
             long_factors=read_factors(read, "long_factor", rotary_dim // 2),
         )
+    for name in ("beta_fast", "beta_slow"):
+        if read.number(name, default=1.0) < 1e-6:
+            raise read.error(name, f"{read.value(name)} is out of range; it must be at least 1e-6")
     # YaRN, https://arxiv.org/abs/2309.00071: the temperature of the softmax, moved into cos and sin.
     mscale, mscale_all = read.value("mscale"), read.value("mscale_all_dim")
     attention_factor = _yarn_mscale(factor, 1.0)
@@ -322,8 +325,10 @@ def read_factors(read: FieldReader, name: str, count: int) -> tuple[float, ...]:
     if not isinstance(factors, list) or len(factors) != count:
         length = f", not {len(factors)}" if isinstance(factors, list) else ""
         raise read.error(name, f"must list {count} numbers, one for each rotated pair{length}")
-    if any(isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0 for factor in factors):
-        raise read.error(name, "holds something else than numbers above 0")
+    if any(
+        isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1e6 for factor in factors
+    ):
+        raise read.error(name, "holds something else than numbers above 0 and up to 1e6")
     return tuple(map(float, factors))
 
 

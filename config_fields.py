@@ -223,7 +223,7 @@ class FieldReader:
                 option, _, chosen = target.partition("=")
                 if chosen:
                     options[option] = chosen if self.flag(name) else ""
-                elif isinstance(family.defaults.get(name), bool) or isinstance(value, bool) or option in FLAGS:
+                elif option in FLAGS:
                     options[option] = self.flag(name)
                 else:
                     options[option] = CONVERSIONS.get(name, float)(self.number(name))

@@ -36,7 +36,7 @@ from arguments import add_threads
 from config import ModelConfig
 from config_fields import text_fields, unknown_fields
 from errors import ArgumentParser, UserError, log
-from families import FAMILIES
+from families import FAMILIES, WRAPPERS
 from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
 from formats import minimind
 from formats.gptq_awq import read_format
@@ -172,7 +172,8 @@ def convert(
     tensors = text_names(tensors, names)
     config, tensors = settle_tie(declared, tensors, names)
     if config.tied != declared.tied:
-        (raw_config.get("text_config") or raw_config)["tie_word_embeddings"] = config.tied
+        own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
+        own["tie_word_embeddings"] = config.tied
     form = read_format(raw_config, source)
     plan = plan_tensors(config, tensors, names, form)
     dtype = dtype or choose_dtype(raw_config, plan)
@@ -457,7 +458,9 @@ def main() -> None:
         "--checkpoint_dir", type=Path, metavar="DIR",
         help="a folder, also one of the Hugging Face cache, or a MiniMind .pth file",
     )  # fmt: skip
-    source.add_argument("--families", action="store_true", help="list the families of models that can be run")
+    source.add_argument(
+        "--families", action="store_true", help="list the families of models that can be run; default: convert one"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of --repo; default: main")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored")

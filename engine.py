@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attention import DECODE_QUERIES, LOOKBACK
+from attention import DECODE_QUERIES, LOOKBACK, KVCache
 from compiled import CompiledFunction, fresh, kernels_together, prepare_compiler, without_collection
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
@@ -63,7 +63,7 @@ class Stats:
     time_to_first_token: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    bytes_read: int = 0  # weights and cache that the steps read
+    bytes_read: int = 0  # weights and cache that the steps read; of experts those of one row
     steps: int = 0  # of a row
     speculated: int = 0  # those of them that proposed tokens
     proposed: int = 0  # tokens, and how many of them were accepted
@@ -248,7 +248,7 @@ class Engine:
             if len(hidden) == (len(request.prompt) if request.echo else 1):
                 if row != source:
                     self.copy_row(source, row, 0, len(request.prompt))
-                for ring, content in zip(self._rings(row), rings, strict=True):
+                for ring, content in zip(self._ring_contents(row, len(request.prompt)), rings, strict=True):
                     ring.copy_(content)
                 return hidden
         self._prefilled = None  # Ctrl-C may end this in the middle
@@ -258,22 +258,33 @@ class Engine:
             seen = max(request.start - CATCH_UP, 0)
             self._run(self.draft, row, [*request.context[seen:], *request.prompt], seen, every=False)
         if not request.context:
-            self._prefilled = (request.prompt, row, hidden, [ring.clone() for ring in self._rings(row)])
+            rings = [content.clone() for content in self._ring_contents(row, len(request.prompt))]
+            self._prefilled = (request.prompt, row, hidden, rings)
         return hidden
 
-    def _rings(self, row: int) -> list[Tensor]:
-        """A row of all caches that are rings, [kv_heads, T, head_dim] each."""
+    @property
+    def _rings(self) -> list[KVCache]:
         caches = [layer.attention.kv_cache for model in self.models for layer in model.layers]
-        return [part[row] for cache in caches if cache.is_ring for part in (cache.k, cache.v)]
+        return [cache for cache in caches if cache.is_ring]
 
-    def can_resume(self, cached: int, start: int) -> bool:
-        """Whether a row with `cached` positions may go on from `start`: rings do not hold what was long ago."""
-        return self.keeps_all or cached - start <= LOOKBACK - DECODE_QUERIES
+    def _ring_contents(self, row: int, length: int) -> list[Tensor]:
+        """What rings hold of a text of so many positions in a row, [kv_heads, at most length, head_dim] each."""
+        return [part[row, :, :length] for ring in self._rings for part in (ring.k, ring.v)]
 
     @property
     def keeps_all(self) -> bool:
         """Whether no cache is a ring."""
-        return not self._rings(0)
+        return not self._rings
+
+    def can_resume(self, cached: int, start: int, length: int) -> bool:
+        """Whether a row with `cached` positions may go on from `start` with a prompt that ends at `length`: rings do
+        not hold what was long ago, and keys that were rotated for a shorter text do not fit a longer one."""
+        for rope in (rope for model in self.models for rope in model.config.ropes):
+            if rope.by_length(length) and not (rope.type == "longrope" and start > rope.original_length):
+                return False
+        overshoot = LOOKBACK - DECODE_QUERIES  # positions that steps may have written beyond `cached`
+        nothing_lost = all(cached + overshoot < ring.k.shape[2] for ring in self._rings)
+        return nothing_lost or cached - start <= DECODE_QUERIES
 
     def _run(self, model: Transformer, row: int, tokens: list[int], start: int, every: bool) -> Tensor:
         """Runs tokens from position `start` into a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""

@@ -78,8 +78,9 @@ def quantized_shapes(
 
     int8: `.weight` [out, in], `.scales` [out] or, in groups, [out, in / group], w = q * scale. int4: `.weight` uint8
     [out, in / 2], even inputs in the low halves of the bytes, `.scales` and `.zeros` [out, in / group],
-    w = (q - zero) * scale. mxfp4: the same without zeros. Experts have one more dimension before these. A layer in
-    groups that is among the `ordered` has `.order` int32 [in] as well: its weight is for the inputs x[..., order].
+    w = (q - zero) * scale. mxfp4: as int4, but without zeros, w = FP4_VALUES[q] * scale. Experts have one more
+    dimension before these. A layer in groups that is among the `ordered` has `.order` int32 [in] as well: its weight is
+    for the inputs x[..., order].
     """
     plain = expected_shapes(config)
     if "output" in quantized and config.tied:  # it gets a weight of its own; the embedding stays as it is
@@ -106,8 +107,8 @@ def quantized_shapes(
 
 
 def is_quantizable(layer: str, shape: tuple[int, ...]) -> bool:
-    """Whether a layer with a weight of this shape may be quantized: all that are read whole at each step, but for what
-    chooses among experts."""
+    """Whether a layer with a weight of this shape may be quantized: all that multiply, but for what chooses among
+    experts."""
     is_embedding = layer in ("tok_embeddings", "pos_embeddings")
     chooses = layer.endswith((".router", ".shared_gate"))
     return len(shape) in (2, 3) and not is_embedding and not chooses and not layer.endswith("_norm")

@@ -7,7 +7,7 @@
 
 Every row of a batch stands at a position of its own. Attention masks by position, so whatever lies in the cache beyond
 a row's position is never seen: ragged prompts need no left padding and a rollback is only a smaller position, of at
-most attention.LOOKBACK where layers have windows.
+most DECODE_QUERIES where layers have windows.
 """
 
 import torch

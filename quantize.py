@@ -221,7 +221,7 @@ def read_calibration(path: Path, folder: Path, config: ModelConfig, device: torc
             " give a longer text as --calibration"
         )
     # Between blocks the activations of all windows, within one a Hessian and what it is factored with.
-    copies = 2 if config.experts else 1  # experts take their inputs from all windows
+    copies = 3 if config.experts else 1  # experts take their inputs from all windows, which are put together
     check_memory(4 * copies * count * length * config.dim + 40 * widest**2, f"calibrating on {path}", device)
     return tokens[: count * length].view(count, length)
 

@@ -53,9 +53,6 @@ class MxTensor:
                 raise UserError(f"tensor {name + part!r} is {found.dtype}, not torch.uint8; get the weights again")
         return cls(name, {part: tensors[name + part] for part in expected}, shape, by_turns)
 
-    def is_exact(self) -> bool:
-        return True
-
     def read(self, kind: str) -> Iterator[Tensor]:
         """One expert after the other. UserError when a scale is not a number."""
         for i in range(self.shape[0]):

@@ -210,7 +210,7 @@ def plan_tensors(
                 linear = quantized_linear(form, wanted.stem, tensors, wanted.shape)
                 used |= {f"{linear.name}.{part}" for part in linear.tensors}
                 pieces.append(Piece(linear))
-            elif wanted.name + BLOCKS in tensors:
+            elif len(wanted.shape) == 3 and wanted.name + BLOCKS in tensors:
                 pieces.append(Piece(MxTensor.of(wanted.name, tensors, shape, "gate_up" in wanted.name)))
                 used |= {wanted.name + BLOCKS, wanted.name + SCALES}
             else:

@@ -327,6 +327,21 @@ def test_longrope_beyond_the_trained_length(cached, tokenizer, name):
         assert new == theirs, len(request.prompt)
 
 
+@pytest.mark.parametrize("name", ["phi3-longrope", "gemma2"])
+def test_what_a_row_may_go_on_from(cached, name):
+    """Not from keys that were rotated for a shorter text, and not from positions that a ring has lost."""
+    _, folder = cached(name)
+    engine = Engine(load_model(folder))
+    engine.setup(1, 256)
+    if name == "gemma2":  # with a window of 7: rings of 55 slots
+        assert engine.can_resume(cached=20, start=0, length=30) and engine.can_resume(cached=200, start=190, length=210)
+        assert not engine.can_resume(cached=200, start=180, length=210)
+    else:
+        assert engine.can_resume(cached=40, start=0, length=ORIGINAL)
+        assert not engine.can_resume(cached=40, start=40, length=ORIGINAL + 1)
+        assert engine.can_resume(cached=200, start=ORIGINAL + 1, length=210)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled, and several ranks
 
