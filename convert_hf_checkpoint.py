@@ -458,9 +458,7 @@ def main() -> None:
         "--checkpoint_dir", type=Path, metavar="DIR",
         help="a folder, also one of the Hugging Face cache, or a MiniMind .pth file",
     )  # fmt: skip
-    source.add_argument(
-        "--families", action="store_true", help="list the families of models that can be run; default: convert one"
-    )
+    source.add_argument("--families", action="store_true", help="list what can be run; default: convert")
     parser.add_argument("--revision", help="branch, tag or commit of --repo; default: main")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored")
