@@ -56,13 +56,18 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int, device: torch.device | s
     return freqs
 
 
-def rope_angles(rope: RopeConfig, freqs: Tensor, input_pos: Tensor, padding: int = -1) -> tuple[Tensor, Tensor]:
+def rope_angles(
+    rope: RopeConfig, freqs: Tensor, input_pos: Tensor, padding: int = -1, reached: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [B, S, 1, rotary_dim / 2], of positions [B, S]; `padding` is the padding position.
 
-    `dynamic` and `longrope` depend on the length that each row has reached; keys in the cache stay as they are.
+    `dynamic` and `longrope` depend on the length `reached` [B] by each row, by default with these positions; keys in
+    the cache stay as they are.
     """
     if rope.type in ("dynamic", "longrope"):
-        reached = input_pos.masked_fill(input_pos == padding, 0).amax(dim=1)[:, None, None] + 1
+        if reached is None:
+            reached = input_pos.masked_fill(input_pos == padding, 0).amax(dim=1) + 1
+        reached = reached[:, None, None]
         if rope.type == "dynamic":
             # NTK scaling: past the trained length the base grows.
             half = freqs.shape[0]

@@ -39,8 +39,8 @@ class RopeConfig:
     query_beta: float = 0.0  # queries grow by beta * log(1 + position // original_length)
 
     def by_length(self, length: int) -> bool:
-        """Whether a position's angles depend on how long the text is, up to this length: then a prompt has to be taken
-        as a whole, and tokens that are only proposed would change the others."""
+        """Whether a position's angles depend on how long the text is, up to this length: then the keys of a shorter
+        text do not fit, and tokens that are only proposed would change the others."""
         return self.type == "dynamic" or (self.type == "longrope" and length > self.original_length)
 
 

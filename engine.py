@@ -288,10 +288,9 @@ class Engine:
 
     def _run(self, model: Transformer, row: int, tokens: list[int], start: int, every: bool) -> Tensor:
         """Runs tokens from position `start` into a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""
-        # Where RoPE depends on the length reached, a prompt can't be taken in chunks.
-        whole = model.config.by_length(start + len(tokens))
-        chunk = len(tokens) if whole else PREFILL_LENGTHS[-1]
-        pads = self.fixed_lengths and not whole and not every
+        length, chunk = start + len(tokens), PREFILL_LENGTHS[-1]
+        reached = torch.tensor([length], device=self.device) if model.config.by_length(length) else None
+        pads = self.fixed_lengths and not every
         rows = None if model.max_batch_size == 1 else torch.tensor([row], device=self.device)
         hidden = []
         for offset in range(0, len(tokens), chunk):
@@ -308,10 +307,10 @@ class Engine:
                 for tensor in (input_ids, input_pos):
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
             if every:
-                hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows)[0])
+                hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows, reached)[0])
             else:
                 only = torch.tensor([count - 1], device=self.device)
-                hidden = [self._hidden[model](input_ids, input_pos, key_pos, only, rows)[0]]
+                hidden = [self._hidden[model](input_ids, input_pos, key_pos, only, rows, reached)[0]]
         return torch.cat(hidden)
 
     @torch.no_grad()

@@ -368,14 +368,15 @@ class Transformer(nn.Module):
         key_pos: Tensor | None = None,
         only: Tensor | None = None,
         rows: Tensor | None = None,
+        reached: Tensor | None = None,
     ) -> Tensor:
         """The normalized output of the last layer, [B, S, dim]; with `only` [B] that of one token a row, [B, 1, dim].
 
         A prefill needs no more, and saves most of the last layer's work. `rows` [B] are the rows of the cache that the
-        tokens belong to, by default the first B.
+        tokens belong to, by default the first B. `reached` [B]: see rope_angles; of a prompt in chunks its length.
         """
         x = self.embed(tokens, input_pos)
-        angles = self.angles(input_pos)
+        angles = self.angles(input_pos, reached)
         key_pos = self.key_pos if key_pos is None else key_pos
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
@@ -391,11 +392,13 @@ class Transformer(nn.Module):
             x = x + self.pos_embeddings(input_pos.clamp(max=self.config.context_length - 1))
         return x
 
-    def angles(self, input_pos: Tensor) -> list[tuple[Tensor, Tensor] | tuple[None, None]]:
+    def angles(
+        self, input_pos: Tensor, reached: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor] | tuple[None, None]]:
         """cos and sin of each layer at positions [B, S], None where it has no RoPE."""
         config, kinds = self.config, []
         for i, rope in enumerate(config.ropes if config.rotary_dim else []):
-            kinds.append(rope_angles(rope, getattr(self, f"rope_freqs_{i}"), input_pos, self.max_seq_length))
+            kinds.append(rope_angles(rope, getattr(self, f"rope_freqs_{i}"), input_pos, self.max_seq_length, reached))
         ropes = [config.rope_of(i) for i in range(config.n_layers)]
         return [(None, None) if rope is None else kinds[rope] for rope in ropes]
 

@@ -312,10 +312,11 @@ def test_beams(cached, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", LONGROPE)
-def test_longrope_beyond_the_trained_length(cached, tokenizer, name):
+def test_longrope_beyond_the_trained_length(cached, tokenizer, monkeypatch, name):
     """A prompt that is longer has its long factors from the first token on; one that grows longer gets them then, and
     the keys in the cache stay as they were rotated, as in transformers' forward. (Its generate takes the text anew.)"""
     made, folder = cached(name)
+    monkeypatch.setattr("engine.PREFILL_LENGTHS", (32,))  # which cuts the first prompt in three
     requests = [Request(ids(length, length), GREEDY, 24) for length in (ORIGINAL + 30, ORIGINAL - 10, 10)]
     engine = set_up(Engine(load_model(folder)), requests, batch_size=1, max_seq_length=256)
     for request, new in zip(requests, ids_of(run_rows(engine, tokenizer, requests)), strict=True):
