@@ -76,9 +76,8 @@ class ModelConfig:
     norm_place: str = "before"  # attention and feed-forward; "after" them, or "both"
     parallel: bool = False  # attention and feed-forward have the same input, and both are added to it
     shared_norm: bool = False  # by way of the same norm
-    qk_norm: str = (
-        ""  # over each head of q and k, before RoPE: "head", "heads" with weights of their own; "all" at once
-    )
+    # Of q and k, before RoPE: "" none; "head", each head; "heads", each with weights of its own; "all" of them at once.
+    qk_norm: str = ""
     qk_norm_bias: bool = False
     qkv_bias: bool = False
     wo_bias: bool = False

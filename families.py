@@ -58,7 +58,7 @@ class Family:
     # every sliding_window_pattern-th. "always": all, and there are no layer_types.
     windows: str = "none"
     window_pattern: int = 0  # of windows "pattern", where no field says so
-    window_theta: str = ""  # the field with the base of RoPE in layers with a window, which is then never stretched
+    window_theta: str = ""  # the field with the base of RoPE in layers with a window, which has a RoPE of its own
     rotated: str = "all"  # layers with RoPE: "all"; "windows", those with one; "listed" in no_rope_layers; "none"
     experts: ExpertFields | None = None
     use_experts: str = ""  # the field that says whether it has them, where one does
