@@ -1,7 +1,7 @@
 """The experts of gpt-oss: 4-bit floats in groups of 32 that share a power of two, which is our form `mxfp4`.
 
     tensor = MxTensor.of("model.layers.0.mlp.experts.down_proj", tensors, shape, by_turns=False)
-    for expert in tensor.read("weight"): ...                # uint8 [1, out, in / 2]; "scales" bfloat16 [1, out, in / 32]
+    for expert in tensor.read("weight"): ...  # uint8 [1, out, in / 2]; "scales" bfloat16 [1, out, in / 32]
 
 Stored are `NAME_blocks` uint8 [experts, out, in / 32, 16], two codes in a byte, the even input in the low half, and
 `NAME_scales` uint8 [experts, out, in / 32], exponents plus 127: https://www.opencompute.org/documents/
