@@ -141,10 +141,10 @@ class Attention(nn.Module):
             if self.rope.query_beta:
                 far = (input_pos // self.rope.original_length)[:, :, None, None].float()
                 q = q * (1 + self.rope.query_beta * far.log1p()).to(q.dtype)
-        y = self.attend(q, k, v, input_pos, key_pos, only, rows)
+        y = self.attend_cached(q, k, v, input_pos, key_pos, only, rows)
         return self.wo(y.view(*y.shape[:2], -1))
 
-    def attend(
+    def attend_cached(
         self,
         q: Tensor,
         k: Tensor,

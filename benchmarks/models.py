@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoint import quantized_layer
 from config import ModelConfig
 from errors import UserError
 from files import check_memory
 from kernels import Int4Linear, Int8Linear
 from kernels.experts import Int4Experts, Int8Experts
 from kernels.packing import allocate
-from layout import is_quantizable
+from layout import Form, is_quantizable
 from model import ExpertsLinear, Linear, Transformer, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, quantize_int8, stored_int4, to_levels
 from tp import ALONE, Group
@@ -132,7 +133,7 @@ def quantize_model(model: Transformer, mode: str, groupsize: int) -> Transformer
 
 def quantize_layer(name: str, weight: Tensor, bias: Tensor | None, mode: str, groupsize: int) -> nn.Module:
     """The layer with a weight [out, in], or [experts, out, in]."""
-    inputs, of_experts = weight.shape[-1], weight.ndim == 3
+    inputs = weight.shape[-1]
     if mode == "int4" and inputs % groupsize:
         raise UserError(f"--groupsize {groupsize} does not divide the {inputs} inputs of {name}")
     rows = weight.flatten(0, -2).split(1024)
@@ -141,10 +142,8 @@ def quantize_layer(name: str, weight: Tensor, bias: Tensor | None, mode: str, gr
     else:
         parts = (stored_int4(*round_int4(some.float(), groupsize)) for some in rows)
     whole = (torch.cat(part).unflatten(0, weight.shape[:-1]) for part in zip(*parts, strict=True))
-    whole = [part.to(weight.device) for part in whole]
-    if mode == "int8":
-        return (Int8Experts if of_experts else Int8Linear).from_canonical(*whole, bias)
-    return (Int4Experts if of_experts else Int4Linear).from_canonical(*whole, inputs, groupsize, bias)
+    packed, *grid = (part.to(weight.device) for part in whole)
+    return quantized_layer(Form(8) if mode == "int8" else Form(4, groupsize), packed, grid, bias, None)
 
 
 def round_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:

@@ -197,8 +197,10 @@ class QuantizedLinear:
 
     def read(self, part: str) -> Iterator[Tensor]:
         """`weight` uint8 [out, in / 2] or int8 [out, in], in runs of rows; `zeros` uint8 [out, groups], of int4;
-        `scales` [out, groups] as they are."""
-        if part == "weight":
+        `scales` [out, groups] as they are; `order` int32 [in]."""
+        if part == "order":
+            yield self.order
+        elif part == "weight":
             for levels in self.levels(self.tensors["qweight"].read()):
                 yield pack_nibbles(levels) if self.form.bits == 4 else (levels ^ 128).view(torch.int8)
         else:

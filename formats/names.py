@@ -93,10 +93,8 @@ class Piece:
 
     def read(self, kind: str) -> Iterable[Tensor]:
         """The rows, in runs; of a quantized layer those of its tensor of that `kind` (weight, scales, zeros, order)."""
-        if isinstance(self.tensor, MxTensor):
+        if isinstance(self.tensor, Quantized):
             return self.tensor.read(kind)
-        if isinstance(self.tensor, QuantizedLinear):
-            return [self.tensor.order] if kind == "order" else self.tensor.read(kind)
         if self.transform is None:
             return slices(self.tensor)
         if self.stacked:

@@ -4,12 +4,8 @@ On the GPU if there is one, else in Triton's interpreter, in a process of its ow
 compiled for one. test_kernels_cuda.py says more, and holds what both need.
 """
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +13,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from test_kernels_cuda import DEVICE, DTYPES, Compiler, check_compiled, gpu, int4_weight, no_gpu, runs
+from test_kernels_cuda import (
+    DEVICE,
+    DTYPES,
+    Compiler,
+    check_compiled,
+    gpu,
+    int4_weight,
+    no_gpu,
+    run_in_the_interpreter,
+    runs,
+)
 
 import kernels
 from kernels import cuda, cuda_experts, packing
 
-ROOT = Path(__file__).parent.parent
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 KERNELS = ("_sort", "_few", "_few_int4", "_many")
 KINDS = ("floats", "int8", "int8 in groups", "int4 same", "int4 bytes", "int4 floats", "int4 fp4")
@@ -31,10 +36,7 @@ KINDS = ("floats", "int8", "int8 in groups", "int4 same", "int4 bytes", "int4 fl
 @pytest.mark.slow
 @no_gpu
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,12 @@ no_gpu = pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="fo
 @pytest.mark.slow
 @no_gpu
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run_in_the_interpreter(__file__)
+
+
+def run_in_the_interpreter(file: str) -> None:
+    """The tests of a file, which must pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
