@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ from errors import ArgumentParser, UserError, log
 from families import FAMILIES, WRAPPERS
 from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
 from formats import minimind
-from formats.gptq_awq import read_format
 from formats.hub import (
     CONFIG_FILES,
     TOKENIZER_FILES,
@@ -49,8 +49,10 @@ from formats.hub import (
     download,
     refuse_other_kinds,
 )
-from formats.names import Piece, Quantized, Source, plan_tensors, settle_tie, slices, text_names
+from formats.names import Piece, Source, plan_tensors, settle_tie, slices, text_names
+from formats.packed import Packed
 from formats.pickled import PickledFiles
+from formats.quantized import collapse, read_quantization
 from layout import FORMAT, VERSION, Form, quantized_shapes
 from tokenizer import load_tokenizer
 from weights import check_index, read_header, read_index, read_safetensors
@@ -108,12 +110,14 @@ def open_weights(folder: Path, weights: Weights) -> dict[str, Source]:
 
 
 def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> torch.dtype:
-    """The dtype that is stored. A checkpoint of ours has one: where the source mixes, that of config.json."""
-    tensors = [piece.tensor for pieces in plan.values() for piece in pieces]
-    stored = {tensor.dtype for tensor in tensors if not isinstance(tensor, Quantized)}
-    if len(stored) > 1:
+    """The dtype of all that is not quantized. A checkpoint of ours has one: where the source mixes, or holds what can
+    only be dequantized, that of config.json."""
+    tensors = [piece.tensor for pieces in plan.values() for piece in pieces if piece.form is None]
+    stored = {None if isinstance(tensor, Packed) else tensor.dtype for tensor in tensors}
+    if len(stored) > 1 or None in stored:
         named = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
-        stored = {named or plan["tok_embeddings.weight"][0].tensor.dtype}
+        embedding = plan["tok_embeddings.weight"][0].tensor
+        stored = {named or (torch.bfloat16 if isinstance(embedding, Packed) else embedding.dtype)}
     return torch.float32 if stored == {torch.float64} else stored.pop()
 
 
@@ -165,6 +169,8 @@ def convert(
     if (source / "adapter_config.json").is_file():
         log(f"warning: the LoRA adapter in {source} is not applied; merge it into the model to have it converted")
     raw_config = minimind.read_config(source / "config.json", tensors)
+    fields = read_quantization(raw_config, source)
+    tensors = collapse(fields, tensors)
     declared = ModelConfig.from_hf(raw_config)
     for name in unknown_fields(raw_config):
         log(f"warning: config.json: {name}: this field is unknown and is ignored; check that it does not matter")
@@ -174,8 +180,7 @@ def convert(
     if config.tied != declared.tied:
         own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
         own["tie_word_embeddings"] = config.tied
-    form = read_format(raw_config, source)
-    plan = plan_tensors(config, tensors, names, form)
+    plan = plan_tensors(config, tensors, names)
     dtype = dtype or choose_dtype(raw_config, plan)
     check_tokenizer(source, config)
 
@@ -186,8 +191,8 @@ def convert(
     dtype_name = str(dtype).removeprefix("torch.")
     metadata = {"format": FORMAT, "version": VERSION, "dtype": dtype_name}
     if quantized:
-        forms = {layer: quantized_form.name for layer, quantized_form in quantized.items()}
-        metadata |= {"mode": form.method if form else "mxfp4", "quantized": json.dumps(forms)}
+        forms = {layer: form.name for layer, form in quantized.items()}
+        metadata |= {"mode": fields["quant_method"], "quantized": json.dumps(forms)}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
     kept: list[str] = []
 
@@ -210,30 +215,45 @@ def convert(
 
     replace_folder(path, write)
     parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
-    kind = dtype_name
-    if quantized:
-        kind = f"int{form.bits} ({form.method.upper()}) and {kind}" if form else f"MXFP4 and {kind}"
+    forms = ", ".join(dict.fromkeys(form.name for form in quantized.values()))
+    kind = f"{forms} ({metadata['mode']}) and {dtype_name}" if quantized else dtype_name
     return (
         f"wrote {out}: {parameters / 1e6:,.1f} M parameters, {kind}, {gb(size)}"
         + (f" (unchanged, so kept: {', '.join(kept)})" if kept else "")
+        + dequantized_layers(plan, dtype)
         + f'; try: python generate.py --checkpoint_path {shlex.quote(str(out))} --prompt "Hello"'
     )
+
+
+def dequantized_layers(plan: Mapping[str, list[Piece]], dtype: torch.dtype) -> str:
+    """Names what was quantized in the source and is not any more, of which kinds it was and how large it has become."""
+    sizes: dict[str, int] = defaultdict(int)
+    for ours, pieces in plan.items():
+        packed = [piece.tensor for piece in pieces if piece.form is None and isinstance(piece.tensor, Packed)]
+        if packed:
+            layers = re.sub(r"layers\.\d+\.", "", ours).removesuffix(".weight")
+            kinds = ", ".join(dict.fromkeys(tensor.kind for tensor in packed))
+            sizes[f"{layers} ({kinds})"] += sum(math.prod(piece.tensor.shape) for piece in pieces) * dtype.itemsize
+    return f"; as floats now: {', '.join(f'{name} {gb(size)}' for name, size in sizes.items())}" if sizes else ""
 
 
 def stored_tensors(
     config: ModelConfig, plan: Mapping[str, list[Piece]], dtype: torch.dtype
 ) -> tuple[Stored, dict[str, Form]]:
     """What is written: name -> dtype and shape; and the layers of it that are quantized, and how."""
-    linears = {name.removesuffix(".weight"): [piece.tensor for piece in pieces] for name, pieces in plan.items()
-               if isinstance(pieces[0].tensor, Quantized)}  # fmt: skip
-    quantized = {layer: parts[0].stored for layer, parts in linears.items()}
-    ordered = [layer for layer, parts in linears.items() if parts[0].order is not None]
+    layers = {
+        name.removesuffix(".weight"): [piece.tensor for piece in pieces]
+        for name, pieces in plan.items()
+        if pieces[0].form is not None
+    }
+    quantized = {layer: plan[f"{layer}.weight"][0].form for layer in layers}
+    ordered = [layer for layer, parts in layers.items() if parts[0].order is not None]
     stored = {}
     for name, shape in quantized_shapes(config, quantized, ordered).items():
         layer, _, kind = name.rpartition(".")
         stored[name] = dtype, shape
         if layer in quantized and kind != "bias":
-            scales = functools.reduce(torch.promote_types, (part.scale_dtype for part in linears[layer]))
+            scales = functools.reduce(torch.promote_types, (part.scale_dtype for part in layers[layer]))
             dtypes = {"scales": scales, "zeros": torch.uint8, "order": torch.int32}
             stored[name] = dtypes.get(kind, quantized[layer].weight_dtype), shape
     return stored, quantized

@@ -20,7 +20,7 @@ from pathlib import Path
 from config import ModelConfig
 from errors import UserError
 from files import check_disk, read_json
-from formats import gptq_awq
+from formats import quantized
 from weights import read_index
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -99,7 +99,7 @@ def fetch(repo: str, revision: str | None) -> Path:
         patterns = [glob.escape(name) for name in names]
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=4))
 
-    small = [*CONFIG_FILES, *gptq_awq.CONFIG_FILES, *TOKENIZER_FILES]
+    small = [*CONFIG_FILES, *quantized.CONFIG_FILES, *TOKENIZER_FILES]
     indexes = [name for name in sizes if any(fnmatch.fnmatchcase(name, f"{form}.index.json") for form in WEIGHT_FILES)]
     refuse_other_kinds(sizes, repo)
     # By the name of the branch, which the cache then knows offline as well; what follows is of the same commit.
@@ -107,7 +107,7 @@ def fetch(repo: str, revision: str | None) -> Path:
     files = choose_weights(sizes, repo, lambda index: read_index(folder / index)).files
     if "config.json" in sizes and "dim" not in (config := read_json(folder / "config.json")):  # MiniMind's first has it
         ModelConfig.from_hf(config)
-        gptq_awq.read_format(config, folder)
+        quantized.read_quantization(config, folder)
     missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=folder.name)]
     check_disk(sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
     return get(files, folder.name)

@@ -232,7 +232,7 @@ def same_logits(out: Path, reference: transformers.PreTrainedModel) -> None:
 def test_gptq(tmp_path, version, symmetric, act_order):
     model = make(tmp_path / "in", Maker(version, 32, symmetric, act_order))
     message = convert(tmp_path / "in", tmp_path / "out")
-    assert " M parameters, int4 (GPTQ) and float16, 0.1 MB; try" in message
+    assert " M parameters, int4-g32 (gptq) and float16, 0.1 MB; try" in message
     same_weights(tmp_path / "out", model)
     same_logits(tmp_path / "out", model)
     tensors, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
@@ -252,7 +252,7 @@ def test_gptq_of_8_bits(tmp_path, version, groupsize, act_order, form):
     widths = dict(hidden_size=384, intermediate_size=192 if groupsize == -1 else 384, num_attention_heads=8)
     maker = Maker(version, groupsize, symmetric=True, act_order=act_order, bits=8)
     model = make(tmp_path / "in", maker, "Qwen2", num_hidden_layers=1, **widths)
-    assert " M parameters, int8 (GPTQ) and float16, " in convert(tmp_path / "in", tmp_path / "out")
+    assert " (gptq) and float16, " in convert(tmp_path / "in", tmp_path / "out")
     same_weights(tmp_path / "out", model)
     same_logits(tmp_path / "out", model)
     tensors, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
@@ -286,7 +286,7 @@ def test_gptq_of_8_bits_that_is_not_symmetric(tmp_path, capsys, version):
 def test_awq(tmp_path, family):
     changes = {"modules_to_not_convert": ["lm_head"]} if family == "Llama" else {}
     model = make(tmp_path / "in", Maker("awq", 32), family, config=changes)
-    assert "int4 (AWQ) and float16" in convert(tmp_path / "in", tmp_path / "out")
+    assert "int4-g32 (awq) and float16" in convert(tmp_path / "in", tmp_path / "out")
     same_weights(tmp_path / "out", model)
     same_logits(tmp_path / "out", model)
     assert read_header(tmp_path / "out" / "model.safetensors")[1]["mode"] == "awq"
@@ -592,7 +592,7 @@ def test_hub(tmp_path):
     with FakeHub(tmp_path / "hub") as hub:
         environment = os.environ | hub.env(tmp_path / "home")
         done = run_script("--repo", "org/good", cwd=tmp_path, env=environment)
-        assert done.returncode == 0 and "int4 (GPTQ)" in done.stderr, done.stderr
+        assert done.returncode == 0 and "int4-g32 (gptq)" in done.stderr, done.stderr
         hub.requests.clear()
         assert "quantize_config.json: bits 3" in error_line(
             run_script("--repo", "org/bad", cwd=tmp_path, env=environment)
