@@ -46,50 +46,53 @@ class Scheme:
 
 
 def refused(what: str) -> UserError:
-    return UserError(f"config.json: {what} is not supported in compressed-tensors; convert the original model")
+    return UserError(
+        f"config.json: quantization_config: {what} is not supported in compressed-tensors; convert the original model"
+    )
 
 
 def read_schemes(fields: Mapping[str, Any]) -> dict[str, Scheme]:
     """The scheme of each target of `config_groups`. UserError names what is not supported."""
-    fields = check_fields(fields)
+    check_format(fields.get("format") or "dense")
+    sparsity = fields.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise refused(f"sparsity_config {sparsity!r}")
+    for name in ("transform_config", "moe_sparsity_config"):
+        if isinstance(fields.get(name), dict) and not any(fields[name].values()):
+            continue
+        if fields.get(name):
+            raise refused(f"{name} {fields[name]!r}")
     groups = fields.get("config_groups") or {}
     if not isinstance(groups, dict):
         raise refused(f"config_groups {groups!r}")
     schemes: dict[str, Scheme] = {}
-    activations = bool(fields.get("kv_cache_scheme"))
     for name, group in groups.items():
         targets = group.get("targets") if isinstance(group, dict) else None
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise refused(f"config_groups: {name}: {group!r}")
         check_format(group.get("format") or "dense")
-        activations = activations or bool(group.get("input_activations") or group.get("output_activations"))
         if group.get("weights"):
             schemes |= dict.fromkeys(targets, read_scheme(group["weights"], f"config_groups: {name}: weights"))
-    if activations:
-        log("activations or the KV cache, which this checkpoint quantizes as well, stay floats here")
     return schemes
 
 
-def check_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What holds for all layers, from `quantization_config` or from the one that is nested in it."""
-    if isinstance(fields.get("quantization_config"), dict):
-        fields = fields["quantization_config"]
-    check_format(fields.get("format") or "dense")
-    sparsity = fields.get("sparsity_config") or {}
-    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
-        raise refused(f"sparsity_config {sparsity!r}")
-    transforms = fields.get("transform_config") or {}
-    if not isinstance(transforms, dict) or transforms.get("config_groups", transforms):
-        raise refused(f"transform_config {transforms!r}")
-    if fields.get("moe_sparsity_config"):
-        raise refused(f"moe_sparsity_config {fields['moe_sparsity_config']!r}")
+def outer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`quantization_config`, or the one that some versions nest in it."""
+    nested = fields.get("quantization_config")
+    return nested if isinstance(nested, dict) else fields
+
+
+def tell(fields: Mapping[str, Any]) -> None:
+    """Logs what is ignored in fields that read_schemes has accepted."""
+    groups = (fields.get("config_groups") or {}).values()
+    if fields.get("kv_cache_scheme") or any(g.get("input_activations") or g.get("output_activations") for g in groups):
+        log("this checkpoint quantizes activations or the KV cache as well; here they stay floats")
     for name, value in fields.items():
         if name not in KNOWN and value:
             log(
                 f"warning: config.json: quantization_config: {name}: this field is unknown and is ignored; check that"
                 " it does not matter"
             )
-    return fields
 
 
 def check_format(name: object) -> None:
