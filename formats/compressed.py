@@ -90,6 +90,7 @@ class Compressed:
     form: Form | None = None
     order: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    zero_dtype: torch.dtype = torch.uint8
 
     @property
     def kind(self) -> str:

@@ -168,6 +168,7 @@ class QuantizedLinear:
     groupsize: int  # in our layout
     order: Tensor | None
     dtype: torch.dtype = torch.float32
+    zero_dtype: torch.dtype = torch.uint8
 
     @property
     def kind(self) -> str:
@@ -239,6 +240,8 @@ def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[s
     parts = {f"{stem}.{part}" for stem in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
     collapsed = {name: tensor for name, tensor in tensors.items() if name not in parts}
     for stem, layer in layers.items():
+        if f"{stem}.weight" in tensors:
+            raise UserError(f"tensor '{stem}.weight' is unexpected beside '{stem}.qweight'; get the weights again")
         collapsed[f"{stem}.weight"] = layer
     return collapsed
 
