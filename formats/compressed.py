@@ -45,7 +45,7 @@ ACTIVATIONS = re.compile(r"(input|output|q|k|v)_(scale|zero_point|global_scale)"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # e2m3: a sign, two bits of exponent, three of mantissa. (OCP Microscaling Formats, version 1.0)
 FP6_VALUES = [sign * (m + 8 * (e > 0)) / 8 * 2 ** max(e - 1, 0) for sign in (1, -1) for e in range(4) for m in range(8)]
-NAN = 255  # among the exponents of MX formats
+POWERS = torch.float8_e8m0fnu  # of two, the scales of MX formats, which the library calls uint8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,13 +97,13 @@ class Compressed:
         scale = self.tensors["weight_scale"].dtype
         if not self.scheme.floats:
             return f"int{self.scheme.bits}"
-        prefix = "mx" if scale == torch.uint8 else "nv" if "weight_global_scale" in self.tensors else ""
+        prefix = "mx" if scale in (torch.uint8, POWERS) else "nv" if "weight_global_scale" in self.tensors else ""
         return f"{prefix}fp{self.scheme.bits}"
 
     @property
     def scale_dtype(self) -> torch.dtype:
         stored = self.tensors["weight_scale"].dtype
-        if stored == torch.uint8:
+        if stored in (torch.uint8, POWERS):
             return torch.bfloat16  # which has every power of two that there may be
         return stored if stored in FLOATS and "weight_global_scale" not in self.tensors else torch.float32
 
@@ -195,12 +195,9 @@ class Compressed:
     def scales(self, start: int, stop: int) -> Tensor:
         """Of rows start:stop, [rows, groups]."""
         values = self.grid("weight_scale", start, stop)
-        finite = values != NAN if values.dtype == torch.uint8 else values.float().isfinite()
-        if not bool(finite.all()):
+        values = (values.view(POWERS) if values.dtype == torch.uint8 else values).to(self.scale_dtype)
+        if not bool(values.isfinite().all()):
             raise self.damaged("weight_scale", "holds NaN or infinity")
-        if values.dtype == torch.uint8:
-            return torch.exp2(values.double() - 127).to(self.scale_dtype)
-        values = values.to(self.scale_dtype)
         if "weight_global_scale" in self.tensors:
             whole = self.tensors["weight_global_scale"].read().float().reshape(())
             if not bool(whole.isfinite()) or not whole:
@@ -239,7 +236,8 @@ class Compressed:
         grid = -(-out // self.block[0]), self.groups
         shapes = {grid} | ({grid[:1]} if grid[1] == 1 else set()) | ({()} if grid == (1, 1) else set())
         floats = self.scheme.floats
-        expected = {"weight_scale": (shapes, (*FLOATS, *FLOAT8, torch.uint8) if floats else (*FLOATS, *FLOAT8))}
+        powers = (torch.uint8, POWERS) if floats else ()
+        expected = {"weight_scale": (shapes, (*FLOATS, *FLOAT8, *powers))}
         if "weight_zero_point" in self.tensors and not self.zeros_are_packed():
             integers = (torch.int8, torch.int16, torch.int32, torch.int64)
             expected["weight_zero_point"] = shapes, (*integers, *FLOATS, *FLOAT8) if floats else integers
@@ -300,9 +298,11 @@ def find_parts(name: str, scheme: Scheme, tensors: Mapping[str, Stored]) -> Comp
     if 32 % bits == 0 or inputs <= 32 // bits:
         ways = ways[:1]  # the two are one
     if len(ways) != 1:
+        fault = "may be packed in it in two ways; convert the original model"
         raise UserError(
-            f"tensor '{name}.weight_packed' has the shape {list(weight.shape)}, which does not tell how integers of"
-            f" {bits} bits of the '{name}.weight_shape' {shape or list(stored.shape)} are packed; get the weights again"
+            f"tensor '{name}.weight_packed' has the shape {list(weight.shape)}, and {bits}-bit integers of the shape"
+            f" {shape or list(stored.shape)} in '{name}.weight_shape'"
+            f" {fault if ways else 'do not fit in it; get the weights again'}"
         )
     return Compressed(name, scheme, tensors, (out, inputs), ways[0])
 
