@@ -32,7 +32,7 @@ from formats.gguf_blocks import UNPACKINGS
 from layout import Form
 from weights import CHUNK_BYTES
 
-MAX_HEADER_BYTES = 10**8  # the largest known have 16 MB, most of it the vocabulary
+MAX_HEADER_BYTES = 2**26  # the largest known have 16 MB, most of it the vocabulary
 MAX_COUNT = 2**16  # keys or tensors of one file
 MAX_TENSORS = 2**18  # of a model, each expert one
 MAX_ALIGNMENT = 2**16
@@ -86,12 +86,12 @@ class GgufTensor:
         return rows.view(self.dtype).view(-1, *self.shape[1:])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
-        data = np.empty(stop - start, np.uint8)
+        data = torch.empty(stop - start, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(self.offset + start)
-            if file.readinto(data) != len(data):
+            if file.readinto(data.numpy()) != len(data):
                 raise UserError(f"{self.path} was changed while it was read; start again")
-        return torch.from_numpy(data)
+        return data
 
 
 @dataclass(frozen=True, slots=True)

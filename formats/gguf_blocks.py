@@ -2,7 +2,7 @@
 
     unpacking = UNPACKINGS[GGMLQuantizationType.Q4_K]
     blocks                                                   # uint8 [rows, blocks, bytes], as they are in the file
-    weight = unpacking.codes(blocks)                         # uint8 [rows, in / 2], int8 [rows, in] where form.bits is 8
+    weight = unpacking.codes(blocks)                         # uint8 [rows, in / 2], or int8 [rows, in]
     scales, zeros = unpacking.grid(blocks)                   # [rows, in / 32]; no zeros unless the form has them
 
 A block of Q4_0, Q4_1, Q5_0, Q8_0 and MXFP4 holds 32 weights, one of Q4_K 256. Of 4-bit ones, the first half of 32 (of
