@@ -199,11 +199,13 @@ def open_gguf(path: Path) -> GgufFile:
     stored = 0
     for i, part in enumerate(paths):
         header = _read_header(part)
-        found = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
-        if found[1] != count or (count > 1 and found[0] != i):
+        number, total = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
+        if (total or 1) != count or (count > 1 and number != i):  # 0: the parts were merged
             meant = f"part {i + 1} of {count}" if shard else "a whole model"
-            number = found[0] + 1 if isinstance(found[0], int) else found[0]
-            raise UserError(f"{part} is by its name {meant}, by its metadata part {number} of {found[1]}; get it again")
+            raise UserError(
+                f"{part} is by its name {meant}, but has split.no {str(number)[:20]} (counted from 0) and"
+                f" split.count {str(total)[:20]}; get it again, and keep the names of the parts"
+            )
         if i == 0:
             metadata = header.metadata
         for name, tensor in header.found.items():
@@ -268,22 +270,14 @@ class _Header(GGUFReader):
 
     def _texts(self, count: int, offs: int, what: str) -> tuple[list[str], int]:
         self._check_end(offs + 8 * count)
-        data = memoryview(self.data)[:MAX_HEADER_BYTES]
-        texts, length_at = [], struct.Struct("<Q").unpack_from
+        data, texts = memoryview(self.data), []
         try:
             for _ in range(count):
-                (length,) = length_at(data, offs)
-                end = offs + 8 + length
-                if end > len(data):
-                    break
-                texts.append(str(data[offs + 8 : end], "utf-8"))
-                offs = end
-        except struct.error:
-            end = offs + 8
+                start = offs + 8
+                offs = self._check_end(start + int.from_bytes(data[offs:start], "little"))
+                texts.append(str(data[start:offs], "utf-8"))
         except UnicodeDecodeError as error:
             raise _invalid(self.path, f"{what} is not UTF-8") from error
-        if len(texts) < count:
-            self._check_end(end)
         return texts, offs
 
     def _text(self, offs: int, what: str) -> tuple[str, int]:
