@@ -86,6 +86,7 @@ class GgufTensor:
         return rows.view(self.dtype).view(-1, *self.shape[1:])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
+        """uint8 [stop - start], from the beginning of the tensor. UserError when the file has become shorter."""
         data = torch.empty(stop - start, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(self.offset + start)
@@ -159,8 +160,9 @@ class QuantizedGgufTensor(GgufTensor):
             yield data.view(last - first, -1, GGML_QUANT_SIZES[self.type][1])
 
     def check(self, values: tuple[Tensor, ...]) -> None:
-        if not all(bool(value.isfinite().all()) for value in values):
-            raise UserError(f"{self.path}: tensor {self.name!r} holds NaN or infinity; get the file again")
+        for extremes in (value.aminmax() for value in values):  # NaN is both; 20 times as fast as isfinite
+            if not all(math.isfinite(extreme) for extreme in extremes):
+                raise UserError(f"{self.path}: tensor {self.name[:80]!r} holds NaN or infinity; get the file again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +212,8 @@ def open_gguf(path: Path) -> GgufFile:
             metadata = header.metadata
         for name, tensor in header.found.items():
             if name in tensors:
-                raise UserError(f"{part} and {tensors[name].path.name} both hold tensor {name!r}; get the files again")
+                other = tensors[name].path.name
+                raise UserError(f"{part} and {other} both hold tensor {name[:80]!r}; get the files again")
             if len(tensors) == MAX_TENSORS:
                 raise UserError(f"{part} has more than {MAX_TENSORS:,} tensors, which is not supported")
             tensors[name] = tensor
@@ -262,6 +265,8 @@ class _Header(GGUFReader):
         return struct.unpack_from(layout, self.data, offs), end
 
     def _check_end(self, end: int) -> int:
+        """The offset at which a part of the header ends. Zeros are valid empty texts: in a large file there would be
+        millions, so the header has a limit."""
         if end > len(self.data):
             raise _invalid(self.path, "its header is truncated")
         if end > MAX_HEADER_BYTES:

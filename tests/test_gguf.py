@@ -296,26 +296,28 @@ def test_a_large_vocabulary_is_read_at_once(tmp_path):
 
 
 def timed(function, *args) -> float:
-    start = time.perf_counter()
+    """Seconds of the processor, which others do not lengthen."""
+    start = time.process_time()
     function(*args)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def test_nothing_but_the_header_is_read(tmp_path):
-    """A file of 300 GB with holes in it."""
-    header = build(tensors=[("x.weight", (2**18, 2**19), Type.Q8_0, 0), ("y", (8,), Type.F32, 2**37 // 32 * 34)])
+    """A file of 9 GB with holes in it."""
+    size = 2**33 // 32 * 34
+    header = build(tensors=[("x.weight", (2**16, 2**17), Type.Q8_0, 0), ("y", (8,), Type.F32, size)])
     path = tmp_path / "x.gguf"
     path.write_bytes(header)
     with open(path, "rb+") as file:
-        file.truncate(len(header) + 2**37 // 32 * 34 + 32)
+        file.truncate(len(header) + size + 32)
     tracemalloc.start()
     try:
         tensors = open_gguf(path).tensors
-        assert not tensors["x.weight"].read(2**19 - 1).any() and not tensors["y"].read().any()
+        assert not tensors["x.weight"].read(2**17 - 1).any() and not tensors["y"].read().any()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert tensors["x.weight"].shape == (2**19, 2**18) and peak < 2**22
+    assert tensors["x.weight"].shape == (2**17, 2**16) and peak < 2**22
     with open(path, "rb+") as file:
         file.truncate(10**9)
     with pytest.raises(UserError, match="was changed while it was read; start again"):
