@@ -1,9 +1,8 @@
 """Checkpoints that others quantized, GPTQ to 4 or 8 bits and AWQ to 4, tensor by tensor in our int4 and int8 layouts.
 
-    form = read_format(config, folder)                      # what config.json or quantize_config.json says, or None
-    layer = quantized_linear(form, "model.layers.0.mlp.up_proj", tensors, (out, in))
-    layer.stored, layer.order                               # Form(4, 128) and, if inputs are to be sorted, int32 [in]
-    for rows in layer.read("weight"): ...                   # uint8 [rows, in / 2]; "scales" and "zeros" [out, groups]
+    tensors = collapse(fields, tensors)                     # what config.json or quantize_config.json says; the tensors
+    layer = tensors["model.layers.0.mlp.up_proj.weight"]    # a Packed, see packed.py
+    layer.form, layer.order                                 # Form(4, 128) and, if inputs are to be sorted, int32 [in]
 
 Both formats have w[k, n] = (q[k, n] - zero[g, n]) * scale[g, n] for input k in group g and output n, in the tensors
 
@@ -19,24 +18,23 @@ https://github.com/AutoGPTQ/AutoGPTQ, https://github.com/ModelCloud/GPTQModel, h
 
 Our layouts have groups of 32, 64 or 128 inputs that lie together. Larger ones are cut, which repeats their scales.
 Scattered ones are sorted, and then the layer has an `order`: its input x becomes x[..., order]. Our int8 is symmetric:
-its levels are q - 128, and a layer with other zeros than 128 has to be Dequantized.
+its levels are q - 128, and none of our forms holds a layer with other zeros than 128.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errors import UserError
-from files import read_json
+from formats.packed import Packed, Stored
 from kernels.packing import GROUPSIZES, dequantize, pack_nibbles, unpack_nibbles
 from layout import Form
 from weights import CHUNK_BYTES, FLOATS
 
-CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of older GPTQ and AWQ, where config.json is silent
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word of AWQ the 8 outputs are
 
 
@@ -61,30 +59,17 @@ class Format:
         return 2 ** (self.bits - 1)
 
 
-def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
-    """Reads `quantization_config` of a parsed config.json, or the separate file in `folder` that older tools wrote.
-
-    None where there is neither, and for MXFP4, which needs no more than its tensors. UserError names what is not
-    supported.
-    """
-    where, fields = "config.json: quantization_config", config.get("quantization_config")
-    for name in CONFIG_FILES:
-        if not fields and (folder / name).is_file():
-            where, fields = name, read_json(folder / name)
-    if not fields:
-        return None
+def read_format(fields: Mapping[str, Any]) -> Format:
+    """Reads `quantization_config` of a config.json, or the separate file that older tools wrote. UserError names what
+    is not supported."""
 
     def refused(what: str) -> UserError:
         known = "only GPTQ of 4 or 8 bits and AWQ of 4 are"
-        return UserError(f"{where}: {what} is not supported, {known}; convert the original model")
+        return UserError(
+            f"config.json: quantization_config: {what} is not supported, {known}; convert the original model"
+        )
 
-    if not isinstance(fields, dict):
-        raise refused(repr(fields))
-    if fields.get("quant_method") == "mxfp4":
-        return None
-    method = str(fields.get("quant_method") or ("awq" if "w_bit" in fields else "gptq")).lower()
-    if method not in ("gptq", "awq"):
-        raise refused(f"quant_method {method!r}")
+    method = method_of(fields)
     bits = fields.get("bits", fields.get("w_bit"))
     groupsize = fields.get("group_size", fields.get("q_group_size"))
     if type(bits) is not int or bits not in ((4, 8) if method == "gptq" else (4,)):
@@ -112,6 +97,11 @@ def read_format(config: Mapping[str, Any], folder: Path) -> Format | None:
         symmetric=fields.get("sym") is True,
         act_order=method == "gptq" and fields.get("desc_act") is True,
     )
+
+
+def method_of(fields: Mapping[str, Any]) -> str:
+    """ "gptq" or "awq", also where an older file does not name it."""
+    return str(fields.get("quant_method") or ("awq" if "w_bit" in fields else "gptq")).lower()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,106 +157,105 @@ def sorted_inputs(g_idx: Tensor, groupsize: int) -> Tensor | None:
 # Layers
 
 
-class Stored(Protocol):
-    """A tensor in a file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A layer of a quantized checkpoint, not yet read: what it is in our layout, see quantized_shapes."""
+    """A layer of a quantized checkpoint, not yet read; a Packed."""
 
     name: str
-    form: Format
+    format: Format
     tensors: Mapping[str, Stored]  # qweight, qzeros, scales and maybe g_idx
     shape: tuple[int, int]  # [out, in]
-    stored: Form  # in our layout
+    groupsize: int  # in our layout
     order: Tensor | None
+    dtype: torch.dtype = torch.float32
+    zero_dtype: torch.dtype = torch.uint8
+
+    @property
+    def kind(self) -> str:
+        return f"{self.format.method.upper()}, {self.format.bits} bits"
 
     @property
     def scale_dtype(self) -> torch.dtype:
         return self.tensors["scales"].dtype
 
-    def is_exact(self) -> bool:
-        """Whether our layout holds the layer: int8 only if it is symmetric."""
-        return self.form.bits == 4 or bool((unpack_zeros(self.tensors["qzeros"].read(), self.form) == 128).all())
+    @functools.cached_property
+    def form(self) -> Form | None:
+        """Our int8 holds symmetric layers only."""
+        if self.format.bits == 8 and not bool((unpack_zeros(self.tensors["qzeros"].read(), self.format) == 128).all()):
+            return None
+        return Form(self.format.bits, self.groupsize)
 
-    def read(self, part: str) -> Iterator[Tensor]:
+    def read_part(self, part: str) -> Iterator[Tensor]:
         """`weight` uint8 [out, in / 2] or int8 [out, in], in runs of rows; `zeros` uint8 [out, groups], of int4;
         `scales` [out, groups] as they are; `order` int32 [in]."""
         if part == "order":
             yield self.order
         elif part == "weight":
             for levels in self.levels(self.tensors["qweight"].read()):
-                yield pack_nibbles(levels) if self.form.bits == 4 else (levels ^ 128).view(torch.int8)
+                yield pack_nibbles(levels) if self.format.bits == 4 else (levels ^ 128).view(torch.int8)
         else:
             yield self.grid(part).contiguous()
 
     def levels(self, qweight: Tensor) -> Iterator[Tensor]:
         """uint8 [out, in] in runs of rows, the inputs sorted."""
         rows = max(CHUNK_BYTES // self.shape[1] // 8, 1) * 8
-        words = qweight.split(rows if self.form.method == "gptq" else rows // 8, dim=1)
-        for levels in (unpack_weight(part, self.form) for part in words):
+        words = qweight.split(rows if self.format.method == "gptq" else rows // 8, dim=1)
+        for levels in (unpack_weight(part, self.format) for part in words):
             yield levels if self.order is None else levels.index_select(1, self.order)
 
     def grid(self, part: str) -> Tensor:
         """`scales` or `zeros`, [out, in / groupsize]. UserError when a scale is not finite."""
         if part == "zeros":
-            values = unpack_zeros(self.tensors["qzeros"].read(), self.form)
+            values = unpack_zeros(self.tensors["qzeros"].read(), self.format)
         else:
             values = self.tensors["scales"].read().t()
             if not bool(values.isfinite().all()):
                 raise UserError(f"tensor '{self.name}.scales' holds NaN or infinity; get the weights again")
         inputs = self.shape[1]
-        return values[:, torch.arange(0, inputs, self.stored.groupsize) // full_groupsize(self.form, inputs)]
+        return values[:, torch.arange(0, inputs, self.groupsize) // full_groupsize(self.format, inputs)]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of the weight, float32."""
+        first, stop = start // 8 * 8, self.shape[0] if stop is None else stop
+        words = slice(first, stop) if self.format.method == "gptq" else slice(first // 8, -(-stop // 8))
+        levels = torch.cat(list(self.levels(self.tensors["qweight"].read()[:, words])))
+        levels = levels[start - first : stop - first]
+        scales, zeros = (self.grid(part)[start:stop].float() for part in ("scales", "zeros"))
+        weight = dequantize(levels.float(), scales, zeros, self.groupsize)
+        if self.order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
+        return weight
 
 
 def full_groupsize(form: Format, inputs: int) -> int:
     return inputs if form.groupsize == -1 else form.groupsize
 
 
-@dataclass(frozen=True)
-class Dequantized:
-    """The float32 weight [out, in] of a quantized layer; reads like a tensor in a file."""
-
-    linear: QuantizedLinear
-    dtype = torch.float32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.linear.shape
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        linear, first = self.linear, start // 8 * 8
-        stop = self.shape[0] if stop is None else stop
-        words = slice(first, stop) if linear.form.method == "gptq" else slice(first // 8, -(-stop // 8))
-        levels = torch.cat(list(linear.levels(linear.tensors["qweight"].read()[:, words])))
-        levels = levels[start - first : stop - first]
-        scales, zeros = (linear.grid(part)[start:stop].float() for part in ("scales", "zeros"))
-        weight = dequantize(levels.float(), scales, zeros, linear.stored.groupsize)
-        if linear.order is not None:
-            weight = torch.empty_like(weight).index_copy_(1, linear.order.long(), weight)
-        return weight
+def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Packed]:
+    """The tensors, with one Packed `X.weight` for those that a quantized layer consists of. UserError names what is not
+    supported, missing or does not fit."""
+    form = read_format(fields)
+    stems = {name.rpartition(".")[0] for name in tensors if name.endswith((".qweight", ".qzeros"))}
+    layers = {stem: quantized_linear(form, stem, tensors) for stem in sorted(stems)}
+    parts = {f"{stem}.{part}" for stem in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
+    collapsed = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    for stem, layer in layers.items():
+        if f"{stem}.weight" in tensors:
+            raise UserError(f"tensor '{stem}.weight' is unexpected beside '{stem}.qweight'; get the weights again")
+        collapsed[f"{stem}.weight"] = layer
+    return collapsed
 
 
-def is_quantized(name: str, tensors: Mapping[str, Stored]) -> bool:
-    return any(f"{name}.{part}" in tensors for part in ("qweight", "qzeros", "scales"))
-
-
-def quantized_linear(
-    form: Format | None, name: str, tensors: Mapping[str, Stored], shape: tuple[int, int]
-) -> QuantizedLinear:
-    """The layer `name`, of `shape` [out, in], of a checkpoint. UserError names what is missing or does not fit."""
-    if form is None:
+def quantized_linear(form: Format, name: str, tensors: Mapping[str, Stored]) -> QuantizedLinear:
+    """The layer `name` of a checkpoint. UserError names what is missing or does not fit."""
+    qweight = tensors.get(f"{name}.qweight")
+    if qweight is None or len(qweight.shape) != 2:
         raise UserError(
-            f"layer {name!r} is quantized, and config.json does not say how;"
-            " put the quantize_config.json of these weights beside it"
+            f"tensor '{name}.qweight' is missing from the weights or no matrix; get the complete checkpoint"
         )
-    out, inputs = shape
+    per_word = 32 // form.bits
+    rows, columns = qweight.shape
+    out, inputs = (columns, rows * per_word) if form.method == "gptq" else (columns * per_word, rows)
     size = full_groupsize(form, inputs)
     groupsize = max((fits for fits in GROUPSIZES if size % fits == inputs % fits == 0), default=None)
     if groupsize is None or out % 8:
@@ -275,9 +264,12 @@ def quantized_linear(
             " that 32 divides, and outputs that 8 divides, are supported, convert the original model"
         )
     groups = -(-inputs // size)
-    per_word = 32 // form.bits
-    packed = (inputs // per_word, out) if form.method == "gptq" else (inputs, out // per_word)
-    shapes = {"qweight": packed, "qzeros": (groups, out // per_word), "scales": (groups, out), "g_idx": (inputs,)}
+    shapes = {
+        "qweight": (rows, columns),
+        "qzeros": (groups, out // per_word),
+        "scales": (groups, out),
+        "g_idx": (inputs,),
+    }
     found = {}
     for part, expected in shapes.items():
         full = f"{name}.{part}"
@@ -288,7 +280,7 @@ def quantized_linear(
         tensor = found[part] = tensors[full]
         if tensor.shape != expected:
             raise UserError(
-                f"tensor {full!r} has the shape {list(tensor.shape)}, a {form.method.upper()} layer of this config"
+                f"tensor {full!r} has the shape {list(tensor.shape)} where its qweight and the config mean"
                 f" {list(expected)}; get the config of these weights"
             )
         dtypes = FLOATS if part == "scales" else (torch.int32,)
@@ -301,4 +293,4 @@ def quantized_linear(
             order = sorted_inputs(found["g_idx"].read(), size)
         except ValueError as error:
             raise UserError(f"tensor '{name}.g_idx' {error}; get the weights again") from error
-    return QuantizedLinear(name, form, found, shape, Form(form.bits, groupsize), order)
+    return QuantizedLinear(name, form, found, (out, inputs), groupsize, order)

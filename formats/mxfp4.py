@@ -1,7 +1,7 @@
 """The experts of gpt-oss: 4-bit floats in groups of 32 that share a power of two, which is our form `mxfp4`.
 
-    tensor = MxTensor.of("model.layers.0.mlp.experts.down_proj", tensors, shape, by_turns=False)
-    for expert in tensor.read("weight"): ...  # uint8 [1, out, in / 2]; "scales" bfloat16 [1, out, in / 32]
+    tensors = collapse(fields, tensors)                     # NAME is a Packed for NAME_blocks and NAME_scales
+    for expert in tensors[NAME].read_part("weight"): ...    # uint8 [1, out, in / 2]; "scales" [1, out, in / 32]
 
 Stored are `NAME_blocks` uint8 [experts, out, in / 32, 16], two codes in a byte, the even input in the low half, and
 `NAME_scales` uint8 [experts, out, in / 32], exponents plus 127: https://www.opencompute.org/documents/
@@ -10,12 +10,14 @@ ocp-microscaling-formats-mx-v1-0-spec-final-pdf. kernels/packing.py has the valu
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.gptq_awq import Stored
+from formats.packed import Packed, Stored
+from kernels.packing import dequantize, unpack_nibbles
 from layout import MXFP4, Form
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -25,42 +27,63 @@ NAN = 255
 
 @dataclass(frozen=True)
 class MxTensor:
-    """Stacked experts, not yet read."""
+    """Stacked experts, not yet read; a Packed. As floats they are spelled [experts, in, out], the parts [experts, out,
+    ...]."""
 
     name: str
     tensors: Mapping[str, Stored]  # blocks and scales
-    shape: tuple[int, int, int]  # [experts, out, in]
-    by_turns: bool  # the rows of gate and up lie in turn; ours are all of the gate, then all of up
-    stored: Form = MXFP4
-    order: None = None
+    shape: tuple[int, int, int]
+    kind: str = "MXFP4"
+    form: Form | None = MXFP4
+    order: Tensor | None = None
+    dtype: torch.dtype = torch.float32
     scale_dtype: torch.dtype = torch.bfloat16  # which has every power of two that there may be
+    zero_dtype: torch.dtype = torch.uint8
 
-    @classmethod
-    def of(cls, name: str, tensors: Mapping[str, Stored], shape: tuple[int, int, int], by_turns: bool) -> "MxTensor":
-        """UserError names what is missing or does not fit."""
-        experts, out, inputs = shape
-        expected = {BLOCKS: (experts, out, inputs // 32, 16), SCALES: (experts, out, inputs // 32)}
-        for part, expected_shape in expected.items():
-            if name + part not in tensors:
-                raise UserError(f"tensor {name + part!r} is missing from the weights; get the complete checkpoint")
-            found = tensors[name + part]
-            if found.shape != expected_shape or inputs % 32:
-                raise UserError(
-                    f"tensor {name + part!r} has the shape {list(found.shape)} where config.json means"
-                    f" {list(expected_shape)}; get the config.json of these weights"
-                )
-            if found.dtype != torch.uint8:
-                raise UserError(f"tensor {name + part!r} is {found.dtype}, not torch.uint8; get the weights again")
-        return cls(name, {part: tensors[name + part] for part in expected}, shape, by_turns)
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Experts start:stop, float32 [experts, in, out]."""
+        experts = []
+        for i in range(self.shape[0])[start:stop]:
+            codes = unpack_nibbles(self.blocks(i), self.shape[1])
+            experts.append(dequantize(codes, self.scales(i).float(), None, 32).t())
+        return torch.stack(experts)
 
-    def read(self, kind: str) -> Iterator[Tensor]:
+    def read_part(self, part: str) -> Iterator[Tensor]:
         """One expert after the other. UserError when a scale is not a number."""
         for i in range(self.shape[0]):
-            rows = self.tensors[BLOCKS if kind == "weight" else SCALES].read(i, i + 1)[0].flatten(1)
-            if self.by_turns:
-                rows = torch.cat((rows[0::2], rows[1::2]))
-            if kind == "scales":
-                if bool((rows == NAN).any()):
-                    raise UserError(f"tensor {self.name + SCALES!r} holds NaN; get the weights again")
-                rows = torch.exp2(rows.double() - BIAS).to(self.scale_dtype)
-            yield rows[None]
+            yield (self.blocks(i) if part == "weight" else self.scales(i))[None]
+
+    def blocks(self, expert: int) -> Tensor:
+        return self.tensors[BLOCKS].read(expert, expert + 1)[0].flatten(1)
+
+    def scales(self, expert: int) -> Tensor:
+        exponents = self.tensors[SCALES].read(expert, expert + 1)[0]
+        if bool((exponents == NAN).any()):
+            raise UserError(f"tensor {self.name + SCALES!r} holds NaN; get the weights again")
+        return torch.exp2(exponents.double() - BIAS).to(self.scale_dtype)
+
+
+def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Packed]:
+    """The tensors, with one Packed for each pair of blocks and scales. UserError names what is missing or does not
+    fit."""
+    collapsed = dict(tensors)
+    for blocks in [name for name in tensors if name.endswith(BLOCKS)]:
+        name = blocks.removesuffix(BLOCKS)
+        collapsed[name] = mx_tensor(name, tensors)
+        del collapsed[blocks], collapsed[name + SCALES]
+    return collapsed
+
+
+def mx_tensor(name: str, tensors: Mapping[str, Stored]) -> MxTensor:
+    if name + SCALES not in tensors:
+        raise UserError(f"tensor {name + SCALES!r} is missing from the weights; get the complete checkpoint")
+    found = {BLOCKS: tensors[name + BLOCKS], SCALES: tensors[name + SCALES]}
+    shape = found[BLOCKS].shape
+    if len(shape) != 4 or shape[3] != 16 or found[SCALES].shape != shape[:3]:
+        shapes = f"{list(shape)} and {list(found[SCALES].shape)}"
+        raise UserError(f"the blocks and scales of {name!r} have the shapes {shapes}; get the weights again")
+    for part, tensor in found.items():
+        if tensor.dtype != torch.uint8:
+            raise UserError(f"tensor {name + part!r} is {tensor.dtype}, not torch.uint8; get the weights again")
+    experts, out, groups, _ = shape
+    return MxTensor(name, found, (experts, groups * 32, out))

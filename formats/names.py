@@ -16,14 +16,12 @@ from torch import Tensor
 from config import ModelConfig
 from errors import UserError, log
 from families import Names
-from formats.gptq_awq import Dequantized, Format, QuantizedLinear, is_quantized, quantized_linear
-from formats.mxfp4 import BLOCKS, SCALES, MxTensor
-from formats.pickled import PickledTensor
+from formats.packed import Packed, Stored
+from layout import Form, is_quantizable
 from model import expected_shapes
-from weights import CHUNK_BYTES, FLOATS, StoredTensor
+from weights import CHUNK_BYTES, FLOATS
 
-Source = StoredTensor | PickledTensor
-Quantized = QuantizedLinear | MxTensor
+Source = Stored | Packed
 
 # Tables and masks that some checkpoints hold, though they follow from the config.
 IGNORED = re.compile(
@@ -78,29 +76,43 @@ def pairs_apart(rotary_dim: int, head_dim: int, tensor: Tensor) -> Tensor:
     return torch.cat((turned, rows[:, rotary_dim:]), 1).flatten(0, 1)
 
 
-TRANSFORMS = {function.__name__: function for function in (heads_apart, transposed, gate_and_up_by_turns)}
+def less_one(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """GGUF's norms of Gemma: 1 was added. (In float32 exact, as the weights are, but for tiny ones.)"""
+    return tensor.float() - 1
+
+
+FUNCTIONS = (heads_apart, transposed, gate_and_up_by_turns, less_one)
+TRANSFORMS = {function.__name__: function for function in FUNCTIONS}
 SWAPPING = (transposed, gate_and_up_by_turns)  # whose weights have the inputs first
-EMBEDDINGS = ("tok_embeddings.weight", "pos_embeddings.weight")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one of our tensors: a whole tensor of the source, or a quantized layer."""
+    """Rows of one of our tensors: a tensor of the source, or the parts of a packed one."""
 
-    tensor: "Source | QuantizedLinear | Dequantized | MxTensor"
+    tensor: Source
     transform: Callable[[Tensor], Tensor] | None = None
     stacked: bool = False  # experts, which are transformed one by one
+    form: Form | None = None  # in which it stays quantized
 
     def read(self, kind: str) -> Iterable[Tensor]:
-        """The rows, in runs; of a quantized layer those of its tensor of that `kind` (weight, scales, zeros, order)."""
-        if isinstance(self.tensor, Quantized):
-            return self.tensor.read(kind)
+        """The rows, in runs; where it stays quantized, of its part of that `kind` (weight, scales, zeros, order)."""
+        if self.form is not None:
+            return self.read_part(kind)
         if self.transform is None:
             return slices(self.tensor)
         if self.stacked:
             experts = (self.tensor.read(i, i + 1)[0] for i in range(self.tensor.shape[0]))
             return (self.transform(expert)[None].contiguous() for expert in experts)
         return [self.transform(self.tensor.read()).contiguous()]
+
+    def read_part(self, kind: str) -> Iterable[Tensor]:
+        parts = self.tensor.read_part(kind)
+        if self.transform is None or kind == "order":
+            return parts
+        if self.stacked:  # packed experts have the outputs first already, which the transform is to bring there
+            return (self.transform(expert[0].t())[None].contiguous() for expert in parts)
+        return [self.transform(torch.cat(list(parts))).contiguous()]  # an order of the rows, which is that of all parts
 
 
 def settle_tie(
@@ -116,6 +128,8 @@ def settle_tie(
     if head not in tensors:
         return config, tensors
     expected = (config.vocab_size, config.dim)
+    if isinstance(tensors[head], Packed):  # of the same floats, but rounded: plan_tensors gives it a place of its own
+        return config, tensors
     if tensors[head].shape != expected or tensors[embedding].shape != expected:
         return dataclasses.replace(config, tied=False), tensors  # plan_tensors names the one that does not fit
     if not equal(tensors[head], tensors[embedding]):
@@ -186,71 +200,55 @@ def check(wanted: Wanted, tensors: Mapping[str, Source]) -> None:
 
 
 def plan_tensors(
-    config: ModelConfig, tensors: Mapping[str, Source], names: Names, form: Format | None = None
+    config: ModelConfig, tensors: Mapping[str, Source], names: Names, keep_quantized: bool = True
 ) -> dict[str, list[Piece]]:
     """The names of our unquantized model, each with the pieces of the source that it is made of.
 
-    UserError names the first tensor that is missing, misshapen or of a wrong type, then the first that is unexpected.
+    What is quantized stays so where `keep_quantized` says it and our forms hold it. UserError names the first tensor
+    that is missing, misshapen or of a wrong type, then the first that is unexpected.
     """
     plan: dict[str, list[Piece]] = {}
-    used, unequal = set(), []
+    used = set()
     shapes = expected_shapes(config)
-    head = names.parts["output"][0]
-    if config.tied and is_quantized(head, tensors):  # the embedding, quantized, which itself stays as it is
-        shapes["output.weight"] = shapes["tok_embeddings.weight"]
+    head, embedding = (f"{names.parts[part][0]}.weight" for part in ("output", "tok_embeddings"))
+    if config.tied and keep_quantized:  # an embedding is kept as floats; as the output it may stay quantized
+        source = tensors.get(head, tensors.get(embedding))
+        if isinstance(source, Packed) and source.form is not None:
+            shapes["output.weight"] = shapes["tok_embeddings.weight"]
+            tensors = {head: source, **tensors}
     for ours, shape in shapes.items():
-        pieces = []
-        for wanted in wanted_for(config, ours, shape, names):
-            quantizable = ours.endswith(".weight") and len(wanted.shape) == 2 and ours not in EMBEDDINGS
-            if quantizable and is_quantized(wanted.stem, tensors):
-                if wanted.transform is not None:
-                    raise UserError(f"layer {wanted.stem!r} is quantized, not supported where rows have to be turned")
-                linear = quantized_linear(form, wanted.stem, tensors, wanted.shape)
-                used |= {f"{linear.name}.{part}" for part in linear.tensors}
-                pieces.append(Piece(linear))
-            elif len(wanted.shape) == 3 and wanted.name + BLOCKS in tensors:
-                pieces.append(Piece(MxTensor.of(wanted.name, tensors, shape, "gate_up" in wanted.name)))
-                used |= {wanted.name + BLOCKS, wanted.name + SCALES}
-            else:
-                check(wanted, tensors)
-                pieces.append(Piece(tensors[wanted.name], wanted.transform, wanted.stacked))
-                used.add(wanted.name)
-        if not alike([piece.tensor for piece in pieces], len(shape) == 3):
-            unequal.append(ours.removesuffix(".weight"))
-            pieces = [
-                Piece(Dequantized(piece.tensor)) if isinstance(piece.tensor, QuantizedLinear) else piece
-                for piece in pieces
-            ]
-        plan[ours] = pieces
-    if unequal:
-        log(
-            f"warning: the parts of {', '.join(unequal)} are quantized differently, or to 8 bits that are not"
-            " symmetric; they become floats"
-        )
+        wanted = list(wanted_for(config, ours, shape, names))
+        for part in wanted:
+            check(part, tensors)
+        used |= {part.name for part in wanted}
+        quantizable = keep_quantized and is_quantizable(ours.removesuffix(".weight"), shape)
+        form = common_form([tensors[part.name] for part in wanted], len(shape) == 3) if quantizable else None
+        plan[ours] = [Piece(tensors[part.name], part.transform, part.stacked, form) for part in wanted]
     for name, tensor in tensors.items():
         if name in used or IGNORED.fullmatch(name):
             continue
         # AutoGPTQ gave every layer a bias.
-        if name.endswith(".bias") and f"{name.removesuffix('.bias')}.qweight" in used and not any_nonzero(tensor):
+        of_packed = isinstance(tensors.get(f"{name.removesuffix('.bias')}.weight"), Packed)
+        if name.endswith(".bias") and of_packed and not any_nonzero(tensor):
             continue
-        if config.tied and name == f"{head}.weight":  # the same as the embedding, see settle_tie
+        if config.tied and name == head:  # the same as the embedding, see settle_tie
             continue
         raise UserError(f"tensor {name!r} is unexpected; config.json does not speak of it, get that of these weights")
     return plan
 
 
-def alike(parts: list[Source | QuantizedLinear | MxTensor], experts: bool) -> bool:
-    """Whether these can be one layer: none of them is quantized, or all, and one order of the inputs serves all; of
-    experts none has an order."""
-    quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
-    if not quantized:
-        return True
-    if len(quantized) < len(parts) or not all(part.is_exact() for part in parts):
-        return False
+def common_form(parts: list[Source], experts: bool) -> Form | None:
+    """The form in which these can be one layer: that of all of them, and one order of the inputs serves all; of experts
+    none has an order. None: not without turning them into floats."""
+    if not all(isinstance(part, Packed) for part in parts):
+        return None
+    form = parts[0].form
+    if form is None or any(part.form != form for part in parts):
+        return None
     if experts:
-        return all(part.order is None for part in parts)
+        return form if all(part.order is None for part in parts) else None
     orders = [torch.arange(part.shape[1]) if part.order is None else part.order for part in parts]
-    return all(torch.equal(order, orders[0]) for order in orders)
+    return form if all(torch.equal(order, orders[0]) for order in orders) else None
 
 
 def any_nonzero(tensor: Source) -> bool:
@@ -262,7 +260,7 @@ def equal(a: Source, b: Source) -> bool:
     return a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(slices(a), slices(b), strict=True))
 
 
-def slices(tensor: Source | Dequantized) -> Iterator[Tensor]:
+def slices(tensor: Source) -> Iterator[Tensor]:
     """The tensor in runs of rows of at most CHUNK_BYTES."""
     rows = tensor.shape[0]
     step = max(CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize), 1)

@@ -1,0 +1,162 @@
+"""What config.json says of the weights of compressed-tensors: a scheme for the layers that match a target.
+
+    schemes = read_schemes(config["quantization_config"])   # {"Linear": Scheme(4, False, (1, 128), ...)}
+    find_scheme(schemes, "model.layers.0.mlp.up_proj")
+
+What it says of activations and of the KV cache does not matter here: they stay floats.
+https://github.com/vllm-project/compressed-tensors
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from errors import UserError, log
+
+FORMATS = (
+    "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision",
+)  # fmt: skip
+KNOWN = {
+    "quant_method", "version", "format", "quantization_status", "global_compression_ratio", "ignore", "config_groups",
+    "kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config", "run_compressed", "dequantize",
+    "use_optimized_inference",
+}  # fmt: skip
+KNOWN_OF_WEIGHTS = {
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of a group of layers are quantized."""
+
+    bits: int
+    floats: bool  # or integers
+    block: tuple[int, int]  # outputs and inputs that share a scale; 0 for all
+    symmetric: bool
+    scattered: bool  # g_idx tells the group of an input
+
+    @property
+    def middle(self) -> int:
+        """What integers are stored plus, as unsigned ones."""
+        return 2 ** (self.bits - 1)
+
+
+def refused(what: str) -> UserError:
+    return UserError(f"config.json: {what} is not supported in compressed-tensors; convert the original model")
+
+
+def read_schemes(fields: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The scheme of each target of `config_groups`. UserError names what is not supported."""
+    fields = check_fields(fields)
+    groups = fields.get("config_groups") or {}
+    if not isinstance(groups, dict):
+        raise refused(f"config_groups {groups!r}")
+    schemes: dict[str, Scheme] = {}
+    activations = bool(fields.get("kv_cache_scheme"))
+    for name, group in groups.items():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise refused(f"config_groups: {name}: {group!r}")
+        check_format(group.get("format") or "dense")
+        activations = activations or bool(group.get("input_activations") or group.get("output_activations"))
+        if group.get("weights"):
+            schemes |= dict.fromkeys(targets, read_scheme(group["weights"], f"config_groups: {name}: weights"))
+    if activations:
+        log("activations or the KV cache, which this checkpoint quantizes as well, stay floats here")
+    return schemes
+
+
+def check_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What holds for all layers, from `quantization_config` or from the one that is nested in it."""
+    if isinstance(fields.get("quantization_config"), dict):
+        fields = fields["quantization_config"]
+    check_format(fields.get("format") or "dense")
+    sparsity = fields.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise refused(f"sparsity_config {sparsity!r}")
+    transforms = fields.get("transform_config") or {}
+    if not isinstance(transforms, dict) or transforms.get("config_groups", transforms):
+        raise refused(f"transform_config {transforms!r}")
+    if fields.get("moe_sparsity_config"):
+        raise refused(f"moe_sparsity_config {fields['moe_sparsity_config']!r}")
+    for name, value in fields.items():
+        if name not in KNOWN and value:
+            log(
+                f"warning: config.json: quantization_config: {name}: this field is unknown and is ignored; check that"
+                " it does not matter"
+            )
+    return fields
+
+
+def check_format(name: object) -> None:
+    if name not in FORMATS:
+        raise refused(f"format {name!r}")
+
+
+def read_scheme(weights: object, where: str) -> Scheme:
+    """`weights` of a group."""
+    if not isinstance(weights, dict):
+        raise refused(f"{where}: {weights!r}")
+
+    def bad(name: str) -> UserError:
+        return refused(f"{where}: {name} {weights.get(name)!r}")
+
+    for name, value in weights.items():
+        if name not in KNOWN_OF_WEIGHTS and value is not None:
+            raise bad(name)
+    bits, kind, size = weights.get("num_bits", 8), str(weights.get("type") or "int").lower(), weights.get("group_size")
+    if kind not in ("int", "float"):
+        raise bad("type")
+    if type(bits) is not int or bits not in ((4, 6, 8) if kind == "float" else range(2, 9)):
+        raise bad("num_bits")
+    if size is not None and (type(size) is not int or size < -1 or size == 0):
+        raise bad("group_size")
+    if weights.get("dynamic"):
+        raise bad("dynamic")
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    strategy = str(strategy).lower()
+    if strategy in ("group", "tensor_group"):
+        if size is None or size < 1:
+            raise bad("group_size")
+        block = 1, size
+    elif strategy == "block":
+        block = weights.get("block_structure")
+        if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):
+            block = [int(part) for part in block.split("x")]
+        if not isinstance(block, list) or len(block) != 2 or not all(type(part) is int and part > 0 for part in block):
+            raise bad("block_structure")
+    elif strategy in ("channel", "tensor"):
+        block = (1 if strategy == "channel" else 0), 0
+    else:
+        raise bad("strategy")
+    symmetric, act_order = weights.get("symmetric", True), weights.get("actorder")
+    if not isinstance(symmetric, bool):
+        raise bad("symmetric")
+    if kind == "float" and not symmetric:
+        raise bad("symmetric")
+    if act_order not in (None, True, False, "group", "dynamic", "weight", "static"):
+        raise bad("actorder")
+    return Scheme(bits, kind == "float", tuple(block), symmetric, act_order in (True, "group", "dynamic"))
+
+
+def find_scheme(schemes: Mapping[str, Scheme], layer: str) -> Scheme:
+    """The scheme of a quantized layer: the first target that is its name, then the first pattern, then its class."""
+    if len(set(schemes.values())) == 1:  # what else should it be
+        return next(iter(schemes.values()))
+    kind = "Embedding" if "embed" in layer.rpartition(".")[2] or layer.endswith("wte") else "Linear"
+    for target in sorted(schemes, key=lambda target: ("re:" in target, target)):
+        try:
+            if target == layer or (target.startswith("re:") and re.match(target.removeprefix("re:"), layer)):
+                return schemes[target]
+        except re.error as error:
+            raise refused(f"config_groups: the target {target!r}, no pattern ({error}),") from error
+    if kind not in schemes:
+        raise UserError(
+            f"layer {layer!r} is quantized, and no target of config_groups in config.json is this layer;"
+            " get the config.json of these weights"
+        )
+    return schemes[kind]
