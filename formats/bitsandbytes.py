@@ -115,9 +115,11 @@ class BlockWeight:
         first_block, last_block = first // self.blocksize, -(-last // self.blocksize)
         offset = first_block * self.blocksize
         values = self.values(offset, min(last_block * self.blocksize, out * inputs))
-        blocks = torch.nn.functional.pad(values, (0, -len(values) % self.blocksize)).view(-1, self.blocksize)
-        blocks.mul_(self.scales(first_block, last_block)[:, None])
-        return blocks.flatten()[first - offset : last - offset].view(-1, inputs)
+        scales = self.scales(first_block, last_block)
+        whole = len(values) // self.blocksize  # the last block of all may be shorter
+        values[: whole * self.blocksize].view(-1, self.blocksize).mul_(scales[:whole, None])
+        values[whole * self.blocksize :].mul_(scales[whole:])
+        return values[first - offset : last - offset].view(-1, inputs)
 
     def values(self, first: int, last: int) -> Tensor:
         """The elements first:last of the flat weight without their scales, float32; `first` is even."""
@@ -230,10 +232,10 @@ def block_weight(name: str, code: str, tensors: Mapping[str, Stored]) -> BlockWe
     nested = None
     shapes = {"quant_map": (16,), "absmax": (blocks,)}
     if "nested_blocksize" in state or f"{name}.nested_absmax" in tensors:
-        offset, dtype = state.get("nested_offset"), NESTED_DTYPES.get(state.get("nested_dtype", "float32"))
-        if type(offset) not in (int, float) or not math.isfinite(offset) or dtype is None:
-            raise UserError(f"tensor {state_name!r} gives nested_offset {offset!r} and nested_dtype {dtype}; {AGAIN}")
-        nested = Nested(integer("nested_blocksize", state.get("nested_blocksize")), dtype, float(offset))
+        offset, dtype = state.get("nested_offset"), str(state.get("nested_dtype", "float32"))
+        if type(offset) is not float or not math.isfinite(offset) or dtype not in NESTED_DTYPES:
+            raise UserError(f"tensor {state_name!r} gives nested_offset {offset!r} and nested_dtype {dtype!r}; {AGAIN}")
+        nested = Nested(integer("nested_blocksize", state.get("nested_blocksize")), NESTED_DTYPES[dtype], offset)
         shapes |= {"nested_quant_map": (256,), "nested_absmax": (-(-blocks // nested.blocksize),)}
     parts = {part: find(f"{name}.{part}", tensors) for part in shapes}
     for part, tensor in parts.items():
