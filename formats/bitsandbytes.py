@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.gptq_awq import Stored
+from formats.packed import Stored
 from layout import Form
 from weights import CHUNK_BYTES, FLOATS
 
@@ -48,7 +48,7 @@ AGAIN = "get the weights again"
 
 @dataclass(frozen=True)
 class RowWeight:
-    """A weight of 8 bits, not yet read."""
+    """A weight of 8 bits, not yet read; a Packed."""
 
     name: str
     levels: Stored  # int8 [out, in]
@@ -70,7 +70,7 @@ class RowWeight:
         return self.levels.read(start, stop).float().mul_(self.scales(start, stop)[:, None])
 
     def read_part(self, part: str) -> Iterator[Tensor]:
-        """`weight` int8 [rows, in], in runs of rows; `scales` float32 [out]."""
+        """`weight` int8 [rows, in], in runs of rows; `scales` float32 [out]. UserError when a scale is not finite."""
         if part == "scales":
             yield self.scales()
             return
@@ -93,7 +93,7 @@ class Nested:
 
 @dataclass(frozen=True)
 class BlockWeight:
-    """A weight of 4 bits, not yet read."""
+    """A weight of 4 bits, not yet read; a Packed."""
 
     name: str
     parts: Mapping[str, Stored]  # "weight", "absmax", "quant_map" and maybe nested ones
@@ -120,6 +120,9 @@ class BlockWeight:
         values[: whole * self.blocksize].view(-1, self.blocksize).mul_(scales[:whole, None])
         values[whole * self.blocksize :].mul_(scales[whole:])
         return values[first - offset : last - offset].view(-1, inputs)
+
+    def read_part(self, part: str) -> Iterator[Tensor]:
+        raise ValueError(f"{self.name} has no form of ours, and so no {part}")
 
     def values(self, first: int, last: int) -> Tensor:
         """The elements first:last of the flat weight without their scales, float32; `first` is even."""
