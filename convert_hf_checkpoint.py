@@ -1,20 +1,23 @@
 """Turns a Hugging Face checkpoint into one of ours: downloads it, checks it, renames and fuses its tensors.
 
     python convert_hf_checkpoint.py --repo meta-llama/Llama-3.2-1B            -> checkpoints/meta-llama/Llama-3.2-1B/
+    python convert_hf_checkpoint.py --repo ORG/NAME-GGUF --file X-Q4_K_M.gguf -> checkpoints/ORG/NAME-GGUF/
     python convert_hf_checkpoint.py --checkpoint_dir path/to/folder           -> checkpoints/local/folder/
     ... [--revision R] [--out DIR] [--dtype bfloat16|float16|float32] [--overwrite]
     python convert_hf_checkpoint.py --families                                -> the families of models that can be run
 
-Reads model.safetensors, pytorch_model.bin (both also in shards) and MiniMind's .pth, whose path --checkpoint_dir may
-name. Checkpoints that others quantized, by GPTQ or AWQ, stay so; --dtype is then that of all the rest. Works tensor by
-tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill leaves the old checkpoint,
-or none, never a mix. Converted again, a model keeps what was quantized from it; another model, one whose tensors differ
-from those that are there, is replaced with --overwrite only.
+Reads model.safetensors, pytorch_model.bin (both also in shards), MiniMind's .pth and GGUF files, whose path
+--checkpoint_dir may name. What others quantized keeps its values: what our int4, int8 and mxfp4 hold exactly stays
+quantized, the rest is dequantized to --dtype, and the last line says which. A GGUF file is dequantized as a whole where
+--dtype is given. Works tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end:
+a kill leaves the old checkpoint, or none, never a mix. Converted again, a model keeps what was quantized from it;
+another model, one whose tensors differ from those that are there, is replaced with --overwrite only.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
+import copy
 import fcntl
 import functools
 import json
@@ -35,27 +38,16 @@ from tqdm import tqdm
 import checkpoint
 from arguments import add_threads
 from config import ModelConfig
-from config_fields import text_fields, unknown_fields
 from errors import ArgumentParser, UserError, log
 from families import FAMILIES, WRAPPERS
 from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
-from formats import minimind
-from formats.hub import (
-    CONFIG_FILES,
-    TOKENIZER_FILES,
-    Weights,
-    cached,
-    choose_weights,
-    download,
-    refuse_other_kinds,
-)
-from formats.names import Piece, Source, plan_tensors, settle_tie, slices, text_names
+from formats.hub import CONFIG_FILES, TOKENIZER_FILES, cached, download
+from formats.names import Piece, plan_tensors, settle_tie, slices
 from formats.packed import Packed
-from formats.pickled import PickledFiles
-from formats.quantized import collapse, read_quantization
+from formats.source import Source, open_source
 from layout import FORMAT, VERSION, Form, quantized_shapes
 from tokenizer import load_tokenizer
-from weights import check_index, read_header, read_index, read_safetensors
+from weights import read_header, read_index, read_safetensors
 from writer import write_safetensors
 
 SHARD_BYTES = 5 * 10**9
@@ -65,48 +57,7 @@ Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what is written: name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read
-
-
-def find_weights(source: Path) -> tuple[Path, Weights]:
-    """The folder of a source, which may be a weight file in it, and the weight files to read."""
-    if source.is_file():
-        refuse_other_kinds([source.name], source)
-        indexed = source.name.endswith(".index.json")
-        files = [path.name for path in read_index(source)] if indexed else [source.name]
-        return source.parent, Weights(files, source.name if indexed else None)
-    if not source.is_dir():
-        raise UserError(f"{source} is not there; name the folder of a Hugging Face checkpoint")
-    names = [entry.name for entry in source.iterdir()]
-    return source, choose_weights(names, source, lambda index: read_index(source / index), partial=True)
-
-
-def open_weights(folder: Path, weights: Weights) -> dict[str, Source]:
-    """The tensors of weight files, by the names that they have there."""
-    files = [folder / name for name in weights.files]
-    for file in files:
-        if file.is_file() and file.stat().st_size < 1000 and b"https://git-lfs" in file.read_bytes():
-            raise UserError(f"{file} is no more than a pointer of git-lfs; run `git lfs pull` in {folder}")
-    if weights.files[0].endswith(".safetensors"):
-        tensors: dict[str, Source] = {}
-        for file in files:
-            found, _ = read_safetensors(file)
-            if twice := found.keys() & tensors.keys():
-                other, name = tensors[min(twice)].path.name, min(twice)
-                raise UserError(f"{file} and {other} both hold tensor {name!r}; get the files again")
-            tensors |= found
-    else:
-        tensors = dict(PickledFiles(files).tensors)
-    if weights.index:
-        try:
-            check_index(folder / weights.index, tensors)
-        except UserError as error:
-            if not weights.missing:
-                raise
-            what = f"{folder} has no {weights.missing}, though its {weights.index} names it"
-            raise UserError(f"{what}; get the complete model") from error
-    # What torch.compile and DistributedDataParallel put before the names of a model they wrap.
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+# Checks
 
 
 def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> torch.dtype:
@@ -148,51 +99,46 @@ def check_tokenizer(source: Path, config: ModelConfig) -> None:
 
 
 def convert(
-    source: Path,
+    path: Path,
     out: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    file: str | None = None,
 ) -> str:
-    """Converts a folder (or a .pth file) to the checkpoint folder `out` and returns a line of what was written.
+    """Converts a folder, a .pth or a GGUF file (also the `file` in a folder) to the checkpoint folder `out` and returns
+    a line of what was written.
 
     Weights that are in `out` already stay, with what was quantized from them. UserError before anything is written when
     the source is incomplete or unsupported, the disk too small, or `out` something else than a checkpoint of ours, or
     that of another model and not to `overwrite`.
     """
-    source, weights = find_weights(source)
-    tensors = open_weights(source, weights)
-    if "layers.0.attention.wqkv.weight" in tensors:
-        raise UserError(f"{source} is already converted; name it as --checkpoint_path to generate.py")
-    if weights.warning:
-        log(weights.warning)
-    if (source / "adapter_config.json").is_file():
-        log(f"warning: the LoRA adapter in {source} is not applied; merge it into the model to have it converted")
-    raw_config = minimind.read_config(source / "config.json", tensors)
-    fields = read_quantization(raw_config, source)
-    tensors = collapse(fields, tensors)
-    declared = ModelConfig.from_hf(raw_config)
-    for name in unknown_fields(raw_config):
-        log(f"warning: config.json: {name}: this field is unknown and is ignored; check that it does not matter")
-    names = minimind.V1 if minimind.is_v1(tensors) else FAMILIES[text_fields(raw_config)["model_type"]].names
-    tensors = text_names(tensors, names)
-    config, tensors = settle_tie(declared, tensors, names)
+    with open_source(path, file) as source:
+        return write_checkpoint(source, out, dtype, shard_bytes, overwrite)
+
+
+def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard_bytes: int, overwrite: bool) -> str:
+    """See convert."""
+    declared = ModelConfig.from_hf(source.config)
+    config, tensors = settle_tie(declared, source.tensors, source.names)
+    raw_config = copy.deepcopy(source.config)
     if config.tied != declared.tied:
         own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
         own["tie_word_embeddings"] = config.tied
-    plan = plan_tensors(config, tensors, names)
+    keep_quantized = source.method != "gguf" or dtype is None
+    plan = plan_tensors(config, tensors, source.names, keep_quantized)
     dtype = dtype or choose_dtype(raw_config, plan)
-    check_tokenizer(source, config)
+    check_tokenizer(source.folder, config)
 
     stored, quantized = stored_tensors(config, plan, dtype)
     path = out.resolve()
-    if path.exists() and path.samefile(source):
+    if path.exists() and path.samefile(source.folder):
         raise UserError(f"--out {out} is the source itself; name another folder")
     dtype_name = str(dtype).removeprefix("torch.")
     metadata = {"format": FORMAT, "version": VERSION, "dtype": dtype_name}
     if quantized:
         forms = {layer: form.name for layer, form in quantized.items()}
-        metadata |= {"mode": fields["quant_method"], "quantized": json.dumps(forms)}
+        metadata |= {"mode": source.method, "quantized": json.dumps(forms)}
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
     kept: list[str] = []
 
@@ -201,10 +147,11 @@ def convert(
         for name in kept:
             link_or_copy(path / name, folder / name)
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
-            if (source / name).is_file():
+            if (source.folder / name).is_file():
                 with write_atomically(folder / name) as file:
-                    file.write((source / name).read_bytes())
-        if not (source / "config.json").exists() or read_json(source / "config.json") != raw_config:
+                    file.write((source.folder / name).read_bytes())
+        given = source.folder / "config.json"
+        if not given.exists() or read_json(given) != raw_config:
             with write_atomically(folder / "config.json") as file:
                 file.write(json.dumps(raw_config, indent=2).encode())
         if not weight_files(folder):
@@ -214,7 +161,8 @@ def convert(
             log(f"warning: {', '.join(replaced)} in {out} differed from the source, and is now as there")
 
     replace_folder(path, write)
-    parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
+    counted = [pieces for name, pieces in plan.items() if not (config.tied and name == "output.weight")]
+    parameters = sum(math.prod(piece.tensor.shape) for pieces in counted for piece in pieces)
     forms = ", ".join(dict.fromkeys(form.name for form in quantized.values()))
     kind = f"{forms} ({metadata['mode']}) and {dtype_name}" if quantized else dtype_name
     return (
@@ -254,7 +202,8 @@ def stored_tensors(
         stored[name] = dtype, shape
         if layer in quantized and kind != "bias":
             scales = functools.reduce(torch.promote_types, (part.scale_dtype for part in layers[layer]))
-            dtypes = {"scales": scales, "zeros": torch.uint8, "order": torch.int32}
+            zeros = functools.reduce(torch.promote_types, (part.zero_dtype for part in layers[layer]))
+            dtypes = {"scales": scales, "zeros": zeros, "order": torch.int32}
             stored[name] = dtypes.get(kind, quantized[layer].weight_dtype), shape
     return stored, quantized
 
@@ -476,12 +425,16 @@ def main() -> None:
     source.add_argument("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, downloaded first")
     source.add_argument(
         "--checkpoint_dir", type=Path, metavar="DIR",
-        help="a folder, also one of the Hugging Face cache, or a MiniMind .pth file",
+        help="a folder, also one of the Hugging Face cache, a GGUF file, or a MiniMind .pth file",
     )  # fmt: skip
     source.add_argument("--families", action="store_true", help="list what can be run; default: convert")
+    parser.add_argument(
+        "--file", metavar="X.gguf",
+        help="which of the GGUF files of --repo or --checkpoint_dir; default: the only one, where there are no others",
+    )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of --repo; default: main")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored; given, it dequantizes a GGUF file")
     parser.add_argument(
         "--overwrite", action="store_true",
         help="replace another model in --out, and what was quantized from it; default: an error",
@@ -497,14 +450,14 @@ def main() -> None:
     if args.repo is not None:
         out = args.out or repo_folder(args.repo)
         check_replaceable(out.resolve())  # before gigabytes are fetched
-        folder = download(args.repo, args.revision)
+        folder = download(args.repo, args.revision, args.file)
     else:
         if args.revision is not None:
             raise UserError("--revision goes with --repo only; leave it out")
         folder, repo = cached(args.checkpoint_dir)
         name = folder.resolve().stem if folder.is_file() else folder.resolve().name
         out = args.out or (repo_folder(repo) if repo else checkpoint.CHECKPOINTS / "local" / name)
-    log(convert(folder, out, args.dtype and DTYPES[args.dtype], overwrite=args.overwrite))
+    log(convert(folder, out, args.dtype and DTYPES[args.dtype], overwrite=args.overwrite, file=args.file))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class RowWeight:
     form = Form(8)
     order = None
     scale_dtype = torch.float32
+    zero_dtype = torch.uint8
     kind = "LLM.int8"
 
     @property
@@ -106,6 +107,7 @@ class BlockWeight:
     form = None
     order = None
     scale_dtype = torch.float32
+    zero_dtype = torch.uint8
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop, float32 [rows, in]. UserError when a scale is not finite."""

@@ -88,6 +88,7 @@ class Compressed:
     form: Form | None
     order: Tensor | None
     dtype: torch.dtype = torch.float32
+    zero_dtype: torch.dtype = torch.uint8
 
     @property
     def kind(self) -> str:

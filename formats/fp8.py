@@ -48,6 +48,7 @@ class Fp8Weight:
     form = None
     order = None
     scale_dtype = torch.float32
+    zero_dtype = torch.uint8
     kind = "fp8"
 
     @property

@@ -115,6 +115,10 @@ class QuantizedGgufTensor(GgufTensor):
         return UNPACKINGS[self.type].scale_dtype if self.form else torch.float32
 
     @property
+    def zero_dtype(self) -> torch.dtype:
+        return UNPACKINGS[self.type].zero_dtype if self.form else torch.uint8
+
+    @property
     def order(self) -> None:
         return None
 

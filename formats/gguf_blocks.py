@@ -1,8 +1,8 @@
 """The blocks of GGUF's quantized tensors that hold what our layouts hold: a scale for each 32 weights, 4 or 8 bits.
 
     unpacking = UNPACKINGS[GGMLQuantizationType.Q4_K]
-    blocks                                                   # uint8 [rows, blocks, bytes], as they are in the file
-    weight = unpacking.codes(blocks)                         # uint8 [rows, in / 2], int8 [rows, in] where form.bits is 8
+    blocks                                                   # uint8 [rows, blocks, bytes], as they are in a file
+    weight = unpacking.codes(blocks)                         # uint8 [rows, in / 2], int8 [rows, in] if form.bits is 8
     scales, zeros = unpacking.grid(blocks)                   # [rows, in / 32]; no zeros unless the form has them
 
 A block of Q4_0, Q4_1, Q5_0, Q8_0 and MXFP4 holds 32 weights, one of Q4_K 256. Of 4-bit ones, the first half of 32 (of
@@ -51,7 +51,7 @@ def q4_0_codes(blocks: Tensor) -> Tensor:
 
 
 def q4_0_grid(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    scale = numbers(blocks, 0)
+    scale = numbers(blocks, 0).half()
     return scale, torch.full_like(scale, 8, dtype=torch.uint8)
 
 
@@ -117,15 +117,16 @@ class Unpacking:
 
     form: Form
     scale_dtype: torch.dtype
+    zero_dtype: torch.dtype
     codes: Callable[[Tensor], Tensor]
     grid: Callable[[Tensor], tuple[Tensor, ...]]  # scales, and zeros if the form has them
 
 
 UNPACKINGS = {
-    GGMLQuantizationType.Q4_0: Unpacking(Form(4, 32), torch.float32, q4_0_codes, q4_0_grid),
-    GGMLQuantizationType.Q4_1: Unpacking(Form(4, 32), torch.float32, q4_1_codes, q4_1_grid),
-    GGMLQuantizationType.Q4_K: Unpacking(Form(4, 32), torch.float32, q4_k_codes, q4_k_grid),
-    GGMLQuantizationType.Q5_0: Unpacking(Form(8, 32), torch.float16, q5_0_codes, symmetric_grid),
-    GGMLQuantizationType.Q8_0: Unpacking(Form(8, 32), torch.float16, q8_0_codes, symmetric_grid),
-    GGMLQuantizationType.MXFP4: Unpacking(MXFP4, torch.bfloat16, mxfp4_codes, mxfp4_grid),
+    GGMLQuantizationType.Q4_0: Unpacking(Form(4, 32), torch.float16, torch.uint8, q4_0_codes, q4_0_grid),
+    GGMLQuantizationType.Q4_1: Unpacking(Form(4, 32), torch.float32, torch.float32, q4_1_codes, q4_1_grid),
+    GGMLQuantizationType.Q4_K: Unpacking(Form(4, 32), torch.float32, torch.float32, q4_k_codes, q4_k_grid),
+    GGMLQuantizationType.Q5_0: Unpacking(Form(8, 32), torch.float16, torch.uint8, q5_0_codes, symmetric_grid),
+    GGMLQuantizationType.Q8_0: Unpacking(Form(8, 32), torch.float16, torch.uint8, q8_0_codes, symmetric_grid),
+    GGMLQuantizationType.MXFP4: Unpacking(MXFP4, torch.bfloat16, torch.uint8, mxfp4_codes, mxfp4_grid),
 }

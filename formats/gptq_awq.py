@@ -168,6 +168,7 @@ class QuantizedLinear:
     groupsize: int  # in our layout
     order: Tensor | None
     dtype: torch.dtype = torch.float32
+    zero_dtype: torch.dtype = torch.uint8
 
     @property
     def kind(self) -> str:

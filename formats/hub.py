@@ -34,8 +34,8 @@ WEIGHT_FILES = (
 )  # fmt: skip
 OTHER_KINDS = (  # a file that tells a folder without weights of ours, what it is, what to do
     ("adapter_*", "a LoRA adapter", "merge it into its base model (peft: merge_and_unload), and convert the result"),
+    ("mmproj*.gguf", "a projector of pictures", "name the GGUF file of the language model"),
     ("model_index.json", "a diffusers pipeline", "take a language model"),
-    ("*.gguf", "a GGUF file", "convert the model that it was made from, in safetensors"),
     ("weights*.npz", "weights of mlx", "convert the original model"),
     ("params.json", "a model in the form of its authors", "get it in the form of Hugging Face, with config.json"),
     ("consolidated*", "a model in the form of its authors", "get it in the form of Hugging Face, with config.json"),
@@ -49,14 +49,15 @@ OTHER_KINDS = (  # a file that tells a folder without weights of ours, what it i
 )
 
 
-def download(repo: str, revision: str | None) -> Path:
-    """Brings what is needed of a hub repo into the ordinary Hugging Face cache and returns its folder there.
+def download(repo: str, revision: str | None, file: str | None = None) -> Path:
+    """Brings what is needed of a hub repo, or this GGUF file of it, into the ordinary Hugging Face cache and returns
+    its folder there.
 
     Files that are already there are not fetched again. UserError in one line for what the hub or the network says.
     """
     for attempt in (1, 2):  # the client resumes a dropped connection by itself, but not one that was reset
         try:
-            return fetch(repo, revision)
+            return fetch(repo, revision, file)
         except UserError:
             raise
         except Exception as error:  # the client raises what its HTTP library does, and each version has another
@@ -73,19 +74,22 @@ def download(repo: str, revision: str | None) -> Path:
     raise AssertionError("not reached")
 
 
-def fetch(repo: str, revision: str | None) -> Path:
+def fetch(repo: str, revision: str | None, file: str | None) -> Path:
     """The config first, so that an unsupported model is refused before gigabytes are fetched, then the weights."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        config = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
         at = f"{repo} at {revision!r}" if revision else repo
-        if not isinstance(config, str):
-            raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
-        folder = Path(config).parent
         try:
-            choose_weights([path.name for path in folder.iterdir()], at, lambda index: read_index(folder / index))
+            folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except hub.errors.LocalEntryNotFoundError as error:
+            where = constants.HF_HUB_CACHE
+            raise UserError(f"the cache in {where} does not hold {at}; unset HF_HUB_OFFLINE") from error
+        try:
+            names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+            if choose_gguf(names, at, file) is None:
+                choose_weights(names, at, lambda index: read_index(folder / index))
         except UserError as error:
             raise UserError(f"the cache does not hold all of {at} ({error}); unset HF_HUB_OFFLINE") from error
         return folder
@@ -93,12 +97,19 @@ def fetch(repo: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
     info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
 
     def get(names: list[str], revision: str | None) -> Path:
         patterns = [glob.escape(name) for name in names]
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=4))
 
+    def check_room(files: list[str], revision: str) -> None:
+        missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=revision)]
+        check_disk(sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
+
+    if gguf := choose_gguf(sizes, repo, file):
+        check_room(gguf, info.sha)
+        return get(gguf, revision)
     small = [*CONFIG_FILES, *quantized.CONFIG_FILES, *TOKENIZER_FILES]
     indexes = [name for name in sizes if any(fnmatch.fnmatchcase(name, f"{form}.index.json") for form in WEIGHT_FILES)]
     refuse_other_kinds(sizes, repo)
@@ -108,8 +119,7 @@ def fetch(repo: str, revision: str | None) -> Path:
     if "config.json" in sizes and "dim" not in (config := read_json(folder / "config.json")):  # MiniMind's first has it
         ModelConfig.from_hf(config)
         quantized.read_quantization(config, folder)
-    missing = [name for name in files if not hub.try_to_load_from_cache(repo, name, revision=folder.name)]
-    check_disk(sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
+    check_room(files, folder.name)
     return get(files, folder.name)
 
 
@@ -193,6 +203,32 @@ def choose_weights(
         warning = f"warning: {index} names {missing}, which is not there; {shown} is read instead"
         return Weights(read, None if others else index, missing, warning)
     raise UserError(f"{where} has no weights (model.safetensors, pytorch_model.bin or .pth); take another")
+
+
+def choose_gguf(names: Iterable[str], where: object, file: str | None) -> list[str] | None:
+    """The GGUF file to read of a folder or repo, with its other shards if it has some: `file`, or the only one where
+    there are no other weights. None where those are to be read. UserError, which lists what is there, for none or many.
+
+    A projector of pictures (mmproj-*) is no language model, and does not count.
+    """
+    names = list(names)
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(fnmatch.filter(names, "*.gguf")):
+        if not name.rpartition("/")[2].startswith("mmproj"):
+            shard = re.fullmatch(r"(.*)-\d{5}-(of-\d{5}\.gguf)", name)
+            found["-".join(shard.groups()) if shard else name].append(name)
+    if file is not None:
+        chosen = next((shards for shards in found.values() if file in shards), None)
+        if chosen is None:
+            there = ", ".join(shards[0] for shards in found.values()) or "none"
+            raise UserError(f"{where} has no GGUF file {file!r} ({there}); name one of them as --file")
+        return [file, *(shard for shard in chosen if shard != file)]
+    if not found or any(fnmatch.filter(names, f"{form}*") for form in WEIGHT_FILES):
+        return None
+    if len(found) > 1:
+        there = ", ".join(shards[0] for shards in found.values())
+        raise UserError(f"{where} holds several GGUF files ({there}); name one of them as --file")
+    return next(iter(found.values()))
 
 
 def only_one(names: Iterable[str], form: str, where: object) -> str | None:

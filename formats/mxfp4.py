@@ -38,6 +38,7 @@ class MxTensor:
     order: Tensor | None = None
     dtype: torch.dtype = torch.float32
     scale_dtype: torch.dtype = torch.bfloat16  # which has every power of two that there may be
+    zero_dtype: torch.dtype = torch.uint8
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Experts start:stop, float32 [experts, in, out]."""

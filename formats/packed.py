@@ -35,6 +35,7 @@ class Packed(Protocol):
     form: Form | None  # ours that has the same values; None: none has
     order: Tensor | None  # the parts are for the inputs x[..., order], int32 [in]
     scale_dtype: torch.dtype  # of the part "scales"
+    zero_dtype: torch.dtype  # of the part "zeros": uint8, or a float
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop, dequantized. UserError when a scale is not finite."""

@@ -13,17 +13,21 @@ from typing import Any
 
 from errors import UserError
 from files import read_json
-from formats import gptq_awq, mxfp4
+from formats import bitsandbytes, compressed, fp8, gptq_awq, mxfp4
 from formats.packed import Packed, Stored
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of older GPTQ and AWQ, where config.json is silent
-METHODS: dict[str, ModuleType] = {"gptq": gptq_awq, "awq": gptq_awq, "mxfp4": mxfp4}
+METHODS: dict[str, ModuleType] = {
+    "gptq": gptq_awq, "awq": gptq_awq, "bitsandbytes": bitsandbytes, "compressed-tensors": compressed, "fp8": fp8,
+    "fbgemm_fp8": fp8, "mxfp4": mxfp4,
+}  # fmt: skip
 
 
 def read_quantization(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """How a checkpoint is quantized: a parsed config.json says so, or a separate file in `folder`. UserError names what
     is not supported."""
     where, fields = "config.json: quantization_config", config.get("quantization_config")
+    fields = fields or config.get("compression_config")  # as compressed-tensors first called it
     for name in CONFIG_FILES:
         if not fields and (folder / name).is_file():
             where, fields = name, read_json(folder / name)
