@@ -9,9 +9,9 @@
 Reads model.safetensors, pytorch_model.bin (both also in shards), MiniMind's .pth and GGUF files, whose path
 --checkpoint_dir may name. What others quantized keeps its values: what our int4, int8 and mxfp4 hold exactly stays
 quantized, the rest is dequantized to --dtype, and the last line says which. A GGUF file is dequantized as a whole where
---dtype is given. Works tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end: a kill leaves the old checkpoint,
-or none, never a mix. Converted again, a model keeps what was quantized from it; another model, one whose tensors differ
-from those that are there, is replaced with --overwrite only.
+--dtype is given. Works tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end:
+a kill leaves the old checkpoint, or none, never a mix. Converted again, a model keeps what was quantized from it;
+another model, one whose tensors differ from those that are there, is replaced with --overwrite only.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
@@ -161,7 +161,8 @@ def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard
             log(f"warning: {', '.join(replaced)} in {out} differed from the source, and is now as there")
 
     replace_folder(path, write)
-    parameters = sum(math.prod(piece.tensor.shape) for pieces in plan.values() for piece in pieces)
+    counted = [pieces for name, pieces in plan.items() if not (config.tied and name == "output.weight")]
+    parameters = sum(math.prod(piece.tensor.shape) for pieces in counted for piece in pieces)
     forms = ", ".join(dict.fromkeys(form.name for form in quantized.values()))
     kind = f"{forms} ({metadata['mode']}) and {dtype_name}" if quantized else dtype_name
     return (
