@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.gptq_awq import Stored
+from formats.packed import Stored
 from layout import Form
 from weights import CHUNK_BYTES, FLOATS
 
@@ -48,7 +48,7 @@ AGAIN = "get the weights again"
 
 @dataclass(frozen=True)
 class RowWeight:
-    """A weight of 8 bits, not yet read."""
+    """A weight of 8 bits, not yet read; a Packed."""
 
     name: str
     levels: Stored  # int8 [out, in]
@@ -71,7 +71,7 @@ class RowWeight:
         return self.levels.read(start, stop).float().mul_(self.scales(start, stop)[:, None])
 
     def read_part(self, part: str) -> Iterator[Tensor]:
-        """`weight` int8 [rows, in], in runs of rows; `scales` float32 [out]."""
+        """`weight` int8 [rows, in], in runs of rows; `scales` float32 [out]. UserError when a scale is not finite."""
         if part == "scales":
             yield self.scales()
             return
@@ -94,7 +94,7 @@ class Nested:
 
 @dataclass(frozen=True)
 class BlockWeight:
-    """A weight of 4 bits, not yet read."""
+    """A weight of 4 bits, not yet read; a Packed."""
 
     name: str
     parts: Mapping[str, Stored]  # "weight", "absmax", "quant_map" and maybe nested ones
@@ -117,9 +117,14 @@ class BlockWeight:
         first_block, last_block = first // self.blocksize, -(-last // self.blocksize)
         offset = first_block * self.blocksize
         values = self.values(offset, min(last_block * self.blocksize, out * inputs))
-        blocks = torch.nn.functional.pad(values, (0, -len(values) % self.blocksize)).view(-1, self.blocksize)
-        blocks.mul_(self.scales(first_block, last_block)[:, None])
-        return blocks.flatten()[first - offset : last - offset].view(-1, inputs)
+        scales = self.scales(first_block, last_block)
+        whole = len(values) // self.blocksize  # the last block of all may be shorter
+        values[: whole * self.blocksize].view(-1, self.blocksize).mul_(scales[:whole, None])
+        values[whole * self.blocksize :].mul_(scales[whole:])
+        return values[first - offset : last - offset].view(-1, inputs)
+
+    def read_part(self, part: str) -> Iterator[Tensor]:
+        raise ValueError(f"{self.name} has no form of ours, and so no {part}")
 
     def values(self, first: int, last: int) -> Tensor:
         """The elements first:last of the flat weight without their scales, float32; `first` is even."""
@@ -232,10 +237,10 @@ def block_weight(name: str, code: str, tensors: Mapping[str, Stored]) -> BlockWe
     nested = None
     shapes = {"quant_map": (16,), "absmax": (blocks,)}
     if "nested_blocksize" in state or f"{name}.nested_absmax" in tensors:
-        offset, dtype = state.get("nested_offset"), NESTED_DTYPES.get(state.get("nested_dtype", "float32"))
-        if type(offset) not in (int, float) or not math.isfinite(offset) or dtype is None:
-            raise UserError(f"tensor {state_name!r} gives nested_offset {offset!r} and nested_dtype {dtype}; {AGAIN}")
-        nested = Nested(integer("nested_blocksize", state.get("nested_blocksize")), dtype, float(offset))
+        offset, dtype = state.get("nested_offset"), str(state.get("nested_dtype", "float32"))
+        if type(offset) is not float or not math.isfinite(offset) or dtype not in NESTED_DTYPES:
+            raise UserError(f"tensor {state_name!r} gives nested_offset {offset!r} and nested_dtype {dtype!r}; {AGAIN}")
+        nested = Nested(integer("nested_blocksize", state.get("nested_blocksize")), NESTED_DTYPES[dtype], offset)
         shapes |= {"nested_quant_map": (256,), "nested_absmax": (-(-blocks // nested.blocksize),)}
     parts = {part: find(f"{name}.{part}", tensors) for part in shapes}
     for part, tensor in parts.items():

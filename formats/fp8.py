@@ -16,7 +16,7 @@ become floats. https://github.com/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGH
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.gptq_awq import Stored
+from formats.packed import Stored
 from weights import FLOATS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -36,7 +36,7 @@ LEFT_OUT = ("input_scale", "activation_scale", "input_scale_ub", "output_scale",
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A weight of 8-bit floats, not yet read."""
+    """A weight of 8-bit floats, not yet read; a Packed."""
 
     name: str
     levels: Stored  # [out, in]
@@ -56,12 +56,12 @@ class Fp8Weight:
         return self.levels.shape
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start:stop, float32 [rows, in]. UserError when a scale is not finite."""
+        """Rows start:stop, float32 [rows, in]. UserError when they or their scales are not finite."""
         rows, columns = self.block
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         first = start // rows
         scales = self.read_scales(first, -(-stop // rows)).repeat_interleave(rows, 0)[start - first * rows :]
-        weight = self.levels.read(start, stop).float()
+        weight = finite(self.levels.read(start, stop).float(), self.name)
         for i, part in enumerate(weight.split(columns, 1)):
             part.mul_(scales[: len(weight), i : i + 1])
         return weight
@@ -71,10 +71,18 @@ class Fp8Weight:
         scales = self.scales.read(first, last) if self.scales.shape else self.scales.read()
         if scales.dtype == torch.uint8:
             scales = scales.view(POWERS)
-        scales = scales.float()
-        if not bool(scales.isfinite().all()):
-            raise UserError(f"tensor {self.scales_name!r} holds NaN or infinity; get the weights again")
+        scales = finite(scales.float(), self.scales_name)
         return scales.reshape(-1, -(-self.shape[1] // self.block[1]))
+
+    def read_part(self, part: str) -> Iterator[Tensor]:
+        raise ValueError(f"{self.name} has no form of ours, and so no {part}")
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    """UserError when one of them is not."""
+    if not bool(values.isfinite().all()):
+        raise UserError(f"tensor {name!r} holds NaN or infinity; get the weights again")
+    return values
 
 
 def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Fp8Weight]:

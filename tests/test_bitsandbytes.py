@@ -259,6 +259,13 @@ def test_a_missing_part_of_8_bits(part):
             as_bytes({"blocksize": 64, "shape": [6, 64], "nested_blocksize": 256, "nested_offset": float("nan")}),
             "nested_offset nan",
         ),
+        (
+            "weight.quant_state.bitsandbytes__nf4",
+            as_bytes(
+                {"blocksize": 64, "shape": [6, 64], "nested_blocksize": 2, "nested_offset": 0.5, "nested_dtype": "int8"}
+            ),
+            "nested_dtype 'int8'",
+        ),
     ],
 )
 def test_parts_of_4_bits_that_do_not_fit(part, tensor, words):
@@ -312,6 +319,28 @@ def test_other_codes_are_refused():
     tensors[f"{name}int4"] = tensors.pop(f"{name}nf4")
     with pytest.raises(UserError, match="int4"):
         collapse(FOUR, held(tensors))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [6, 64], "nested_blocksize": 256,
+         "nested_dtype": "float32", "nested_offset": 0.1}  # fmt: skip
+
+
+@given(changes=st.dictionaries(st.sampled_from(list(STATE)), JSON, min_size=1, max_size=2), nested=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_other_state_is_refused_or_read(changes, nested):
+    tensors, _ = four_bits(6, 64, nested=256 if nested else 0)
+    tensors[f"{X}.weight.quant_state.bitsandbytes__nf4"] = as_bytes(STATE | changes)
+    try:
+        found = collapse(FOUR, held(tensors))[f"{X}.weight"].read()
+    except UserError as error:
+        assert X in str(error) and "\n" not in str(error)
+    else:
+        assert found.isfinite().all()
 
 
 # -- what bitsandbytes writes

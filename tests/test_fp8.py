@@ -216,6 +216,16 @@ def test_damaged_scales(damage):
         packed.read(100, 200)
 
 
+@pytest.mark.parametrize(("dtype", "byte"), [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7C), (E5M2, 0x7E)])
+def test_damaged_weights(dtype, byte):
+    weight, scales, _ = make(30, 20, (30, 20), dtype)
+    weight.view(torch.uint8)[20, 3] = byte
+    packed = collapse(WHOLE, held({f"{X}.weight": weight, f"{X}.weight_scale": scales}))[f"{X}.weight"]
+    packed.read(0, 20)
+    with pytest.raises(UserError, match=f"'{X}.weight' holds NaN or infinity"):
+        packed.read()
+
+
 # -- transformers
 
 
