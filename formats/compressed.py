@@ -15,7 +15,7 @@ inputs of one output, all of its inputs, a rectangle, or the whole weight. In th
 - `weight_scale`, floats, one for each block; of MX formats uint8, exponents plus 127;
 - `weight_global_scale` [1], by which the scales of NVFP4 are divided;
 - `weight_zero_point`, unless all are 0: integers, one for each block, with a packed weight mostly packed along `out`;
-- `weight_shape` [2], if it is packed as int32;
+- `weight_shape` [2], if it is packed as int32, where some words may not be full;
 - `weight_g_idx` int32 [in], the group of each input, where groups are scattered (activation order).
 
 config.json says in `config_groups` how the layers are quantized that match `targets`. What it says of activations and
@@ -23,6 +23,7 @@ of the KV cache does not matter here: they stay floats.
 https://github.com/vllm-project/compressed-tensors
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.compressed_config import Scheme, find_scheme, read_schemes
+from formats.compressed_config import Scheme, find_scheme, outer, read_schemes, tell
 from formats.gptq_awq import sorted_inputs
 from formats.packed import Stored
 from kernels.packing import FP4_VALUES, GROUPSIZES, pack_nibbles, unpack_nibbles
@@ -44,7 +45,7 @@ ACTIVATIONS = re.compile(r"(input|output|q|k|v)_(scale|zero_point|global_scale)"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # e2m3: a sign, two bits of exponent, three of mantissa. (OCP Microscaling Formats, version 1.0)
 FP6_VALUES = [sign * (m + 8 * (e > 0)) / 8 * 2 ** max(e - 1, 0) for sign in (1, -1) for e in range(4) for m in range(8)]
-NAN = 255  # among the exponents of MX formats
+POWERS = torch.float8_e8m0fnu  # of two, the scales of MX formats, which the library calls uint8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,11 +62,16 @@ def unpack(words: Tensor, bits: int, count: int, gaps: bool = False) -> Tensor:
         return values[:, :count]
     if bits == 4:
         return unpack_nibbles(values, count)
-    place = torch.arange(count)
+    place = torch.arange(count, dtype=torch.int32)
     place = place // (32 // bits) * 32 + place % (32 // bits) * bits if gaps else place * bits
     values = torch.nn.functional.pad(values, (0, 1)).int()
     pairs = values[:, :-1] | values[:, 1:] << 8
     return (pairs.index_select(1, place // 8) >> (place % 8) & (2**bits - 1)).to(torch.uint8)
+
+
+def is_finite(values: Tensor) -> bool:
+    """That all are; isfinite() takes ten times as long."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def packed_size(count: int, bits: int, gaps: bool = False) -> int:
@@ -85,8 +91,9 @@ class Compressed:
     scheme: Scheme
     tensors: Mapping[str, Stored]  # by their part: weight or weight_packed, weight_scale, ...
     shape: tuple[int, int]  # [out, in]
-    form: Form | None
-    order: Tensor | None
+    gaps: bool = False  # between what is packed, see unpack
+    form: Form | None = None
+    order: Tensor | None = None
     dtype: torch.dtype = torch.float32
     zero_dtype: torch.dtype = torch.uint8
 
@@ -95,13 +102,13 @@ class Compressed:
         scale = self.tensors["weight_scale"].dtype
         if not self.scheme.floats:
             return f"int{self.scheme.bits}"
-        prefix = "mx" if scale == torch.uint8 else "nv" if "weight_global_scale" in self.tensors else ""
+        prefix = "mx" if scale in (torch.uint8, POWERS) else "nv" if "weight_global_scale" in self.tensors else ""
         return f"{prefix}fp{self.scheme.bits}"
 
     @property
     def scale_dtype(self) -> torch.dtype:
         stored = self.tensors["weight_scale"].dtype
-        if stored == torch.uint8:
+        if stored in (torch.uint8, POWERS):
             return torch.bfloat16  # which has every power of two that there may be
         return stored if stored in FLOATS and "weight_global_scale" not in self.tensors else torch.float32
 
@@ -109,6 +116,11 @@ class Compressed:
     def block(self) -> tuple[int, int]:
         """Outputs and inputs that share a scale."""
         return tuple(size or whole for size, whole in zip(self.scheme.block, self.shape, strict=True))
+
+    @property
+    def groups(self) -> int:
+        """Scales of an output."""
+        return -(-self.shape[1] // self.block[1])
 
     @property
     def stored(self) -> str:
@@ -130,15 +142,16 @@ class Compressed:
             return grid if grid.shape[1] == 1 else grid.index_select(1, groups)
 
         if self.scheme.floats and self.scheme.bits < 8:
-            values = torch.tensor(FP4_VALUES if self.scheme.bits == 4 else FP6_VALUES)[levels.int()]
-        elif self.scheme.floats or "weight_zero_point" not in self.tensors:
-            values = levels.float()
-            if not self.scheme.floats:
-                values -= self.scheme.middle
-            elif not bool(values.isfinite().all()):
-                raise self.damaged(self.stored, "holds NaN or infinity")
+            table = torch.tensor(FP4_VALUES if self.scheme.bits == 4 else FP6_VALUES)
+            values = table.index_select(0, levels.flatten().int()).view(levels.shape)
         else:
-            values = levels.float() - spread(self.zeros(start, stop).float())
+            values = levels.float()
+        if not self.scheme.floats:
+            values -= (
+                spread(self.zeros(start, stop).float()) if "weight_zero_point" in self.tensors else self.scheme.middle
+            )
+        elif self.scheme.bits == 8 and not is_finite(values):
+            raise self.damaged(self.stored, "holds NaN or infinity")
         return values.mul_(spread(scales))
 
     def read_part(self, part: str) -> Iterator[Tensor]:
@@ -177,8 +190,7 @@ class Compressed:
         scheme, inputs = self.scheme, self.shape[1]
         rows = self.tensors[self.stored].read(start, stop)
         if self.stored == "weight_packed":
-            gaps = rows.dtype == torch.int32 and rows.shape[1] != packed_size(inputs, scheme.bits)
-            return unpack(rows, scheme.bits, inputs, gaps)
+            return unpack(rows, scheme.bits, inputs, self.gaps)
         if scheme.floats:
             return rows
         levels = rows.contiguous().view(torch.uint8) + scheme.middle
@@ -189,12 +201,9 @@ class Compressed:
     def scales(self, start: int, stop: int) -> Tensor:
         """Of rows start:stop, [rows, groups]."""
         values = self.grid("weight_scale", start, stop)
-        finite = values != NAN if values.dtype == torch.uint8 else values.float().isfinite()
-        if not bool(finite.all()):
+        values = (values.view(POWERS) if values.dtype == torch.uint8 else values).to(self.scale_dtype)
+        if not is_finite(values):
             raise self.damaged("weight_scale", "holds NaN or infinity")
-        if values.dtype == torch.uint8:
-            return torch.exp2(values.double() - 127).to(self.scale_dtype)
-        values = values.to(self.scale_dtype)
         if "weight_global_scale" in self.tensors:
             whole = self.tensors["weight_global_scale"].read().float().reshape(())
             if not bool(whole.isfinite()) or not whole:
@@ -205,44 +214,39 @@ class Compressed:
     def zeros(self, start: int, stop: int) -> Tensor:
         """Of rows start:stop, plus `middle` as levels are, uint8 [rows, groups]."""
         part, scheme, out = "weight_zero_point", self.scheme, self.shape[0]
-        groups = -(-self.shape[1] // self.block[1])
         if part not in self.tensors:
-            return torch.full((stop - start, groups), scheme.middle, dtype=torch.uint8)
+            return torch.full((stop - start, self.groups), scheme.middle, dtype=torch.uint8)
         if self.zeros_are_packed():
-            words = self.tensors[part].read()
-            gaps = words.shape[0] != packed_size(out, scheme.bits)
-            return unpack(words.t(), scheme.bits, out, gaps)[:, start:stop].t()
+            return unpack(self.tensors[part].read().t(), scheme.bits, out, self.gaps)[:, start:stop].t()
         zeros = self.grid(part, start, stop).long() + scheme.middle
         if bool(((zeros < 0) | (zeros >= 2**scheme.bits)).any()):
             raise self.damaged(part, f"holds numbers beyond {scheme.bits} bits")
         return zeros.to(torch.uint8)
 
     def zeros_are_packed(self) -> bool:
-        zeros, (out, inputs) = self.tensors["weight_zero_point"], self.shape
-        groups = -(-inputs // self.block[1])
-        sizes = {packed_size(out, self.scheme.bits, gaps) for gaps in (False, True)}
+        """Or a number for each block, as older versions have them."""
+        zeros = self.tensors["weight_zero_point"]
         packed = self.stored == "weight_packed" and self.block[0] == 1 and zeros.dtype == torch.int32
-        return packed and zeros.shape in {(size, groups) for size in sizes}
+        return packed and zeros.shape == (packed_size(self.shape[0], self.scheme.bits, self.gaps), self.groups)
 
     def grid(self, part: str, start: int, stop: int) -> Tensor:
         """What a tensor with a number for each block holds for rows start:stop, [rows, groups]."""
         tensor, rows = self.tensors[part], self.block[0]
         first, last = start // rows, -(-stop // rows)
-        values = tensor.read(first, last) if tensor.shape else tensor.read()
-        return values.reshape(last - first, -1).index_select(0, torch.arange(start, stop) // rows - first)
+        values = tensor.read(first, last) if tensor.shape else tensor.read()[None][first:last]
+        return values.reshape(last - first, self.groups).index_select(0, torch.arange(start, stop) // rows - first)
 
     def check(self) -> None:
         """UserError names the tensor that is missing or does not fit."""
         out, inputs = self.shape
-        grid = -(-out // self.block[0]), -(-inputs // self.block[1])
+        grid = -(-out // self.block[0]), self.groups
         shapes = {grid} | ({grid[:1]} if grid[1] == 1 else set()) | ({()} if grid == (1, 1) else set())
-        scale_dtypes = (*FLOATS, *FLOAT8) if self.scheme.bits != 6 else FLOATS
-        if self.scheme.floats and self.scheme.block[0] == 1:
-            scale_dtypes = (*scale_dtypes, torch.uint8)
-        expected = {"weight_scale": (shapes, scale_dtypes)}
+        floats = self.scheme.floats
+        powers = (torch.uint8, POWERS) if floats else ()
+        expected = {"weight_scale": (shapes, (*FLOATS, *FLOAT8, *powers))}
         if "weight_zero_point" in self.tensors and not self.zeros_are_packed():
-            integers = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS, *FLOAT8)
-            expected["weight_zero_point"] = shapes, integers
+            integers = (torch.int8, torch.int16, torch.int32, torch.int64)
+            expected["weight_zero_point"] = shapes, (*integers, *FLOATS, *FLOAT8) if floats else integers
         if "weight_global_scale" in self.tensors:
             expected["weight_global_scale"] = {(), (1,), (1, 1)}, FLOATS
         if "weight_g_idx" in self.tensors:
@@ -260,79 +264,84 @@ class Compressed:
                 raise UserError(f"tensor '{self.name}.{part}' is {tensor.dtype}, not {names}; get the weights again")
 
 
-def weight_shape(name: str, scheme: Scheme, tensors: Mapping[str, Stored]) -> tuple[int, int]:
-    """[out, in] of a layer. UserError when its tensors are missing or do not fit the scheme."""
+def find_parts(name: str, scheme: Scheme, tensors: Mapping[str, Stored]) -> Compressed:
+    """The layer of these tensors. UserError names what is missing or does not fit."""
     part = "weight_packed" if "weight_packed" in tensors else "weight"
-    missing = [needed for needed in (part, "weight_scale") if needed not in tensors]
-    packed = not missing and part == "weight_packed"
-    if packed and not scheme.floats and "weight_shape" not in tensors:
-        missing.append("weight_shape")
-    if scheme.scattered and "weight_g_idx" not in tensors:
-        missing.append("weight_g_idx")
-    if not (scheme.symmetric or "weight_zero_point" in tensors):
-        missing.append("weight_zero_point")
-    if missing:
-        raise UserError(f"tensor '{name}.{missing[0]}' is missing from the weights; get the complete checkpoint")
-    weight = tensors[part]
-    if not packed:
-        dtypes = FLOAT8 if scheme.floats and scheme.bits == 8 else () if scheme.floats else (torch.int8,)
+    packed, integers = part == "weight_packed", not scheme.floats
+    weight, bits = tensors.get(part), scheme.bits
+    needed = {
+        part: True,
+        "weight_scale": True,
+        "weight_shape": packed and integers and 32 % bits,
+        "weight_zero_point": not scheme.symmetric,
+        "weight_g_idx": scheme.scattered,
+    }
+    for missing in (other for other, is_needed in needed.items() if is_needed and other not in tensors):
+        raise UserError(f"tensor '{name}.{missing}' is missing from the weights; get the complete checkpoint")
+    if packed:
+        dtypes = (torch.int32,) if integers else (torch.uint8,) if bits < 8 else ()
     else:
-        dtypes = (torch.int32,) if not scheme.floats else (torch.uint8,) if scheme.bits < 8 else ()
+        dtypes = (torch.int8,) if integers else FLOAT8 if bits == 8 else ()
     if weight.dtype not in dtypes:
-        what = f"{scheme.bits}-bit {'floats' if scheme.floats else 'integers'}"
         raise UserError(
-            f"tensor '{name}.{part}' is {weight.dtype}, where config.json means {what};"
-            " get the config.json of these weights"
+            f"tensor '{name}.{part}' is {weight.dtype}, where config.json means {'integers' if integers else 'floats'}"
+            f" of {bits} bits; get the config.json of these weights"
         )
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise UserError(
-            f"tensor '{name}.{part}' has the shape {list(weight.shape)}; only layers of outputs and inputs are"
-            " supported, convert the original model"
+            f"tensor '{name}.{part}' has the shape {list(weight.shape)}; only [outputs, inputs] is supported,"
+            " convert the original model"
         )
+    out, width = weight.shape
     if not packed:
-        return weight.shape
-    if scheme.floats:
-        return weight.shape[0], weight.shape[1] * 8 // scheme.bits
+        return Compressed(name, scheme, tensors, (out, width))
+    if scheme.floats or "weight_shape" not in tensors:
+        return Compressed(name, scheme, tensors, (out, width * weight.dtype.itemsize * 8 // bits))
     stored = tensors["weight_shape"]
-    shape = tuple(stored.read().tolist()) if stored.shape == (2,) and not stored.dtype.is_floating_point else ()
-    sizes = {packed_size(shape[1], scheme.bits, gaps) for gaps in (False, True)} if shape else set()
-    if not shape or min(shape) < 1 or weight.shape[0] != shape[0] or weight.shape[1] not in sizes:
+    shape = stored.read().tolist() if stored.shape == (2,) and not stored.dtype.is_floating_point else []
+    inputs = shape[1] if shape and shape[0] == out else 0
+    ways = [gaps for gaps in (False, True) if inputs > 0 and packed_size(inputs, bits, gaps) == width]
+    if 32 % bits == 0 or inputs <= 32 // bits:
+        ways = ways[:1]  # the two are one
+    if len(ways) != 1:
+        fault = "may be packed in it in two ways; convert the original model"
         raise UserError(
-            f"tensor '{name}.weight_packed' has the shape {list(weight.shape)}, which holds no {scheme.bits}-bit weight"
-            f" of '{name}.weight_shape' {list(shape or stored.shape)}; get the weights again"
+            f"tensor '{name}.weight_packed' has the shape {list(weight.shape)}, and {bits}-bit integers of the shape"
+            f" {shape or list(stored.shape)} in '{name}.weight_shape'"
+            f" {fault if ways else 'do not fit in it; get the weights again'}"
         )
-    return shape
+    return Compressed(name, scheme, tensors, (out, inputs), ways[0])
 
 
 def compressed(name: str, scheme: Scheme, tensors: Mapping[str, Stored]) -> Compressed:
-    """The layer of these tensors. UserError names what is missing or does not fit."""
-    shape = weight_shape(name, scheme, tensors)
-    layer = Compressed(name, scheme, tensors, shape, None, None)
+    """The layer of these tensors, in the form that holds it. UserError names what is missing or does not fit."""
+    layer = find_parts(name, scheme, tensors)
     layer.check()
-    if "weight_zero_point" in tensors:
-        zeros = tensors["weight_zero_point"]
-        # Symmetric ones are stored by older versions, and do not matter.
-        if not layer.zeros_are_packed() and not bool(zeros.read().float().any()):
+    out, inputs = layer.shape
+    if "weight_zero_point" in tensors and (scheme.floats or scheme.bits > 4):
+        # Older versions store those of symmetric layers as well.
+        zeros = layer.grid("weight_zero_point", 0, out).float() if scheme.floats else layer.zeros(0, out).int()
+        if bool((zeros == (0 if scheme.floats else scheme.middle)).all()):
             tensors = {part: tensor for part, tensor in tensors.items() if part != "weight_zero_point"}
         elif scheme.floats:
             raise UserError(f"layer {name!r} has floats with zeros, not supported; convert the original model")
     size, order = layer.block[1], None
-    if "weight_g_idx" in tensors and size < shape[1]:
+    if "weight_g_idx" in tensors and size < inputs:
         groups = tensors["weight_g_idx"].read()
         try:
             order = None if bool((groups == -1).all()) else sorted_inputs(groups, size)
         except ValueError as error:
             raise layer.damaged("weight_g_idx", str(error)) from error
-    fitting = [fits for fits in GROUPSIZES if size % fits == shape[1] % fits == 0]
-    form = None
+    groupsize = max((fits for fits in GROUPSIZES if size % fits == inputs % fits == 0), default=None)
     if scheme.floats:
-        if layer.kind == "mxfp4" and size == 32 and fitting:
-            form = MXFP4
+        form = MXFP4 if layer.kind == "mxfp4" and size == groupsize == 32 else None
     elif scheme.bits <= 4:
-        form = Form(4, max(fitting)) if fitting else None
-    elif "weight_zero_point" not in tensors:
-        form = Form(8) if size == shape[1] else Form(8, max(fitting)) if fitting else None
-    return Compressed(name, scheme, tensors, shape, form, order)
+        form = Form(4, groupsize) if groupsize else None
+    elif "weight_zero_point" in tensors:
+        form = None
+    else:
+        form = Form(8) if size == inputs else Form(8, groupsize) if groupsize else None
+    return dataclasses.replace(layer, tensors=tensors, form=form, order=order)
 
 
 def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Compressed]:
@@ -341,7 +350,10 @@ def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[s
     `fields` is `quantization_config` of config.json. Scales of activations are left out, all other tensors are passed
     on. UserError names what is not supported, missing, misshapen or of a wrong dtype.
     """
+    fields = outer(fields)
     schemes = read_schemes(fields)
+    if tensors:
+        tell(fields)
     layers: dict[str, dict[str, Stored]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")

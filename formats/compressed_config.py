@@ -46,55 +46,79 @@ class Scheme:
 
 
 def refused(what: str) -> UserError:
-    return UserError(f"config.json: {what} is not supported in compressed-tensors; convert the original model")
+    return UserError(
+        f"config.json: quantization_config: {what} is not supported in compressed-tensors; convert the original model"
+    )
 
 
 def read_schemes(fields: Mapping[str, Any]) -> dict[str, Scheme]:
     """The scheme of each target of `config_groups`. UserError names what is not supported."""
-    fields = check_fields(fields)
+    check_format(fields.get("format") or "dense")
+    sparsity = fields.get("sparsity_config") or {"format": "dense"}
+    kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+    if kind != "dense":
+        raise refused(f"sparsity_config {kind!r}")
+    check_transforms(fields.get("transform_config") or {})
+    if fields.get("moe_sparsity_config"):
+        raise refused("moe_sparsity_config")
     groups = fields.get("config_groups") or {}
     if not isinstance(groups, dict):
         raise refused(f"config_groups {groups!r}")
     schemes: dict[str, Scheme] = {}
-    activations = bool(fields.get("kv_cache_scheme"))
     for name, group in groups.items():
-        targets = group.get("targets") if isinstance(group, dict) else None
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise refused(f"config_groups: {name}: {group!r}")
+        targets = group.get("targets") if isinstance(group, dict) else group
+        if not isinstance(group, dict) or not isinstance(targets, list) or not all(map(is_target, targets)):
+            raise refused(f"config_groups: {name}: targets {targets!r}")
         check_format(group.get("format") or "dense")
-        activations = activations or bool(group.get("input_activations") or group.get("output_activations"))
         if group.get("weights"):
             schemes |= dict.fromkeys(targets, read_scheme(group["weights"], f"config_groups: {name}: weights"))
-    if activations:
-        log("activations or the KV cache, which this checkpoint quantizes as well, stay floats here")
     return schemes
 
 
-def check_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What holds for all layers, from `quantization_config` or from the one that is nested in it."""
-    if isinstance(fields.get("quantization_config"), dict):
-        fields = fields["quantization_config"]
-    check_format(fields.get("format") or "dense")
-    sparsity = fields.get("sparsity_config") or {}
-    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
-        raise refused(f"sparsity_config {sparsity!r}")
-    transforms = fields.get("transform_config") or {}
-    if not isinstance(transforms, dict) or transforms.get("config_groups", transforms):
-        raise refused(f"transform_config {transforms!r}")
-    if fields.get("moe_sparsity_config"):
-        raise refused(f"moe_sparsity_config {fields['moe_sparsity_config']!r}")
+def outer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`quantization_config`, or the one that some versions nest in it."""
+    nested = fields.get("quantization_config")
+    return nested if isinstance(nested, dict) else fields
+
+
+def tell(fields: Mapping[str, Any]) -> None:
+    """Logs what is ignored in fields that read_schemes has accepted."""
+    groups = (fields.get("config_groups") or {}).values()
+    if fields.get("kv_cache_scheme") or any(g.get("input_activations") or g.get("output_activations") for g in groups):
+        log("this checkpoint quantizes activations or the KV cache as well; here they stay floats")
     for name, value in fields.items():
         if name not in KNOWN and value:
             log(
                 f"warning: config.json: quantization_config: {name}: this field is unknown and is ignored; check that"
                 " it does not matter"
             )
-    return fields
+
+
+def is_target(target: object) -> bool:
+    """A name, or "re:" and a pattern of names."""
+    if not isinstance(target, str):
+        return False
+    try:
+        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def check_format(name: object) -> None:
     if name not in FORMATS:
         raise refused(f"format {name!r}")
+
+
+def check_transforms(transforms: object) -> None:
+    """Rotations (SpinQuant, QuIP) that the weights have gone through already do not matter; those of activations do."""
+    try:
+        locations = [step["location"] for group in transforms["config_groups"].values() for step in group["apply"]]
+    except (KeyError, TypeError, AttributeError):
+        locations = ["?"] if transforms else []
+    for location in locations:
+        if location not in ("weight_input", "weight_output"):
+            raise refused(f"transform_config: location {location!r}")
 
 
 def read_scheme(weights: object, where: str) -> Scheme:
@@ -113,7 +137,7 @@ def read_scheme(weights: object, where: str) -> Scheme:
         raise bad("type")
     if type(bits) is not int or bits not in ((4, 6, 8) if kind == "float" else range(2, 9)):
         raise bad("num_bits")
-    if size is not None and (type(size) is not int or size < -1 or size == 0):
+    if size is not None and (type(size) is not int or not (size == -1 or 0 < size < 2**31)):
         raise bad("group_size")
     if weights.get("dynamic"):
         raise bad("dynamic")
@@ -127,16 +151,14 @@ def read_scheme(weights: object, where: str) -> Scheme:
         block = weights.get("block_structure")
         if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):
             block = [int(part) for part in block.split("x")]
-        if not isinstance(block, list) or len(block) != 2 or not all(type(part) is int and part > 0 for part in block):
+        if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in block):
             raise bad("block_structure")
     elif strategy in ("channel", "tensor"):
         block = (1 if strategy == "channel" else 0), 0
     else:
         raise bad("strategy")
     symmetric, act_order = weights.get("symmetric", True), weights.get("actorder")
-    if not isinstance(symmetric, bool):
-        raise bad("symmetric")
-    if kind == "float" and not symmetric:
+    if not isinstance(symmetric, bool) or (kind == "float" and not symmetric):
         raise bad("symmetric")
     if act_order not in (None, True, False, "group", "dynamic", "weight", "static"):
         raise bad("actorder")
@@ -149,11 +171,8 @@ def find_scheme(schemes: Mapping[str, Scheme], layer: str) -> Scheme:
         return next(iter(schemes.values()))
     kind = "Embedding" if "embed" in layer.rpartition(".")[2] or layer.endswith("wte") else "Linear"
     for target in sorted(schemes, key=lambda target: ("re:" in target, target)):
-        try:
-            if target == layer or (target.startswith("re:") and re.match(target.removeprefix("re:"), layer)):
-                return schemes[target]
-        except re.error as error:
-            raise refused(f"config_groups: the target {target!r}, no pattern ({error}),") from error
+        if target == layer or (target.startswith("re:") and re.match(target.removeprefix("re:"), layer)):
+            return schemes[target]
     if kind not in schemes:
         raise UserError(
             f"layer {layer!r} is quantized, and no target of config_groups in config.json is this layer;"

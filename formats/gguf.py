@@ -32,7 +32,7 @@ from formats.gguf_blocks import UNPACKINGS
 from layout import Form
 from weights import CHUNK_BYTES
 
-MAX_HEADER_BYTES = 10**8  # the largest known have 16 MB, most of it the vocabulary
+MAX_HEADER_BYTES = 2**26  # the largest known have 16 MB, most of it the vocabulary
 MAX_COUNT = 2**16  # keys or tensors of one file
 MAX_TENSORS = 2**18  # of a model, each expert one
 MAX_ALIGNMENT = 2**16
@@ -86,12 +86,13 @@ class GgufTensor:
         return rows.view(self.dtype).view(-1, *self.shape[1:])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
-        data = np.empty(stop - start, np.uint8)
+        """uint8 [stop - start], from the beginning of the tensor. UserError when the file has become shorter."""
+        data = torch.empty(stop - start, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(self.offset + start)
-            if file.readinto(data) != len(data):
+            if file.readinto(data.numpy()) != len(data):
                 raise UserError(f"{self.path} was changed while it was read; start again")
-        return torch.from_numpy(data)
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,9 @@ class QuantizedGgufTensor(GgufTensor):
             yield data.view(last - first, -1, GGML_QUANT_SIZES[self.type][1])
 
     def check(self, values: tuple[Tensor, ...]) -> None:
-        if not all(bool(value.isfinite().all()) for value in values):
-            raise UserError(f"{self.path}: tensor {self.name!r} holds NaN or infinity; get the file again")
+        for extremes in (value.aminmax() for value in values):  # NaN is both; 20 times as fast as isfinite
+            if not all(math.isfinite(extreme) for extreme in extremes):
+                raise UserError(f"{self.path}: tensor {self.name[:80]!r} holds NaN or infinity; get the file again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,16 +205,19 @@ def open_gguf(path: Path) -> GgufFile:
     stored = 0
     for i, part in enumerate(paths):
         header = _read_header(part)
-        found = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
-        if found[1] != count or (count > 1 and found[0] != i):
+        number, total = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
+        if (total or 1) != count or (count > 1 and number != i):  # 0: the parts were merged
             meant = f"part {i + 1} of {count}" if shard else "a whole model"
-            number = found[0] + 1 if isinstance(found[0], int) else found[0]
-            raise UserError(f"{part} is by its name {meant}, by its metadata part {number} of {found[1]}; get it again")
+            raise UserError(
+                f"{part} is by its name {meant}, but has split.no {str(number)[:20]} (counted from 0) and"
+                f" split.count {str(total)[:20]}; get it again, and keep the names of the parts"
+            )
         if i == 0:
             metadata = header.metadata
         for name, tensor in header.found.items():
             if name in tensors:
-                raise UserError(f"{part} and {tensors[name].path.name} both hold tensor {name!r}; get the files again")
+                other = tensors[name].path.name
+                raise UserError(f"{part} and {other} both hold tensor {name[:80]!r}; get the files again")
             if len(tensors) == MAX_TENSORS:
                 raise UserError(f"{part} has more than {MAX_TENSORS:,} tensors, which is not supported")
             tensors[name] = tensor
@@ -264,6 +269,8 @@ class _Header(GGUFReader):
         return struct.unpack_from(layout, self.data, offs), end
 
     def _check_end(self, end: int) -> int:
+        """The offset at which a part of the header ends. Zeros are valid empty texts: in a large file there would be
+        millions, so the header has a limit."""
         if end > len(self.data):
             raise _invalid(self.path, "its header is truncated")
         if end > MAX_HEADER_BYTES:
@@ -272,22 +279,14 @@ class _Header(GGUFReader):
 
     def _texts(self, count: int, offs: int, what: str) -> tuple[list[str], int]:
         self._check_end(offs + 8 * count)
-        data = memoryview(self.data)[:MAX_HEADER_BYTES]
-        texts, length_at = [], struct.Struct("<Q").unpack_from
+        data, texts = memoryview(self.data), []
         try:
             for _ in range(count):
-                (length,) = length_at(data, offs)
-                end = offs + 8 + length
-                if end > len(data):
-                    break
-                texts.append(str(data[offs + 8 : end], "utf-8"))
-                offs = end
-        except struct.error:
-            end = offs + 8
+                start = offs + 8
+                offs = self._check_end(start + int.from_bytes(data[offs:start], "little"))
+                texts.append(str(data[start:offs], "utf-8"))
         except UnicodeDecodeError as error:
             raise _invalid(self.path, f"{what} is not UTF-8") from error
-        if len(texts) < count:
-            self._check_end(end)
         return texts, offs
 
     def _text(self, offs: int, what: str) -> tuple[str, int]:

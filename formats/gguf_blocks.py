@@ -66,8 +66,9 @@ def q4_1_grid(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def q4_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum of the 8 groups of each block, [rows, blocks * 8].
 
-    Bytes 4 to 15 hold 6 bits for each: of the first four groups the low bits of bytes 4 to 7 (scales) and 8 to 11
-    (minimums), of the others 4 bits in bytes 12 to 15 (low halves scales) and 2 in the high bits of the former.
+    They have 6 bits. Those of the first four groups are the lower bits of bytes 4 to 7 (scales) and 8 to 11 (minimums).
+    The others have their lower 4 bits in bytes 12 to 15, the scales in the low halves, and their upper 2 bits in those
+    of bytes 4 to 11.
     """
     first, second, rest = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     scales = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)

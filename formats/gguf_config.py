@@ -85,7 +85,9 @@ class Keys:
         return value
 
     def refuse(self, key: str, why: str = "is not supported") -> None:
-        raise self.error(key, f"{self.values[key]!r} {why}; convert the original model, not its GGUF file")
+        value = repr(self.values[key])
+        value = value if len(value) < 80 else f"{value[:80]}..."
+        raise self.error(key, f"{value} {why}; convert the original model, not its GGUF file")
 
     def refuse_unread(self) -> None:
         """UserError for the first key that may change the logits and was not read."""
@@ -121,7 +123,7 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     if kind != "model":
         raise UserError(f"the GGUF file holds {str(kind)[:40]!r}, not a model; get the file of the model itself")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        why = f": {REASONS[name]}" if name in REASONS else ""
+        why = f": {REASONS[name]}" if isinstance(name, str) and name in REASONS else ""
         raise UserError(f"GGUF architecture {name!r} is not supported{why}; supported are {', '.join(ARCHITECTURES)}")
     architecture, keys, tensors = ARCHITECTURES[name], Keys(file.metadata, name), file.tensors
     model_type = next(
