@@ -81,11 +81,12 @@ def fetch(repo: str, revision: str | None, file: str | None) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         at = f"{repo} at {revision!r}" if revision else repo
-        try:
-            folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        except hub.errors.LocalEntryNotFoundError as error:
-            where = constants.HF_HUB_CACHE
-            raise UserError(f"the cache in {where} does not hold {at}; unset HF_HUB_OFFLINE") from error
+        cache = Path(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
+        branch = cache / "refs" / (revision or "main")
+        commit = branch.read_text().strip() if branch.is_file() else revision
+        folder = cache / "snapshots" / str(commit)
+        if not folder.is_dir():
+            raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
         try:
             names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
             if choose_gguf(names, at, file) is None:
