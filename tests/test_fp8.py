@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_bitsandbytes import Held, held, write_checkpoint
+from test_bitsandbytes import JSON, Held, held, write_checkpoint
 from test_convert import save_tokenizer
 from test_gptq_awq import SMALL, same_logits
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -182,6 +182,21 @@ def test_options_that_are_not_supported(fields, words):
     with pytest.raises(UserError, match=words) as error:
         collapse(BLOCKS | fields, {})
     assert "\n" not in str(error.value)
+
+
+@given(
+    fields=st.dictionaries(st.sampled_from([*BLOCKS, "scale_fmt", "expert_dtype"]), JSON, max_size=3),
+    size=st.none() | st.lists(st.integers(-1, 2**70), min_size=2, max_size=2),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_options_are_refused_or_read(fields, size):
+    weight, scales, _ = make(3, 4, (3, 4))
+    fields |= {} if size is None else {"weight_block_size": size}
+    try:
+        packed = collapse(fields, held({f"{X}.weight": weight, f"{X}.weight_scale": scales}))[f"{X}.weight"]
+        assert packed.read().shape == (3, 4)
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
