@@ -25,6 +25,7 @@ from formats.gguf_families import (
     GATE_IN_UP,
     HARMLESS,
     LAYER,
+    MODEL_TYPES,
     NORMS,
     PARTS,
     Architecture,
@@ -59,6 +60,9 @@ class Keys:
     def error(self, key: str, what: str) -> UserError:
         return UserError(f"GGUF metadata: {self.prefix}{key}: {what}")
 
+    def missing(self, key: str) -> UserError:
+        return self.error(key, "the key is missing; get a complete file, or convert the original model")
+
     def value(self, key: str) -> Any:
         self.read.add(key)
         return self.values.get(key)
@@ -77,10 +81,12 @@ class Keys:
         return shortest(value) if isinstance(value, float) else value
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """A size; one without a default has to be there and is not 0."""
         value = self.number(key, default)
         if value is None:
-            raise self.error(key, "the key is missing; get the complete file")
-        if not isinstance(value, int) or not 0 <= value < 2**31:
+            raise self.missing(key)
+        least = 1 if default is None else 0
+        if not isinstance(value, int) or not least <= value < 2**31:
             raise self.error(key, f"{value!r} is not a size; get the file again")
         return value
 
@@ -123,7 +129,8 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     if kind != "model":
         raise UserError(f"the GGUF file holds {str(kind)[:40]!r}, not a model; get the file of the model itself")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        why = f": {REASONS[name]}" if isinstance(name, str) and name in REASONS else ""
+        reason = REASONS.get(MODEL_TYPES.get(name, name.replace("-", "_"))) if isinstance(name, str) else None
+        why = f": {reason}" if reason else ""
         raise UserError(f"GGUF architecture {name!r} is not supported{why}; supported are {', '.join(ARCHITECTURES)}")
     architecture, keys, tensors = ARCHITECTURES[name], Keys(file.metadata, name), file.tensors
     model_type = next(
@@ -152,7 +159,9 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     for key, ours in architecture.keys.items():
         value = keys.value(key) if isinstance(keys.value(key), bool) else keys.number(key)
         if value is not None:
-            fields[ours] = value or (None if value is not False else False)
+            fields[ours] = value if value or value is False else None
+        elif key in architecture.required:
+            raise keys.missing(key)
     for key, value in architecture.only.items():
         if keys.value(key) not in (None, value):
             keys.refuse(key)
@@ -183,9 +192,10 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
 def sizes(keys: Keys, family: Family) -> dict[str, Any]:
     """The fields that every family has."""
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    if not heads or (keys.number("attention.key_length") is None and width % heads):
+    head_dim = keys.integer("attention.key_length", 0)
+    if not head_dim and width % heads:
         raise keys.error("attention.head_count", f"{heads} does not divide the embedding_length {width}")
-    head_dim = keys.integer("attention.key_length", width // heads)
+    head_dim = head_dim or width // heads
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         if keys.integer(key, head_dim) != head_dim:
             keys.refuse(key, f"is not supported beside an attention.key_length of {head_dim}")
@@ -197,7 +207,7 @@ def sizes(keys: Keys, family: Family) -> dict[str, Any]:
     kind = "layer_norm_epsilon" if family.options.get("norm") == "layer" else "layer_norm_rms_epsilon"
     eps = keys.number(f"attention.{kind}")
     if eps is None:
-        raise keys.error(f"attention.{kind}", "the key is missing; get the complete file")
+        raise keys.missing(f"attention.{kind}")
     if family.renamed.get("rms_norm_eps") == "" and eps != family.defaults["rms_norm_eps"]:
         keys.refuse(f"attention.{kind}")
     return {
@@ -289,11 +299,13 @@ def rope(
     elif rotated != head_dim:
         keys.refuse("rope.dimension_count", f"is not supported beside heads of {head_dim}")
     scaling = stretch(keys, tensors, theta, rotated, fields["max_position_embeddings"])
-    beside = {ours: keys.number(key) for key, ours in architecture.rope_keys.items() if keys.number(key)}
-    if scaling:
-        found["rope_scaling"] = scaling | architecture.rope | beside
+    beside = {ours: keys.number(key) for key, ours in architecture.yarn_keys.items() if keys.number(key)}
+    if scaling and scaling["rope_type"] == "yarn":
+        scaling |= architecture.yarn | beside
     elif beside:
-        keys.refuse(next(key for key in architecture.rope_keys if keys.number(key)), "is not supported without yarn")
+        keys.refuse(next(key for key in architecture.yarn_keys if keys.number(key)), "is not supported without YaRN")
+    if scaling:
+        found["rope_scaling"] = scaling
     elif "rope_parameters" in family.defaults:
         found["rope_scaling"] = {"rope_type": "default"}
     return found
@@ -305,10 +317,11 @@ def stretch(
     """`rope_scaling`: none, linear, yarn, or what the factors in tensors of the file mean."""
     kind = keys.value("rope.scaling.type") or "linear"
     factor = float(keys.number("rope.scaling.factor") or keys.number("rope.scale_linear") or 1.0)
-    original = keys.integer("rope.scaling.original_context_length", context)
+    original = keys.integer("rope.scaling.original_context_length", 0) or context
     by_file = keys.number("rope.scaling.attn_factor", 1.0)
     yarn = {name: keys.number(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow", "attn_factor")}
     extrapolated = keys.number("rope.scaling.yarn_ext_factor", 1.0)
+    mscale_all_dim = keys.number("rope.scaling.yarn_log_multiplier")
     if "rope_factors_long.weight" in tensors:
         parts = {part: factors(tensors, f"rope_factors_{part}.weight", rotated // 2) for part in ("short", "long")}
         ratio = context / original
@@ -331,6 +344,8 @@ def stretch(
         keys.refuse("rope.scaling.yarn_ext_factor")
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     scaling |= {name: yarn[name] for name in ("beta_fast", "beta_slow") if yarn[name] is not None}
+    if mscale_all_dim:
+        scaling |= {"mscale": 1.0, "mscale_all_dim": mscale_all_dim}
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     whole = yarn["attn_factor"] or usual * by_file
     return scaling if math.isclose(whole, usual, rel_tol=1e-6) else scaling | {"attention_factor": whole}
