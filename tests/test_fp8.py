@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from convert_hf_checkpoint import convert
 from errors import UserError
 from formats.fp8 import collapse
+from weights import read_safetensors
 
 X = "model.layers.0.mlp.up_proj"
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -128,6 +129,15 @@ def test_powers_of_two_in_either_dtype():
         assert exact(collapse(BLOCKS | {"scale_fmt": "ue8m0"}, source)[f"{X}.weight"].read(), expected)
     with pytest.raises(UserError, match=f"'{X}.weight_scale_inv' is torch.uint8"):
         collapse(BLOCKS, held({f"{X}.weight": weight, f"{X}.weight_scale_inv": scales}))
+
+
+def test_powers_of_two_in_a_file(tmp_path):
+    weight, scales, expected = make(256, 256, (128, 128), powers=True)
+    tensors = {f"{X}.weight": weight, f"{X}.weight_scale_inv": scales.view(torch.float8_e8m0fnu)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored, _ = read_safetensors(tmp_path / "model.safetensors")
+    packed = collapse(BLOCKS | {"scale_fmt": "ue8m0"}, stored)[f"{X}.weight"]
+    assert exact(packed.read(130, 200), expected[130:200])
 
 
 def test_powers_of_two_that_are_floats():
