@@ -80,7 +80,7 @@ class RowWeight:
             yield self.levels.read(start, min(start + step, self.shape[0]))
 
     def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return read_finite(self.absmax, self.absmax_name, start, stop) / 127
+        return finite(self.absmax.read(start, stop).float(), self.absmax_name) / 127
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,14 @@ class BlockWeight:
         absmax = self.floats("nested_absmax", outer, -(-last // size))
         block = torch.arange(first, last) // size - outer
         scales = self.floats("nested_quant_map").index_select(0, levels) * absmax[block]
-        return (scales.to(self.nested.dtype) + self.nested.offset).float()
+        return finite((scales.to(self.nested.dtype) + self.nested.offset).float(), f"{self.name}.absmax")
 
     def floats(self, part: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return read_finite(self.parts[part], f"{self.name}.{part}", start, stop)
+        return finite(self.parts[part].read(start, stop).float(), f"{self.name}.{part}")
 
 
-def read_finite(tensor: Stored, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start:stop in float32. UserError when one is not finite."""
-    values = tensor.read(start, stop).float()
+def finite(values: Tensor, name: str) -> Tensor:
+    """UserError when one of them is not."""
     if not bool(values.isfinite().all()):
         raise UserError(f"tensor {name!r} holds NaN or infinity; {AGAIN}")
     return values

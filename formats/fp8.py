@@ -148,7 +148,7 @@ def fp8_weight(
     if scales.dtype not in scale_dtypes:
         raise UserError(f"tensor {found[0]!r} is {scales.dtype}, not a float; convert the original model")
     if block and scales.shape == (-(-out // block[0]), -(-inputs // block[1])):
-        shared = block
+        shared = min(block[0], out), min(block[1], inputs)
     elif math.prod(scales.shape) == 1:
         shared = out, inputs
     elif scales.shape in ((out, 1), (out,)):

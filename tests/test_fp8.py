@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_bitsandbytes import Held, held, write_checkpoint
+from test_bitsandbytes import JSON, Held, held, write_checkpoint
 from test_convert import save_tokenizer
 from test_gptq_awq import SMALL, same_logits
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from convert_hf_checkpoint import convert
 from errors import UserError
 from formats.fp8 import collapse
+from weights import read_safetensors
 
 X = "model.layers.0.mlp.up_proj"
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -130,6 +131,15 @@ def test_powers_of_two_in_either_dtype():
         collapse(BLOCKS, held({f"{X}.weight": weight, f"{X}.weight_scale_inv": scales}))
 
 
+def test_powers_of_two_in_a_file(tmp_path):
+    weight, scales, expected = make(256, 256, (128, 128), powers=True)
+    tensors = {f"{X}.weight": weight, f"{X}.weight_scale_inv": scales.view(torch.float8_e8m0fnu)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored, _ = read_safetensors(tmp_path / "model.safetensors")
+    packed = collapse(BLOCKS | {"scale_fmt": "ue8m0"}, stored)[f"{X}.weight"]
+    assert exact(packed.read(130, 200), expected[130:200])
+
+
 def test_powers_of_two_that_are_floats():
     """As DeepSeek-V3.1 has them."""
     weight, scales, expected = make(256, 256, (128, 128), powers=True)
@@ -182,6 +192,21 @@ def test_options_that_are_not_supported(fields, words):
     with pytest.raises(UserError, match=words) as error:
         collapse(BLOCKS | fields, {})
     assert "\n" not in str(error.value)
+
+
+@given(
+    fields=st.dictionaries(st.sampled_from([*BLOCKS, "scale_fmt", "expert_dtype"]), JSON, max_size=3),
+    size=st.none() | st.lists(st.integers(-1, 2**70), min_size=2, max_size=2),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_options_are_refused_or_read(fields, size):
+    weight, scales, _ = make(3, 4, (3, 4))
+    fields |= {} if size is None else {"weight_block_size": size}
+    try:
+        packed = collapse(fields, held({f"{X}.weight": weight, f"{X}.weight_scale": scales}))[f"{X}.weight"]
+        assert packed.read().shape == (3, 4)
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
