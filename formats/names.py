@@ -185,6 +185,14 @@ def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Na
             yield Wanted(stem, name, own_shape, turn if turned else transform, stacked)
 
 
+def with_rows(wanted: Wanted, tensors: Mapping[str, Source]) -> Wanted:
+    """A matrix of one row may be stored as a vector, as in GGUF."""
+    found = tensors.get(wanted.name)
+    if found is None or wanted.shape[:1] != (1,) or found.shape != wanted.shape[1:] or wanted.transform:
+        return wanted
+    return dataclasses.replace(wanted, shape=found.shape, transform=lambda tensor: tensor[None])
+
+
 def check(wanted: Wanted, tensors: Mapping[str, Source]) -> None:
     """UserError when the tensor is missing, misshapen or no float."""
     name = wanted.name
@@ -218,7 +226,7 @@ def plan_tensors(
             shapes["output.weight"] = shapes["tok_embeddings.weight"]
             tensors = {head: source, **tensors}
     for ours, shape in shapes.items():
-        wanted = list(wanted_for(config, ours, shape, names))
+        wanted = [with_rows(part, tensors) for part in wanted_for(config, ours, shape, names)]
         for part in wanted:
             check(part, tensors)
         used |= {part.name for part in wanted}
