@@ -74,8 +74,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
     Raises UserError where the vocabulary is damaged or of a kind that is not supported.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind in (None, "none", "no_vocab"):
+    kind = str(metadata.get("tokenizer.ggml.model", "none"))
+    if kind in ("none", "no_vocab"):
         log("warning: the GGUF file holds no tokenizer; put the model's tokenizer.json beside the checkpoint")
         return {}
     if kind not in ("llama", "gpt2", "gemma4"):
@@ -93,8 +93,9 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         backend = byte_level_bpe(vocabulary, pre)
     add_tokens(backend, vocabulary, str(metadata.get("general.name", "")).lower())
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", vocabulary.kind == "llama" or pre in BOS_FIRST))
+    add_bos = add_bos or vocabulary.kind == "gemma4"  # whose first files say no, which is wrong
     bos = vocabulary.ids.get("bos")
-    if (add_bos or pre == "gemma4") and bos is not None:
+    if add_bos and bos is not None:
         token = vocabulary.tokens[bos]
         backend.post_processor = processors.TemplateProcessing(single=[token, "$A"], special_tokens=[(token, bos)])
     templates = chat_templates(metadata)
@@ -164,10 +165,10 @@ def read_ids(metadata: Mapping[str, Any], kind: str, size: int) -> dict[str, int
     for name in (*SPECIAL, "padding", *FILL):
         key = f"tokenizer.ggml.{name}_token_id"
         i = metadata.get(key)
-        if i is None or i in (-1, NO_ID):
-            continue
         if isinstance(i, Integral) and 0 <= i < size:
             ids[name] = int(i)
+        elif i is None or (isinstance(i, Integral) and i in (-1, NO_ID)):
+            continue
         elif name in SPECIAL:
             raise UserError(
                 f"the GGUF file's {key} is {i!r}, but it has {size} tokens; correct it, or take another file"
@@ -235,7 +236,7 @@ def split_name(metadata: Mapping[str, Any], kind: str) -> str | None:
     if kind != "gpt2":
         return "gemma4" if kind == "gemma4" else None
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre in SPLITS:
+    if isinstance(pre, str) and pre in SPLITS:
         return pre
     said = "does not say how to split text into words" if pre is None else f"splits text as {pre!r}, which is unknown"
     log(f"warning: the GGUF file {said}; llama.cpp's default is taken, so ids may be others than in training")

@@ -27,6 +27,7 @@ Source = Stored | Packed
 IGNORED = re.compile(
     r"(|.*\.)(rotary_emb\.inv_freq|(attn|attention|self_attn)\.(masked_bias|mask)|pos_cis|freqs_(cos|sin))"
     r"|(transformer\.)?h\.\d+\.attn\.bias|gpt_neox\.layers\.\d+\.attention\.bias"
+    r"|rope_freqs\.weight|rope_factors_(long|short)\.weight"  # GGUF's; gguf_config.py has read them
 )
 # What sees pictures or hears, beside a language model.
 OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\..*")
