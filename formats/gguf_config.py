@@ -72,7 +72,7 @@ class Keys:
         value = self.value(key)
         if isinstance(value, list) and value:
             if any(other != value[0] for other in value):
-                raise self.error(key, "layers that differ are not supported; convert another model")
+                raise self.error(key, "its layers differ in it, which is not supported; choose another model")
             value = value[0]
         if value is None:
             return default
@@ -146,26 +146,13 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     fields["vocab_size"] = embedding.shape[0]
     fields["tie_word_embeddings"] = "output.weight" not in tensors
     fields["hidden_act"] = family.defaults.get("hidden_act", "silu")
-    for ours, targets in family.reads.items():
-        if found := FLAGS.get(targets.split()[0].partition("=")[0]):
-            fields[ours] = any(f"blk.0.{tensor}" in tensors for tensor in found)
-        elif "shared_norm" in targets:
-            fields[ours] = "blk.0.ffn_norm.weight" not in tensors
+    fields |= flags(family, tensors)
     if "query_pre_attn_scalar" in family.reads:
         by_width = layers == architecture.layers_scaled_by_width
         fields["query_pre_attn_scalar"] = fields["hidden_size"] // heads if by_width else head_dim
     if "attention_multiplier" in family.reads:
         fields["attention_multiplier"] = head_dim**-0.5
-    for key, ours in architecture.keys.items():
-        value = keys.value(key) if isinstance(keys.value(key), bool) else keys.number(key)
-        if value is not None:
-            fields[ours] = value if value or value is False else None
-        elif key in architecture.required:
-            raise keys.missing(key)
-    for key, value in architecture.only.items():
-        if keys.value(key) not in (None, value):
-            keys.refuse(key)
-    keys.read |= {*architecture.ignores}
+    fields |= further(keys, architecture)
     fields |= windows(keys, family, layers, fields["max_position_embeddings"])
     if family.rotated != "none":
         fields |= rope(keys, family, architecture, tensors, fields)
@@ -174,8 +161,8 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     keys.refuse_unread()
     if "head_dim" not in family.defaults and head_dim * heads == fields["hidden_size"]:
         del fields["head_dim"]
-    for kind in ("bos", "eos"):
-        fields[f"{kind}_token_id"] = file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
+    for token in ("bos", "eos"):
+        fields[f"{token}_token_id"] = file.metadata.get(f"tokenizer.ggml.{token}_token_id")
     # What is not quantized keeps its type; quantized weights do not tell what the original had.
     dtype = torch.bfloat16 if hasattr(embedding, "form") else embedding.dtype
     config = {
@@ -189,12 +176,40 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     return config, names_of(architecture, family, tensors)
 
 
+def flags(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
+    """The fields of the family that are true or false, of which the tensors of layer 0 tell."""
+    found = {}
+    for name, targets in family.reads.items():
+        option, *others = [target.partition("=")[0] for target in targets.split()]
+        if option in FLAGS:
+            found[name] = any(f"blk.0.{tensor}" in tensors for tensor in FLAGS[option])
+        elif "shared_norm" in others:
+            found[name] = "blk.0.ffn_norm.weight" not in tensors
+    return found
+
+
+def further(keys: Keys, architecture: Architecture) -> dict[str, Any]:
+    """The fields that only this architecture has keys for."""
+    found: dict[str, Any] = {}
+    for key, name in architecture.keys.items():
+        value = keys.value(key) if isinstance(keys.value(key), bool) else keys.number(key)
+        if value is not None:
+            found[name] = value if value or value is False else None
+        elif key in architecture.required:
+            raise keys.missing(key)
+    for key, value in architecture.only.items():
+        if keys.value(key) not in (None, value):
+            keys.refuse(key)
+    keys.read |= {*architecture.ignores}
+    return found
+
+
 def sizes(keys: Keys, family: Family) -> dict[str, Any]:
     """The fields that every family has."""
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", 0)
     if not head_dim and width % heads:
-        raise keys.error("attention.head_count", f"{heads} does not divide the embedding_length {width}")
+        raise keys.error("attention.head_count", f"{heads} does not divide the embedding_length {width}; get it again")
     head_dim = head_dim or width // heads
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         if keys.integer(key, head_dim) != head_dim:
@@ -242,7 +257,10 @@ def windows(keys: Keys, family: Family, layers: int, context: int) -> dict[str, 
     if isinstance(pattern, int) and not isinstance(pattern, bool):
         pattern = [pattern == 0 or (i + 1) % pattern != 0 for i in range(layers)]
     if not isinstance(pattern, list) or len(pattern) != layers or any(type(part) is not bool for part in pattern):
-        raise keys.error("attention.sliding_window_pattern", f"is not true or false for each of the {layers} layers")
+        raise keys.error(
+            "attention.sliding_window_pattern",
+            f"must be true or false for each of the {layers} layers; get the file again",
+        )
     types = ["sliding_attention" if part else "full_attention" for part in pattern]
     return {"sliding_window": window, "layer_types": types}
 
@@ -284,6 +302,8 @@ def rope(
 ) -> dict[str, Any]:
     """The base of RoPE, how much of a head it rotates, and how it is stretched."""
     theta, head_dim = float(keys.number("rope.freq_base", 10000.0)), fields["head_dim"]
+    if theta <= 0:
+        keys.refuse("rope.freq_base", "is not more than 0")
     found: dict[str, Any] = {"rope_theta": theta}
     local = keys.number("rope.freq_base_swa")
     if family.window_theta not in ("", "rope_theta"):

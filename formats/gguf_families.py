@@ -163,5 +163,5 @@ CLASSES = {
     "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM",
 }  # fmt: skip
 
-# Keys that say nothing about the logits.
+# Keys that say nothing about the logits, or what the tensors tell.
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}

@@ -631,6 +631,7 @@ def test_other_files(kind):
         (SMALL, "embedding_length", True),
         (SMALL, "attention.head_count", 0),
         (SMALL, "attention.head_count", []),
+        (SMALL, "rope.freq_base", 0.0),
         (SMALL, "rope.freq_base", float("nan")),
         (SMALL, "rope.freq_base", "10000"),
         (SMALL, "rope.scaling.factor", [[2.0]]),
