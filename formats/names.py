@@ -70,11 +70,12 @@ def gate_and_up_by_turns(config: ModelConfig, tensor: Tensor) -> Tensor:
     return torch.cat((rows[0::2], rows[1::2]))
 
 
-def pairs_apart(rotary_dim: int, head_dim: int, tensor: Tensor) -> Tensor:
-    """Of each head's rows [heads * head_dim, ...], elements (0, 1), (2, 3) ... become (0, rotary_dim / 2), ..."""
-    rows = tensor.unflatten(0, (-1, head_dim))
+def pairs_apart(rotary_dim: int, head_dim: int, heads: int, tensor: Tensor) -> Tensor:
+    """Of the rows [heads * head_dim, ...] of each head, elements (0, 1), (2, 3) ... become (0, rotary_dim / 2), ...;
+    rows below them, which are those of v, stay as they are."""
+    rows, rest = tensor[: heads * head_dim].unflatten(0, (-1, head_dim)), tensor[heads * head_dim :]
     turned = rows[:, :rotary_dim].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-    return torch.cat((turned, rows[:, rotary_dim:]), 1).flatten(0, 1)
+    return torch.cat((torch.cat((turned, rows[:, rotary_dim:]), 1).flatten(0, 1), rest))
 
 
 def less_one(config: ModelConfig, tensor: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Na
         each = [(stem.format(i), (shape[1] // len(stems), *shape[2:])) for i in range(shape[0]) for stem in stems]
     else:
         each = [(stem, (count, *shape[1:])) for stem, count in zip(stems, rows, strict=True)]
-    turn = functools.partial(pairs_apart, config.rotary_dim, config.head_dim)
+    turn = functools.partial(pairs_apart, config.rotary_dim, config.head_dim, config.n_heads + config.n_kv_heads)
     for i, (stem, own_shape) in enumerate(each):
         if stem.startswith("="):
             stem = prefix + stem[1:]
