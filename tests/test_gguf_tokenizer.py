@@ -342,6 +342,35 @@ def test_sentencepiece_ids_that_llama_cpp_gave(tmp_path, prefix):
         assert load(tmp_path / "2", pieces_metadata()).encode(SP_TEXTS[0]) == SP_IDS[True][0]
 
 
+GEMMA4_MERGES = ["▁▁ ▁▁", "▁ ▁", "▁ t", "h e", "▁t he", "i n", "in g", "\n \n", "你 好"]
+GEMMA4 = {"model": "gemma4", "merges": GEMMA4_MERGES, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+GEMMA4_IDS = [*SP_IDS[False][:-1], [1, *[283] * 6]]  # that llama.cpp gave; there is no merge for ==
+
+
+def test_gemma4_ids_that_llama_cpp_gave(tmp_path):
+    """Merges as in byte-level BPE, pieces as in sentencepiece, and bos whatever the file says."""
+    tokenizer = load(tmp_path, pieces_metadata(**GEMMA4, add_bos_token=False))
+    assert [tokenizer.encode(text) for text in SP_TEXTS] == GEMMA4_IDS
+
+
+RUN_TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁=-a"]
+RUN_TOKENS += ["==", "===", "====", "▁▁", "▁▁▁", "--", "=-"]
+RUN_TYPES = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 11]
+RUN_SCORES = [0.0] * 259 + [-50.0, -51.0, -52.0, -53.0, *[-9.0] * 5, -8.0, -8.5]
+RUNS = metadata("llama", RUN_TOKENS, RUN_TYPES, scores=RUN_SCORES, add_space_prefix=False)
+RUN_IDS = {  # that llama.cpp gave
+    "=" * 11: [1, 265, 265, 264],
+    "a       a": [1, 262, 267, 267, 259, 262],
+    "===---===-": [1, 264, 268, 261, 263, 269],
+    "-=-=--===": [1, 261, 269, 260, 268, 264],
+}
+
+
+def test_runs_of_pieces_with_equal_scores(tmp_path):
+    tokenizer = load(tmp_path, RUNS)
+    assert {text: tokenizer.encode(text) for text in RUN_IDS} == RUN_IDS
+
+
 # ---- special tokens ----
 
 
@@ -363,14 +392,14 @@ def test_tokens_without_types(tmp_path):
     assert tokenizer.bos_id == 1
 
 
-def test_tokens_of_known_names_are_control_tokens(tmp_path, capfd):
+def test_tokens_of_known_names_are_control_tokens(tmp_path):
     """Whatever type a file gives them, as in llama.cpp."""
     tokens = [*ALPHABET, "<|im_end|>", "<fim_prefix>", "<|fim_pad|>", "<|channel|>", "<|other|>", "a b"]
-    types = [NORMAL] * 256 + [NORMAL, NORMAL, NORMAL, CONTROL, NORMAL, NORMAL]
+    types = [NORMAL] * len(tokens)
     tokenizer = load(tmp_path, metadata("gpt2", tokens, types, merges=["a b"], pre="gpt-2"))
     ids = tokenizer.encode("<|im_end|><fim_prefix><|fim_pad|><|channel|>")
     assert ids == [256, 257, 258, 259]
-    assert tokenizer.decode(ids) == "<|channel|>"
+    assert tokenizer.decode(ids) == ""
     assert len(tokenizer.encode("<|other|>")) == len("<|other|>")
 
 
@@ -513,7 +542,7 @@ def test_arrays_of_numpy(tmp_path):
 def test_merges_without_pieces_are_left_out(tmp_path, capfd):
     merges = [f"{a} {b}" for a, b in PAIRS]
     tokenizer = load(tmp_path, pairs_metadata("gpt-2", merges=["q q", "zz z", *merges, merges[0]]))
-    assert "2 merges of the GGUF file, such as 'q q', have no pieces" in capfd.readouterr().err
+    assert "2 merges in the GGUF file, such as 'q q', are of pieces that it does not have" in capfd.readouterr().err
     assert plain(PAIR_TOKENS, tokenizer.encode("qq aa")) == "q|q| |aa"
 
 
@@ -548,7 +577,7 @@ def test_no_vocabulary(capfd):
         ({"merges": [["a", "b"]]}, "tokenizer.ggml.merges has values of a wrong type"),
         ({"bos_token_id": 341}, f"bos_token_id is 341, but it has {len(PAIR_TOKENS)} tokens"),
         ({"eos_token_id": -5}, "eos_token_id is -5"),
-        ({"eot_token_id": "x"}, "eot_token_id is 'x'"),
+        ({"eot_token_id": "x"}, "eot_token_id is x"),
     ],
 )  # fmt: skip
 def test_refuses(others, message):
@@ -563,6 +592,43 @@ def test_refuses(others, message):
 def test_refuses_a_chat_template_that_is_no_text():
     with pytest.raises(UserError, match="chat_template is not UTF-8 text"):
         tokenizer_files(pairs_metadata("gpt-2") | {"tokenizer.chat_template": 5})
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-3, 400) | st.floats() | st.text(max_size=4)
+PARTS = st.sampled_from(
+    ["Ġ", "▁", "a", "b", "ab", "a b", "▁a", ":", "$A", "<$A>", "</s>", "[PAD3]", "<0x41>", "<0xZZ>", ""]
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=5) | st.lists(PARTS, max_size=8) | st.lists(st.integers(0, 7), max_size=8)
+NAMES = ["model", "pre", "tokens", "scores", "merges", "token_type", "bos_token_id", "eot_token_id", "add_space_prefix"]
+TINY = st.fixed_dictionaries(
+    {
+        "tokenizer.ggml.model": st.sampled_from(["llama", "gpt2", "gemma4"]),
+        "tokenizer.ggml.tokens": st.lists(PARTS, min_size=1, max_size=8, unique=True),
+    },
+    optional={
+        "tokenizer.ggml.merges": st.lists(st.sampled_from(["a b", "▁ a", "a a"]), min_size=1, max_size=3),
+        "tokenizer.ggml.bos_token_id": st.integers(0, 7),
+        "tokenizer.ggml.add_bos_token": st.just(True),
+        "tokenizer.ggml.pre": st.sampled_from(sorted(SPLITS)),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    TINY | st.sampled_from([pairs_metadata("llama-bpe"), pieces_metadata()]),
+    st.dictionaries(st.sampled_from([f"tokenizer.ggml.{name}" for name in NAMES]), VALUES, max_size=3),
+)
+def test_any_metadata_is_refused_in_one_line_or_usable(tmp_path_factory, data, changes):
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        files = tokenizer_files(data | changes)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    if files:
+        tokenizer = load(folder, data | changes)
+        tokenizer.decode(tokenizer.encode("a b ▁<$A>\n"))
 
 
 def test_an_id_that_nothing_needs_may_be_wrong(tmp_path, capfd):
@@ -638,3 +704,10 @@ def test_llama_cpp_still_splits_so(tmp_path, names):
 def test_llama_cpp_still_gives_these_ids(tmp_path, prefix):
     theirs = LlamaCpp(tmp_path / "model.gguf", pieces_metadata(add_space_prefix=prefix))
     assert [theirs.encode(text) for text in SP_TEXTS] == SP_IDS[prefix]
+
+
+def test_llama_cpp_still_gives_those_ids_too(tmp_path):
+    theirs = LlamaCpp(tmp_path / "gemma4.gguf", pieces_metadata(**GEMMA4, add_bos_token=False))
+    assert [theirs.encode(text) for text in SP_TEXTS] == GEMMA4_IDS
+    theirs = LlamaCpp(tmp_path / "runs.gguf", RUNS)
+    assert {text: theirs.encode(text) for text in RUN_IDS} == RUN_IDS
