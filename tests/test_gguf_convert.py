@@ -67,10 +67,7 @@ class Maker:
         if len(shape) == 1:
             values += 1
         kind = gguf.GGMLQuantizationType[kind]
-        if kind.name in ("Q4_K", "Q6_K"):
-            data = random_blocks(kind, *shape)
-        else:
-            data = quantize(values, kind)
+        data = random_blocks(kind, *shape) if kind.name in ("Q4_K", "Q6_K") else quantize(values, kind)
         self.floats[name] = torch.from_numpy(np.array(dequantize(data, kind), np.float32))
         writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
 
