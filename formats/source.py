@@ -68,6 +68,8 @@ def open_source(path: Path, file: str | None = None) -> Iterator[Source]:
 def find_gguf(path: Path, file: str | None) -> Path | None:
     """The GGUF file that is meant: the path itself, or one in a folder that has no other weights, or is named."""
     if path.is_file():
+        if file is not None:
+            raise UserError(f"--file names a GGUF file in a folder or repo, and {path} is a file; leave it out")
         return path if path.suffix == ".gguf" else None
     if not path.is_dir():
         return None

@@ -262,6 +262,11 @@ def test_folders_and_shards(tmp_path):
         convert(folder, tmp_path / "out")
     with pytest.raises(UserError, match=r"has no GGUF file 'three.gguf' \(one.gguf, two-00001"):
         convert(folder, tmp_path / "out", file="three.gguf")
+    with pytest.raises(UserError, match=r"--file names a GGUF file in a folder or repo, and .*one.gguf is a file"):
+        convert(folder / "one.gguf", tmp_path / "out", file="three.gguf")
+    for path in (folder, folder / "one.gguf"):
+        with pytest.raises(UserError, match=f"{path} is not converted; run `python convert_hf_checkpoint.py"):
+            load_model(path)
     said = convert(folder, tmp_path / "out", file="two-00002-of-00003.gguf")
     assert "unchanged, so kept" in said and said.split(" (unchanged")[0] == expected.split("; as floats")[0]
     (folder / "two-00003-of-00003.gguf").unlink()
