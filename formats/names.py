@@ -198,12 +198,12 @@ def check(wanted: Wanted, tensors: Mapping[str, Source]) -> None:
     """UserError when the tensor is missing, misshapen or no float."""
     name = wanted.name
     if name not in tensors:
-        raise UserError(f"tensor {name!r} is missing from the weights; config.json and weights do not match")
+        raise UserError(f"tensor {name!r} is missing from the weights; get all of them, or the config of these")
     found = tensors[name].shape
     if found != wanted.shape:
         raise UserError(
-            f"tensor {name!r} has the shape {list(found)} where config.json means {list(wanted.shape)};"
-            " get the config.json of these weights"
+            f"tensor {name!r} has the shape {list(found)} where the config means {list(wanted.shape)};"
+            " get the config of these weights"
         )
     if tensors[name].dtype not in (*FLOATS, torch.float64):
         raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
@@ -243,7 +243,7 @@ def plan_tensors(
             continue
         if config.tied and name == head:  # the same as the embedding, see settle_tie
             continue
-        raise UserError(f"tensor {name!r} is unexpected; config.json does not speak of it, get that of these weights")
+        raise UserError(f"tensor {name!r} is unexpected, the config says nothing of it; get that of these weights")
     return plan
 
 

@@ -21,6 +21,7 @@ from test_convert import error_line, run_script
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
+from formats.hub import choose_gguf
 from kernels.packing import dequantize as expand
 from kernels.packing import unpack_nibbles
 
@@ -263,13 +264,57 @@ def test_folders_and_shards(tmp_path):
     assert len(list(folder.glob("two-0000?-of-00003.gguf"))) == 3
     with pytest.raises(UserError, match=r"several GGUF files \(one.gguf, two-00001-of-00003.gguf\); name one of them"):
         convert(folder, tmp_path / "out")
-    with pytest.raises(UserError, match=r"has no GGUF file 'three.gguf' \(one.gguf, two-00001"):
+    with pytest.raises(UserError, match=r"has no GGUF file 'three.gguf', but one.gguf, two-00001"):
         convert(folder, tmp_path / "out", file="three.gguf")
     said = convert(folder, tmp_path / "out", file="two-00002-of-00003.gguf")
     assert "unchanged, so kept" in said and said.split(" (unchanged")[0] == expected.split("; as floats")[0]
     (folder / "two-00003-of-00003.gguf").unlink()
     with pytest.raises(UserError, match=r"two-00003-of-00003.gguf is missing; .* one of 3 parts"):
         convert(folder, tmp_path / "out", file="two-00001-of-00003.gguf")
+
+
+def test_a_folder_below(tmp_path):
+    """The only GGUF file of a folder may lie in one below; other weights are looked for in the folder itself."""
+    maker = Maker(MIXED)
+    maker.write(tmp_path / "in" / "Q4" / "x.gguf")
+    (tmp_path / "in" / "original").mkdir()
+    (tmp_path / "in" / "original" / "consolidated.00.pth").touch()
+    assert convert(tmp_path / "in", tmp_path / "out").startswith("wrote ")
+    names = ["Q4/x.gguf", "original/consolidated.00.pth"]
+    assert choose_gguf(names, "org/name", None) == ["Q4/x.gguf"]
+    assert choose_gguf([*names, "model.safetensors", "config.json"], "org/name", None) is None
+    assert choose_gguf([*names, "model.safetensors", "config.json"], "org/name", "Q4/x.gguf") == ["Q4/x.gguf"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no GGUF file 'x.safetensors'; leave --file out"):
+        convert(tmp_path / "empty", tmp_path / "out", file="x.safetensors")
+
+
+def test_files_by_other_names(tmp_path):
+    """ollama's have a hash for a name, those in the hub's cache are links to such; a shard gives its model's name."""
+    blob = Maker(MIXED).write(tmp_path / "cache" / "sha256-0123")
+    (tmp_path / "name-Q4_0-00001-of-00001.gguf").symlink_to(blob)
+    assert convert(blob, tmp_path / "out").startswith("wrote ")
+    done = run_script("--checkpoint_dir", "name-Q4_0-00001-of-00001.gguf", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.startswith("wrote checkpoints/local/name-Q4_0: "), done.stderr
+    done = run_script("--checkpoint_dir", blob, "--file", "other.gguf", cwd=tmp_path)
+    assert "--file other.gguf is for a folder" in error_line(done)
+
+
+def test_no_tokenizer(tmp_path, capsys, monkeypatch):
+    """One warning, which names the file and not the folder that was made for it."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", lambda writer, name: None)
+    path = Maker(MIXED).write(tmp_path / "x.gguf")
+    convert(path, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert said == f"warning: {path} has no tokenizer; put its files into the converted folder\n"
+
+
+def test_without_the_package(tmp_path):
+    path = Maker(MIXED).write(tmp_path / "x.gguf")
+    (tmp_path / "gguf.py").write_text("raise ModuleNotFoundError(\"No module named 'gguf'\", name='gguf')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = run_script("--checkpoint_dir", path, "--out", tmp_path / "out", env=env)
+    assert "GGUF files need 'gguf'; run `pip install -r requirements.txt`" in error_line(done)
 
 
 def test_a_repo(tmp_path):
