@@ -21,7 +21,9 @@ from test_convert import error_line, run_script
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
+from formats.gguf import open_gguf
 from formats.hub import choose_gguf
+from formats.names import Piece
 from kernels.packing import dequantize as expand
 from kernels.packing import unpack_nibbles
 
@@ -68,10 +70,7 @@ class Maker:
         if len(shape) == 1:
             values += 1
         kind = gguf.GGMLQuantizationType[kind]
-        if kind.name in ("Q4_K", "Q6_K"):
-            data = random_blocks(kind, *shape)
-        else:
-            data = quantize(values, kind)
+        data = random_blocks(kind, *shape) if kind.name in ("Q4_K", "Q6_K") else quantize(values, kind)
         self.floats[name] = torch.from_numpy(np.array(dequantize(data, kind), np.float32))
         writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
 
@@ -199,6 +198,26 @@ def test_a_mixture_keeps_its_values(tmp_path):
                 assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), part
     assert torch.equal(stored["output"], maker.floats["token_embd"])  # tied, but it may stay quantized
     assert torch.equal(stored["tok_embeddings"], maker.floats["token_embd"].bfloat16())
+
+
+@pytest.mark.parametrize("run", [1, 70_000, 150_000])
+def test_heads_are_turned_in_runs_of_any_length(tmp_path, monkeypatch, run):
+    """q and k, quantized and as floats, are not read as a whole; no run cuts a head of 64 rows."""
+    path = Maker(MIXED).write(tmp_path / "mixed.gguf")
+    for dtype in (None, torch.float32):
+        with monkeypatch.context() as patched:
+            for module in ("names", "gguf"):
+                patched.setattr(f"formats.{module}.CHUNK_BYTES", run)
+            convert(path, tmp_path / f"runs-{dtype}", dtype)
+        convert(path, tmp_path / f"whole-{dtype}", dtype)
+        a, b = (load_file(tmp_path / f"{name}-{dtype}" / "model.safetensors") for name in ("runs", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    sizes = []
+    tensor = open_gguf(path).tensors["blk.0.attn_q.weight"]
+    piece = Piece(tensor, lambda rows: sizes.append(len(rows)) or rows, group=HEAD_DIM, form=tensor.form)
+    monkeypatch.setattr("formats.gguf.CHUNK_BYTES", run)
+    assert len(torch.cat(list(piece.read("weight")))) == HEADS * HEAD_DIM
+    assert all(size % HEAD_DIM == 0 for size in sizes) and max(sizes) <= 3 * HEAD_DIM
 
 
 @pytest.mark.parametrize("tied", [True, False])
