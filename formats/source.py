@@ -66,6 +66,7 @@ def open_source(path: Path, file: str | None = None) -> Iterator[Source]:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
         source = Source(gguf, Path(folder), config, names, opened.tensors, "gguf")
+        del opened, files, data  # 50 MB of a large vocabulary
         try:
             yield source
         except UserError as error:
