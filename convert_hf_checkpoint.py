@@ -42,8 +42,8 @@ from errors import ArgumentParser, UserError, log
 from families import FAMILIES, WRAPPERS
 from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
 from formats.hub import CONFIG_FILES, TOKENIZER_FILES, cached, download
-from formats.names import Piece, plan_tensors, settle_tie, slices
-from formats.packed import Packed
+from formats.names import Piece, plan_tensors, settle_tie
+from formats.packed import Packed, slices
 from formats.source import Source, open_source
 from layout import FORMAT, VERSION, Form, quantized_shapes
 from tokenizer import load_tokenizer

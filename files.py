@@ -44,6 +44,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """UserError where git-lfs has left a pointer in the place of a large file."""
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    if len(start) < 1000 and b"https://git-lfs" in start:
+        raise UserError(f"{path} is no more than a pointer of git-lfs; run `git lfs pull` in {path.parent}")
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file, as it is. UserError when it can't be read."""
     try:

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Stored, check_finite
+from formats.packed import Packed, Stored, check_finite, find, slices
 from layout import Form
-from weights import CHUNK_BYTES, FLOATS
+from weights import FLOATS
 
 CODES = ("nf4", "fp4")
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
@@ -47,19 +47,15 @@ AGAIN = "get the weights again"
 
 
 @dataclass(frozen=True)
-class RowWeight:
-    """A weight of 8 bits, not yet read; a Packed."""
+class RowWeight(Packed):
+    """A weight of 8 bits, not yet read."""
 
     name: str
     levels: Stored  # int8 [out, in]
     absmax: Stored  # float32 [out]
     absmax_name: str
 
-    dtype = torch.float32
     form = Form(8)
-    order = None
-    scale_dtype = torch.float32
-    zero_dtype = torch.uint8
     kind = "LLM.int8"
 
     @property
@@ -72,12 +68,7 @@ class RowWeight:
 
     def read_part(self, part: str) -> Iterator[Tensor]:
         """`weight` int8 [rows, in], in runs of rows; `scales` float32 [out]. UserError when a scale is not finite."""
-        if part == "scales":
-            yield self.scales()
-            return
-        step = max(CHUNK_BYTES // self.shape[1], 1)
-        for start in range(0, self.shape[0], step):
-            yield self.levels.read(start, min(start + step, self.shape[0]))
+        return iter([self.scales()]) if part == "scales" else slices(self.levels)
 
     def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
         return check_finite(self.absmax.read(start, stop).float(), self.absmax_name) / 127
@@ -93,8 +84,8 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class BlockWeight:
-    """A weight of 4 bits, not yet read; a Packed."""
+class BlockWeight(Packed):
+    """A weight of 4 bits, not yet read."""
 
     name: str
     parts: Mapping[str, Stored]  # "weight", "absmax", "quant_map" and maybe nested ones
@@ -102,12 +93,6 @@ class BlockWeight:
     kind: str  # one of CODES
     blocksize: int
     nested: Nested | None
-
-    dtype = torch.float32
-    form = None
-    order = None
-    scale_dtype = torch.float32
-    zero_dtype = torch.uint8
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop, float32 [rows, in]. UserError when a scale is not finite."""
@@ -122,9 +107,6 @@ class BlockWeight:
         values[: whole * self.blocksize].view(-1, self.blocksize).mul_(scales[:whole, None])
         values[whole * self.blocksize :].mul_(scales[whole:])
         return values[first - offset : last - offset].view(-1, inputs)
-
-    def read_part(self, part: str) -> Iterator[Tensor]:
-        raise ValueError(f"{self.name} has no form of ours, and so no {part}")
 
     def values(self, first: int, last: int) -> Tensor:
         """The elements first:last of the flat weight without their scales, float32; `first` is even."""
@@ -257,12 +239,6 @@ def read_state(name: str, tensor: Stored) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"tensor {name!r} does not hold how the weight is quantized; {AGAIN}")
     return state
-
-
-def find(name: str, tensors: Mapping[str, Stored]) -> Stored:
-    if name not in tensors:
-        raise UserError(f"tensor {name!r} is missing from the weights; get the complete checkpoint")
-    return tensors[name]
 
 
 def check(name: str, tensor: Stored, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -35,17 +35,15 @@ from torch import Tensor
 from errors import UserError
 from formats.compressed_config import Scheme, find_scheme, outer, read_schemes, tell
 from formats.gptq_awq import sorted_inputs
-from formats.packed import Stored, check_finite
+from formats.packed import FLOAT8, POWERS, Packed, Stored, check_finite
 from kernels.packing import FP4_VALUES, GROUPSIZES, pack_nibbles, unpack_nibbles
 from layout import MXFP4, Form
 from weights import CHUNK_BYTES, FLOATS
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
 ACTIVATIONS = re.compile(r"(input|output|q|k|v)_(scale|zero_point|global_scale)")
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # e2m3: a sign, two bits of exponent, three of mantissa. (OCP Microscaling Formats, version 1.0)
 FP6_VALUES = [sign * (m + 8 * (e > 0)) / 8 * 2 ** max(e - 1, 0) for sign in (1, -1) for e in range(4) for m in range(8)]
-POWERS = torch.float8_e8m0fnu  # of two, the scales of MX formats, which the library calls uint8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +77,7 @@ def packed_size(count: int, bits: int, gaps: bool = False) -> int:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class Compressed(Packed):
     """The weight of a quantized layer, not yet read."""
 
     name: str  # of the layer
@@ -89,8 +87,6 @@ class Compressed:
     gaps: bool = False  # between what is packed, see unpack
     form: Form | None = None
     order: Tensor | None = None
-    dtype: torch.dtype = torch.float32
-    zero_dtype: torch.dtype = torch.uint8
 
     @property
     def kind(self) -> str:

@@ -16,7 +16,7 @@ become floats. https://github.com/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGH
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,17 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Stored, check_finite
+from formats.packed import FLOAT8, POWERS, Packed, Stored, check_finite, find
 from weights import FLOATS
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-POWERS = torch.float8_e8m0fnu
 SCALES = ("weight_scale_inv", "weight_scale")
 # Scales of what is a float here: inputs, outputs, keys and values.
 LEFT_OUT = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "kv_scale")
 
 
 @dataclass(frozen=True)
-class Fp8Weight:
-    """A weight of 8-bit floats, not yet read; a Packed."""
+class Fp8Weight(Packed):
+    """A weight of 8-bit floats, not yet read."""
 
     name: str
     levels: Stored  # [out, in]
@@ -44,11 +42,6 @@ class Fp8Weight:
     scales_name: str
     block: tuple[int, int]  # rows and columns that share a scale
 
-    dtype = torch.float32
-    form = None
-    order = None
-    scale_dtype = torch.float32
-    zero_dtype = torch.uint8
     kind = "fp8"
 
     @property
@@ -74,9 +67,6 @@ class Fp8Weight:
         scales = check_finite(scales.float(), self.scales_name)
         return scales.reshape(-1, -(-self.shape[1] // self.block[1]))
 
-    def read_part(self, part: str) -> Iterator[Tensor]:
-        raise ValueError(f"{self.name} has no form of ours, and so no {part}")
-
 
 def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Fp8Weight]:
     """The tensors of a checkpoint, in place of those that a quantized weight consists of the weight, under its name.
@@ -88,7 +78,7 @@ def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[s
     scale_dtypes = (*FLOATS, POWERS, torch.uint8) if exponents else (*FLOATS, POWERS)
     weights, used = {}, set()
     for name, tensor in tensors.items():
-        if tensor.dtype in FP8:
+        if tensor.dtype in FLOAT8:
             weights[name] = weight = fp8_weight(name, tensors, block, scale_dtypes)
             used.add(weight.scales_name)
         elif name.rpartition(".")[2] in LEFT_OUT:
@@ -134,12 +124,10 @@ def fp8_weight(
         )
     out, inputs = levels.shape
     names = [f"{name.removesuffix('weight')}{kind}" for kind in SCALES]
-    found = [scales for scales in names if scales in tensors]
-    if not found:
-        raise UserError(f"tensor {names[0]!r} is missing from the weights; get the complete checkpoint")
-    scales = tensors[found[0]]
+    scales_name = next((name for name in names if name in tensors), names[0])
+    scales = find(scales_name, tensors)
     if scales.dtype not in scale_dtypes:
-        raise UserError(f"tensor {found[0]!r} is {scales.dtype}, not a float; convert the original model")
+        raise UserError(f"tensor {scales_name!r} is {scales.dtype}, not a float; convert the original model")
     if block and scales.shape == (-(-out // block[0]), -(-inputs // block[1])):
         shared = min(block[0], out), min(block[1], inputs)
     elif math.prod(scales.shape) == 1:
@@ -148,7 +136,7 @@ def fp8_weight(
         shared = 1, inputs
     else:
         raise UserError(
-            f"tensor {found[0]!r} has the shape {list(scales.shape)}, which does not fit a weight {[out, inputs]}"
+            f"tensor {scales_name!r} has the shape {list(scales.shape)}, which does not fit a weight {[out, inputs]}"
             f" in blocks of {list(block) if block else 'any size'}; get the config.json of these weights"
         )
-    return Fp8Weight(name, levels, scales, found[0], shared)
+    return Fp8Weight(name, levels, scales, scales_name, shared)

@@ -27,9 +27,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueTy
 from torch import Tensor
 
 from errors import UserError
-from files import gb
+from files import gb, refuse_lfs_pointer
 from formats.gguf_blocks import UNPACKINGS
-from formats.packed import check_finite
+from formats.packed import Packed, check_finite
 from layout import Form
 from weights import CHUNK_BYTES
 
@@ -97,12 +97,8 @@ class GgufTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedGgufTensor(GgufTensor):
+class QuantizedGgufTensor(Packed, GgufTensor):
     """A quantized one, as formats/packed.py describes. Only of matrices there is a form."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
     @property
     def kind(self) -> str:
@@ -119,10 +115,6 @@ class QuantizedGgufTensor(GgufTensor):
     @property
     def zero_dtype(self) -> torch.dtype:
         return UNPACKINGS[self.type].zero_dtype if self.form else torch.uint8
-
-    @property
-    def order(self) -> None:
-        return None
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop of the first dimension, dequantized. UserError when one of them is not finite."""
@@ -230,10 +222,9 @@ def _invalid(path: Path, reason: str) -> UserError:
 
 
 def _read_header(path: Path) -> "_Header":
+    refuse_lfs_pointer(path)
     with open(path, "rb") as file:
-        start = file.read(1000)
-    if b"https://git-lfs" in start and path.stat().st_size < 1000:
-        raise UserError(f"{path} is no more than a pointer of git-lfs; run `git lfs pull` in {path.parent}")
+        start = file.read(24)
     if start[:4] != b"GGUF":
         raise _invalid(path, f"it begins with {start[:4]!r}")
     if len(start) < 24:

@@ -17,6 +17,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from formats.packed import POWERS
 from layout import MXFP4, Form
 
 
@@ -108,8 +109,7 @@ def mxfp4_codes(blocks: Tensor) -> Tensor:
 def mxfp4_grid(blocks: Tensor) -> tuple[Tensor]:
     """Powers of two, stored as their exponent plus 127. 255 is NaN, and with 253 or 254 the code for 6 is infinite."""
     exponents = blocks[..., 0]
-    scales = torch.exp2(exponents.double() - 127).masked_fill(exponents > 252, math.nan)
-    return (scales.to(torch.bfloat16),)
+    return (exponents.view(POWERS).to(torch.bfloat16).masked_fill(exponents > 252, math.nan),)
 
 
 @dataclass(frozen=True)

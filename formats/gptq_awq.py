@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Packed, Stored, check_finite
+from formats.packed import Packed, Stored, check_finite, find
 from kernels.packing import GROUPSIZES, dequantize, pack_nibbles, unpack_nibbles
 from layout import Form
 from weights import CHUNK_BYTES, FLOATS
@@ -158,8 +158,8 @@ def sorted_inputs(g_idx: Tensor, groupsize: int) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class QuantizedLinear:
-    """A layer of a quantized checkpoint, not yet read; a Packed."""
+class QuantizedLinear(Packed):
+    """A layer of a quantized checkpoint, not yet read."""
 
     name: str
     format: Format
@@ -167,8 +167,6 @@ class QuantizedLinear:
     shape: tuple[int, int]  # [out, in]
     groupsize: int  # in our layout
     order: Tensor | None
-    dtype: torch.dtype = torch.float32
-    zero_dtype: torch.dtype = torch.uint8
 
     @property
     def kind(self) -> str:
@@ -273,9 +271,7 @@ def quantized_linear(form: Format, name: str, tensors: Mapping[str, Stored]) -> 
         full = f"{name}.{part}"
         if part == "g_idx" and (form.method == "awq" or (full not in tensors and not form.act_order)):
             continue
-        if full not in tensors:
-            raise UserError(f"tensor {full!r} is missing from the weights; get the complete checkpoint")
-        tensor = found[part] = tensors[full]
+        tensor = found[part] = find(full, tensors)
         if tensor.shape != expected:
             raise UserError(
                 f"tensor {full!r} has the shape {list(tensor.shape)} where its qweight and the config mean"

@@ -16,29 +16,24 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Packed, Stored
+from formats.packed import POWERS, Packed, Stored, check_finite, find
 from kernels.packing import dequantize, unpack_nibbles
-from layout import MXFP4, Form
+from layout import MXFP4
 
 BLOCKS, SCALES = "_blocks", "_scales"
-BIAS = 127
-NAN = 255
 
 
 @dataclass(frozen=True)
-class MxTensor:
-    """Stacked experts, not yet read; a Packed. As floats they are spelled [experts, in, out], the parts [experts, out,
-    ...]."""
+class MxTensor(Packed):
+    """Stacked experts, not yet read. As floats they are spelled [experts, in, out], the parts [experts, out, ...]."""
 
     name: str
     tensors: Mapping[str, Stored]  # blocks and scales
     shape: tuple[int, int, int]
-    kind: str = "MXFP4"
-    form: Form | None = MXFP4
-    order: Tensor | None = None
-    dtype: torch.dtype = torch.float32
-    scale_dtype: torch.dtype = torch.bfloat16  # which has every power of two that there may be
-    zero_dtype: torch.dtype = torch.uint8
+
+    kind = "MXFP4"
+    form = MXFP4
+    scale_dtype = torch.bfloat16  # which has every power of two that there may be
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Experts start:stop, float32 [experts, in, out]."""
@@ -58,9 +53,7 @@ class MxTensor:
 
     def scales(self, expert: int) -> Tensor:
         exponents = self.tensors[SCALES].read(expert, expert + 1)[0]
-        if bool((exponents == NAN).any()):
-            raise UserError(f"tensor {self.name + SCALES!r} holds NaN; get the weights again")
-        return torch.exp2(exponents.double() - BIAS).to(self.scale_dtype)
+        return check_finite(exponents.view(POWERS).to(self.scale_dtype), self.name + SCALES)
 
 
 def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Packed]:
@@ -75,9 +68,7 @@ def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[s
 
 
 def mx_tensor(name: str, tensors: Mapping[str, Stored]) -> MxTensor:
-    if name + SCALES not in tensors:
-        raise UserError(f"tensor {name + SCALES!r} is missing from the weights; get the complete checkpoint")
-    found = {BLOCKS: tensors[name + BLOCKS], SCALES: tensors[name + SCALES]}
+    found = {part: find(name + part, tensors) for part in (BLOCKS, SCALES)}
     shape = found[BLOCKS].shape
     if len(shape) != 4 or shape[3] != 16 or found[SCALES].shape != shape[:3]:
         shapes = f"{list(shape)} and {list(found[SCALES].shape)}"

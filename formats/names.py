@@ -16,10 +16,10 @@ from torch import Tensor
 from config import ModelConfig
 from errors import UserError, log
 from families import Names
-from formats.packed import Packed, Stored
+from formats.packed import Packed, Stored, slices
 from layout import Form, is_quantizable
 from model import expected_shapes
-from weights import CHUNK_BYTES, FLOATS
+from weights import FLOATS
 
 Source = Stored | Packed
 
@@ -132,9 +132,9 @@ def settle_tie(
         return config, {embedding if name == head else name: tensor for name, tensor in tensors.items()}
     if head not in tensors:
         return config, tensors
-    expected = (config.vocab_size, config.dim)
     if isinstance(tensors[head], Packed):  # of the same floats, but rounded: plan_tensors gives it a place of its own
         return config, tensors
+    expected = (config.vocab_size, config.dim)
     if tensors[head].shape != expected or tensors[embedding].shape != expected:
         return dataclasses.replace(config, tied=False), tensors  # plan_tensors names the one that does not fit
     if not equal(tensors[head], tensors[embedding]):
@@ -150,7 +150,6 @@ def settle_tie(
 class Wanted:
     """A tensor of the source that one of ours needs."""
 
-    stem: str  # of its layer
     name: str
     shape: tuple[int, ...]  # in the source
     transform: Callable[[Tensor], Tensor] | None = None
@@ -178,18 +177,16 @@ def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Na
     turn = functools.partial(pairs_apart, config.rotary_dim, config.head_dim, config.n_heads + config.n_kv_heads)
     for i, (stem, own_shape) in enumerate(each):
         if stem.startswith("="):
-            stem = prefix + stem[1:]
-            name = f"{stem}_bias" if kind == "bias" else stem
+            name = prefix + stem[1:] + ("_bias" if kind == "bias" else "")
         else:
-            stem = prefix + stem
-            name = f"{stem}.{kind}"
+            name = f"{prefix}{stem}.{kind}"
         turned = names.interleaved and (part == "attention.wqkv" and i < 2)
         if names.interleaved and part in ("attention.q_norm", "attention.k_norm") and len(shape) == 2:
-            yield Wanted(stem, name, own_shape, lambda tensor: turn(tensor.flatten()).view(tensor.shape))
+            yield Wanted(name, own_shape, lambda tensor: turn(tensor.flatten()).view(tensor.shape))
         elif turned:
-            yield Wanted(stem, name, own_shape, turn, group=config.head_dim if len(stems) == 3 else 0)
+            yield Wanted(name, own_shape, turn, group=config.head_dim if len(stems) == 3 else 0)
         else:
-            yield Wanted(stem, name, own_shape, transform, stacked)
+            yield Wanted(name, own_shape, transform, stacked)
 
 
 def with_rows(wanted: Wanted, tensors: Mapping[str, Source]) -> Wanted:
@@ -274,15 +271,6 @@ def any_nonzero(tensor: Source) -> bool:
 def equal(a: Source, b: Source) -> bool:
     """Whether two tensors of one shape hold the same."""
     return a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(slices(a), slices(b), strict=True))
-
-
-def slices(tensor: Source, group: int = 1) -> Iterator[Tensor]:
-    """The tensor in runs of rows of at most CHUNK_BYTES, or of one group of rows: none is cut."""
-    rows = tensor.shape[0]
-    fitting = CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize)
-    step = max(fitting // group, 1) * group
-    for start in range(0, rows, step):
-        yield tensor.read(start, min(start + step, rows))
 
 
 def regrouped(runs: Iterable[Tensor], group: int) -> Iterator[Tensor]:

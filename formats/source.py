@@ -19,6 +19,7 @@ from config import ModelConfig
 from config_fields import text_fields, unknown_fields
 from errors import UserError, log
 from families import FAMILIES, Names
+from files import refuse_lfs_pointer
 from formats import minimind
 from formats.hub import Weights, choose_gguf, choose_weights, refuse_other_kinds
 from formats.names import Source as Tensors
@@ -126,8 +127,8 @@ def open_weights(folder: Path, weights: Weights) -> dict[str, Tensors]:
     """The tensors of weight files, by the names that they have there."""
     files = [folder / name for name in weights.files]
     for file in files:
-        if file.is_file() and file.stat().st_size < 1000 and b"https://git-lfs" in file.read_bytes():
-            raise UserError(f"{file} is no more than a pointer of git-lfs; run `git lfs pull` in {folder}")
+        if file.is_file():
+            refuse_lfs_pointer(file)
     if weights.files[0].endswith(".safetensors"):
         tensors: dict[str, Tensors] = {}
         for file in files:

@@ -201,7 +201,7 @@ def test_a_weight_of_8_bits():
 
 
 def test_parts_are_read_in_runs(monkeypatch):
-    monkeypatch.setattr("formats.bitsandbytes.CHUNK_BYTES", 100)
+    monkeypatch.setattr("formats.packed.CHUNK_BYTES", 100)
     tensors, _ = eight_bits(7, 40)
     weight = collapse(EIGHT, held(tensors))[f"{X}.weight"]
     assert [len(rows) for rows in weight.read_part("weight")] == [2, 2, 2, 1]

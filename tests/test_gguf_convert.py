@@ -206,7 +206,7 @@ def test_heads_are_turned_in_runs_of_any_length(tmp_path, monkeypatch, run):
     path = Maker(MIXED).write(tmp_path / "mixed.gguf")
     for dtype in (None, torch.float32):
         with monkeypatch.context() as patched:
-            for module in ("names", "gguf"):
+            for module in ("packed", "gguf"):
                 patched.setattr(f"formats.{module}.CHUNK_BYTES", run)
             convert(path, tmp_path / f"runs-{dtype}", dtype)
         convert(path, tmp_path / f"whole-{dtype}", dtype)

@@ -2,7 +2,6 @@
 from (sentencepiece, tokenizers), with ids that llama.cpp gave, and with llama.cpp itself where it is installed."""
 
 import inspect
-import io
 import json
 import os
 import random
@@ -15,6 +14,7 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_tokenizer import sentencepiece_model
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
@@ -101,14 +101,7 @@ def pieces_metadata(**others) -> dict:
 
 
 def sentencepiece_processor(**options) -> sentencepiece.SentencePieceProcessor:
-    stream = io.BytesIO()
-    defaults = {"vocab_size": 700, "model_type": "bpe", "byte_fallback": True, "character_coverage": 0.99}
-    defaults |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    defaults |= {"allow_whitespace_only_pieces": True, "num_threads": 1, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for line in CORPUS if line), model_writer=stream, **(defaults | options)
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(CORPUS, **options))
 
 
 def trained_pieces(processor: sentencepiece.SentencePieceProcessor, **others) -> dict:

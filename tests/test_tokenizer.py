@@ -61,13 +61,13 @@ def write(folder: Path, files: dict[str, bytes | str | dict]) -> Path:
     return folder
 
 
-def sentencepiece_model(**options) -> bytes:
+def sentencepiece_model(corpus: list[str] = CORPUS, **options) -> bytes:
     stream = io.BytesIO()
     defaults = {"vocab_size": 700, "model_type": "bpe", "byte_fallback": True, "character_coverage": 0.99}
     defaults |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     defaults |= {"allow_whitespace_only_pieces": True, "num_threads": 1, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for line in CORPUS if line), model_writer=stream, **(defaults | options)
+        sentence_iterator=iter(line for line in corpus if line), model_writer=stream, **(defaults | options)
     )
     return stream.getvalue()
 
