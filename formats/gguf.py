@@ -125,10 +125,10 @@ class QuantizedGgufTensor(Packed, GgufTensor):
         at = 0
         for blocks in self.read_blocks(start, stop):
             for numbers in UNPACKINGS[self.type].grid(blocks) if self.type in UNPACKINGS else ():
-                check_finite(numbers, self.name[:80])
+                check_finite(numbers, self.name[:80], self.path)
             with np.errstate(all="ignore"):
                 values = torch.from_numpy(dequantize(blocks.flatten(1).numpy(), self.type))
-            check_finite(values, self.name[:80])
+            check_finite(values, self.name[:80], self.path)
             rows[at : at + len(values)] = values.view(-1, *self.shape[1:])
             at += len(values)
         return rows
@@ -145,7 +145,7 @@ class QuantizedGgufTensor(Packed, GgufTensor):
                 continue
             grid = unpacking.grid(blocks)
             for numbers in grid:
-                check_finite(numbers, self.name[:80])
+                check_finite(numbers, self.name[:80], self.path)
             yield grid[self.form.parts.index(part) - 1]
 
     def read_blocks(self, start: int, stop: int) -> Iterator[Tensor]:
