@@ -147,8 +147,9 @@ class KVCache(nn.Module):
             cache[row, :, positions] = cache[source, :, positions]
 
 
-def first_rows(input_pos: Tensor) -> Tensor:
-    return torch.arange(len(input_pos), device=input_pos.device)
+def first_rows(x: Tensor) -> Tensor:
+    """The indices of the rows of x, int64 [len(x)]."""
+    return torch.arange(len(x), device=x.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

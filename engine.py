@@ -9,6 +9,11 @@
 
 A step is the model's logits of the last tokens, sampled inside the same compiled function: decode_step in speculate.py.
 The engine does as it is told; scheduler.py decides which request is in which row, and makes text of the tokens.
+
+A step costs what the rows in it cost. It is compiled for 1, 2, 4, 8 ... rows and told which they are by a tensor of
+their indices, which the attention kernels, the caches and the sampler follow. (Keeping the busy rows in front would
+spare that tensor, but move a row's keys and values, megabytes, whenever another one's text ends, to where a text lies
+that may be asked for again.) Parked rows fill up the number: they write to the spare slots, and look at one key.
 """
 
 import contextlib
@@ -179,20 +184,22 @@ class Engine:
         """Whether steps may propose tokens."""
         return self.pace.choices != (0,)
 
-    def compile(self, function: Callable) -> Callable:
-        """The function, compiled if that is what was asked for, until the next `setup`."""
+    def compile(self, function: Callable, rows: int = 0) -> Callable:
+        """The function, compiled if that is what was asked for, until the next `setup`; for each number of rows apart,
+        as Dynamo compiles a function only a few times."""
         if not self.compiles_steps:
             return function
-        if function not in self._compiled:
+        key = function, rows
+        if key not in self._compiled:
             if self.device.type == "cpu":
-                self._compiled[function] = CompiledFunction(function)
+                self._compiled[key] = CompiledFunction(function)
             else:
                 # CUDA graphs: the launches of a decode step cost more than its work on small models.
                 graphs = self.device.type == "cuda" and self.group.backend != "gloo"
                 options = {"size_asserts": False, "triton.cudagraphs": graphs}
                 compiled = torch.compile(fresh(function), options=options, fullgraph=True, dynamic=False)
-                self._compiled[function] = compiled
-        return self._compiled[function]
+                self._compiled[key] = compiled
+        return self._compiled[key]
 
     def setup(
         self,
@@ -210,14 +217,16 @@ class Engine:
         (how many a row, of how many ids each).
         """
         self._check_speculation(max_seq_length)
-        self._compiled: dict[Callable, Callable] = {}  # earlier ones hold the earlier caches
-        self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
+        self._compiled: dict[tuple[Callable, int], Callable] = {}  # earlier ones hold the earlier caches
         for model in self.models:
             model.setup_caches(batch_size, max_seq_length)
             if self.fixed_lengths:
                 self._hidden[model] = torch.compile(fresh(model.hidden), fullgraph=True, dynamic=False)
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
+        self.sampler.park(slice(None))
+        self.row_counts = [1 << i for i in range((batch_size - 1).bit_length())] + [batch_size]  # of a compiled step
+        self._rows: tuple[list[int], Tensor | None] | None = None  # of the last step
         self.logprobs = logprobs
         self._weight_bytes = [weight_bytes(model) for model in self.models]
         self.forget()
@@ -335,29 +344,45 @@ class Engine:
         # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
         return self.key_positions(self.model, length) if self.device.type == "mps" else self.model.key_pos
 
+    def fill_up(self, busy: list[int]) -> list[int]:
+        """Rows for a step that moves the busy ones on: these, and as many parked ones as make up a number of rows that
+        steps are compiled for."""
+        count = min(count for count in self.row_counts if count >= len(busy))
+        if count == self.model.max_batch_size:
+            return list(range(count))
+        parked = (row for row in range(self.model.max_batch_size) if row not in busy)
+        return busy + list(itertools.islice(parked, count - len(busy)))
+
     @torch.no_grad()
-    def step(self, k: int, length: int) -> tuple[Tensor, ...]:
-        """Moves all rows on, none of them further than `length`, with k proposed tokens -> what decode_step returns."""
-        key_pos = self.begin_step(length)
+    def step(self, k: int, length: int, rows: list[int] | None = None) -> tuple[Tensor, ...]:
+        """Moves rows, as many as `fill_up` makes of them, by default all, on with k proposed tokens, none of them
+        further than `length` -> what decode_step returns."""
+        every = list(range(self.model.max_batch_size))
+        rows = every if rows is None else rows
+        if self._rows is None or self._rows[0] != rows:
+            self._rows = rows, None if rows == every else torch.tensor(rows, device=self.device)
+        index, key_pos = self._rows[1], self.begin_step(length)
         if self.draft is not None:
             # It has to see the tokens of steps that did not ask it: before it proposes again, and before they are more
             # than one catch_up runs.
             if self._unseen and (k or self._unseen + DRAFT_LAG == CATCH_UP):
-                self._catch_up(self.draft, self.sampler)
+                self.compile(catch_up, len(rows))(self.draft, self.sampler, index)
                 self._unseen = 0
             if k == 0:
                 self._unseen += 1
-        result = self._step(self.model, self.draft, self.sampler, key_pos, k, self.lookup, self.logprobs)
+        step = self.compile(decode_step, len(rows))
+        result = step(self.model, self.draft, self.sampler, key_pos, k, self.lookup, self.logprobs, index)
         # The graph's next replay overwrites its output, and the host reads it one step late.
         return tuple(part.clone() for part in result) if self.device.type == "cuda" else result
 
-    def learn(self, k: int, seconds: float, right: list[int]) -> None:
-        """Tells the pace how long a step with k proposals took, and how many of each row's proposals were right."""
+    def learn(self, k: int, seconds: float, right: list[int], rows: int) -> None:
+        """Tells the pace how long a step of so many rows with k proposals took, and how many proposals were right in
+        each row that counts."""
         # All ranks have to choose alike, and asking rank 0 costs more than a step: its first time is kept.
         if self.group.size > 1 and len(self.pace.choices) > 1:
-            known = self.pace.seconds.get(k)
+            known = self.pace.seconds.get((rows, k))
             seconds = self.group.from_rank_0(lambda: seconds) if known is None else known
-        self.pace.saw(k, seconds, right, scored(k, self.draft, self.lookup))
+        self.pace.saw(k, seconds, right, scored(k, self.draft, self.lookup), rows)
 
     def step_bytes(self, lengths: list[int], k: int) -> int:
         """Bytes that all ranks read in a step with k proposals, of rows that hold so many positions."""
@@ -389,18 +414,19 @@ class Engine:
         with kernels_together() if self.fixed_lengths and self.device.type == "cpu" else contextlib.nullcontext():
             for length in lengths:
                 self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
-        for k in self.pace.choices:
+        for count, k in itertools.product(self.row_counts, self.pace.choices):
+            rows = list(range(count))
             for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
-                self.step(k, self.model.max_seq_length)[0].tolist()
+                self.step(k, self.model.max_seq_length, rows)[0].tolist()
             if len(self.pace.choices) > 1:
-                if self.draft is not None:
-                    self._catch_up(self.draft, self.sampler)
+                self._unseen = 1  # so that a draft catches up, which compiles that
                 times = [time.perf_counter()]
-                for _ in range(3):
-                    self.step(k, self.model.max_seq_length)[0].tolist()
+                for _ in range(4):
+                    self.step(k, self.model.max_seq_length, rows)[0].tolist()
                     times.append(time.perf_counter())
                 fastest = min(end - begin for begin, end in itertools.pairwise(times))
-                self.pace.seconds[k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
+                self.pace.seconds[count, k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
+        self.sampler.park(slice(None))
         self.forget()
         return time.perf_counter() - begun
 

@@ -89,7 +89,7 @@ class Step:
 
     result: tuple[Tensor, ...]  # as decode_step returns it
     k: int
-    rows: list[Row | None]
+    rows: list[tuple[int, Row | None]]  # of each row of the result, which row of the engine it is, and whose
 
 
 class Scheduler:
@@ -100,6 +100,7 @@ class Scheduler:
         self.stats = engine.stats = Stats(engine.speculates)  # of all requests
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: list[Row | None] = [None] * engine.model.max_batch_size
+        engine.sampler.park(slice(None))
         self._numbers = itertools.count()
         self._overlaps = engine.device.type == "cuda"
         self._unread: Step | None = None  # where steps overlap
@@ -178,9 +179,10 @@ class Scheduler:
         return tokens
 
     def _decode(self) -> list[Token]:
-        k = self.engine.pace.choose()
+        rows = self.engine.fill_up([at for at, row in enumerate(self.rows) if row])
+        k = self.engine.pace.choose(len(rows))
         longest = max(row.length for row in self.rows if row)
-        step = Step(self.engine.step(k, longest + k + 1), k, list(self.rows))
+        step = Step(self.engine.step(k, longest + k + 1, rows), k, [(at, self.rows[at]) for at in rows])
         if not self._overlaps:
             return self._read(step)
         before = self._unread
@@ -194,17 +196,17 @@ class Scheduler:
         now = time.perf_counter()
         seconds = now - self._clock
         self._clock = now
-        active = [(at, row) for at, row in enumerate(step.rows) if row is not None and not row.done]
-        right = [results[at][0] for at, _ in active]
-        self.engine.learn(step.k, seconds, right)
-        nbytes = self.engine.step_bytes([row.length for _, row in active], step.k)
+        active = [(i, at, row) for i, (at, row) in enumerate(step.rows) if row is not None and not row.done]
+        right = [results[i][0] for i, _, _ in active]
+        self.engine.learn(step.k, seconds, right, len(step.rows))
+        nbytes = self.engine.step_bytes([row.length for _, _, row in active], step.k)
         self.stats.add_step(seconds, nbytes, step.k, right)
         tokens = []
-        for at, row in active:
-            row_right, new, *drawn = results[at]
+        for i, at, row in active:
+            row_right, new, *drawn = results[i]
             row.stats.add_step(seconds, nbytes, step.k, [row_right])
-            for i in range(new):
-                tokens.append(self._put(at, row, drawn[i], top, at, i))
+            for j in range(new):
+                tokens.append(self._put(at, row, drawn[j], top, i, j))
                 if row.done:
                     break
         return tokens
@@ -221,7 +223,7 @@ class Scheduler:
     def _free(self, at: int, row: Row) -> None:
         row.done = True
         self.rows[at] = None
-        self.engine.sampler.park(at, row.request.start + len(row.request.prompt))
+        self.engine.sampler.park(at)
 
 
 def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Token]:
