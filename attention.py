@@ -152,6 +152,11 @@ def first_rows(x: Tensor) -> Tensor:
     return torch.arange(len(x), device=x.device)
 
 
+def of_rows(buffer: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows int64 [R] of a buffer, by default all."""
+    return buffer if rows is None else buffer[rows]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention of many queries
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels  # noqa: F401  defines torch.ops.brisk
-from attention import first_rows
+from attention import first_rows, of_rows
 from errors import UserError
 
 # The columns of Sampler.settings (float32) and Sampler.integers (int32).
@@ -204,7 +204,7 @@ class Sampler(nn.Module):
 
     @torch.no_grad()
     def park(self, row: int | slice) -> None:
-        """Moves a row whose text has ended, or rows, to the padding position, where steps change nothing that counts."""
+        """Moves a row whose text has ended to the padding position, where steps change nothing that counts."""
         self.position[row] = self.max_seq_length
 
     def forward(self, logits: Tensor, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -228,21 +228,21 @@ class Sampler(nn.Module):
         repetition = self._setting("repetition", rows)[..., None]
         presence = self._setting("presence", rows)[..., None]
         frequency = self._setting("frequency", rows)[..., None]
-        counts = self.select("counts", rows)[:, None]
+        counts = self._select("counts", rows)[:, None]
         for i in range(1, tokens.shape[1]):
             later = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= i
             counts = counts + ((tokens[:, i, None, None] == self.ids) & later)
-        scores = scores.float() + self.select("bias", rows)[:, None]
-        seen = self.select("prompted", rows)[:, None] | (counts > 0)
+        scores = scores.float() + self._select("bias", rows)[:, None]
+        seen = self._select("prompted", rows)[:, None] | (counts > 0)
         scores = torch.where(seen, torch.where(scores < 0, scores * repetition, scores / repetition), scores)
         scores = scores - torch.where(counts > 0, presence, 0.0) - frequency * counts
         early = input_pos + 1 < self._setting("first_end", rows)
         scores = torch.where(early[..., None] & self.eos, -math.inf, scores)
         if self.words.shape[1] == 0:
             return scores
-        words = self.select("words", rows)[:, None]  # [B, 1, W, L]
+        words = self._select("words", rows)[:, None]  # [B, 1, W, L]
         before = input_pos[..., None] - torch.arange(words.shape[-1] - 2, -1, -1, device=tokens.device)
-        text = self.select("history", rows).gather(1, before.clamp(min=0).flatten(1)).view(before.shape)
+        text = self._select("history", rows).gather(1, before.clamp(min=0).flatten(1)).view(before.shape)
         text = torch.where(before < 0, -2, text)[:, :, None]
         completes = ((words[..., :-1] == text) | (words[..., :-1] < 0)).all(-1) & (words[..., -1] >= 0)  # [B, S, W]
         last = words[..., -1].clamp(min=0).expand(completes.shape)
@@ -277,16 +277,14 @@ class Sampler(nn.Module):
             rows = first_rows(tokens) if rows is None else rows
             self.counts.index_put_((rows[:, None], tokens.clamp(min=0)), those.int(), accumulate=True)
 
-    def select(self, name: str, rows: Tensor | None) -> Tensor:
-        """Of a buffer these rows, by default all."""
-        buffer = getattr(self, name)
-        return buffer if rows is None else buffer[rows]
+    def _select(self, name: str, rows: Tensor | None) -> Tensor:
+        return of_rows(getattr(self, name), rows)
 
     def _setting(self, name: str, rows: Tensor | None) -> Tensor:
         """One setting of all rows, [B, 1]."""
         buffer, names = ("settings", SETTINGS) if name in SETTINGS else ("integers", INTEGERS)
         column = names.index(name)
-        return self.select(buffer, rows)[:, column : column + 1]
+        return self._select(buffer, rows)[:, column : column + 1]
 
 
 def possible(best: Tensor, token: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import first_rows
+from attention import first_rows, of_rows
 from model import Transformer
 from sampling import Sampler, logprobs, possible
 
@@ -40,10 +40,11 @@ def decode_step(
     """Moves rows on by 1 to k + 1 tokens each -> int64 [B, k + 3]: how many of the k proposals were right, how many
     tokens are new, and the tokens; with `top` their log-probabilities as well (see sampling.logprobs).
 
-    `rows` int64 [B] are those of the caches and the sampler, by default all. One that is parked changes nothing. Where steps propose nothing (k = 0), prompt lookup still scores a proposal: that tells when it would pay again.
+    `rows` int64 [B] are those of the caches and the sampler, by default all. One that is parked changes nothing. Where
+    steps propose nothing (k = 0), prompt lookup still scores a proposal: that tells when it would pay again.
     """
     end = sampler.max_seq_length  # the spare slot: rows that reach it stay there
-    history, position = sampler.select("history", rows), sampler.select("position", rows)[:, None]
+    history, position = of_rows(sampler.history, rows), of_rows(sampler.position, rows)[:, None]
     tokens = history.gather(1, position)
     proposed = None
     if draft is not None and k:
@@ -98,10 +99,10 @@ def run_draft(draft: Transformer, sampler: Sampler, k: int, vocab_size: int, row
 def last_tokens(sampler: Sampler, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """The last tokens of rows, [B, count], and their positions; position 0 again where a text has fewer, and the
     padding position where a row is parked."""
-    position = sampler.select("position", rows)[:, None]
+    position = of_rows(sampler.position, rows)[:, None]
     back = torch.arange(1 - count, 1, device=position.device)
     at = torch.where(position == sampler.max_seq_length, position, (position + back).clamp(min=0))
-    return sampler.select("history", rows).gather(1, at), at
+    return of_rows(sampler.history, rows).gather(1, at), at
 
 
 def in_vocabulary(draft: Transformer, tokens: Tensor) -> Tensor:
