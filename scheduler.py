@@ -165,7 +165,8 @@ class Scheduler:
                 return self._prefill(self._prefilling, max(self.prefill_chunk, PREFILL_LENGTHS[-1]))
             room = self.prefill_chunk - self._prefilled
             if room >= PREFILL_LENGTHS[0] or self._prefilled == 0:
-                return self._read_late() + self._prefill(self._prefilling, room)
+                # What the device has ready comes first.
+                return self._prefill(self._prefilling, room) if self._unread is None else self._read_late()
         self._prefilled = 0
         if decoding:
             return self._decode(decoding)

