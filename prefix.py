@@ -47,7 +47,7 @@ class Places:
         # Of each kind of ring the window, the slots, and how far before the shared tokens the model goes on: steps that
         # asked for no proposals have left a draft behind.
         self._rings = {
-            (layer.attention.window, layer.attention.kv_cache.k.shape[2] - 1, CATCH_UP * is_draft)
+            (layer.attention.window, layer.attention.kv_cache.slot_count, CATCH_UP * is_draft)
             for is_draft, model in enumerate(models)
             for layer in model.layers
             if layer.attention.kv_cache.is_ring
@@ -55,6 +55,11 @@ class Places:
 
     def __getitem__(self, row: int) -> Place:
         return self._places[row]
+
+    @property
+    def latest(self) -> int:
+        """The row that was used last."""
+        return max(range(len(self._places)), key=lambda row: self._places[row].used)
 
     def touch(self, row: int) -> None:
         self._events += 1
