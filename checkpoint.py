@@ -87,6 +87,8 @@ def weights_path(path: Path | str) -> Path:
         path = CHECKPOINTS / path
     if path.is_file():
         if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            if path.suffix == ".gguf":
+                raise not_converted(path)
             raise UserError(f"{path} is no safetensors file; name the folder of a converted checkpoint")
         return path
     if not path.is_dir():
@@ -94,10 +96,14 @@ def weights_path(path: Path | str) -> Path:
     for name in ("model.safetensors", "model.safetensors.index.json"):
         if (path / name).is_file():
             return path / name
-    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
-        command = f"python convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(path))}"
-        raise UserError(f"{path} is not converted; run `{command}` first")
+    if any(entry.suffix in (".bin", ".pth", ".gguf") for entry in path.iterdir()):
+        raise not_converted(path)
     raise UserError(f"{path} holds no model.safetensors; run {conversion_of(path)} first")
+
+
+def not_converted(path: Path) -> UserError:
+    command = f"python convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(path))}"
+    return UserError(f"{path} is not converted; run `{command}` first")
 
 
 def conversion_of(path: Path) -> str:

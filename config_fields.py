@@ -32,7 +32,7 @@ READ = {
     "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings", "max_sequence_length",
     "hidden_act", "tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "quantization_config",
-    "text_config",
+    "compression_config", "text_config",
 }  # fmt: skip
 
 # Fields of some families, or of transformers itself, that change what is computed: the value with which they do not,
@@ -166,13 +166,6 @@ class FieldReader:
         family = self._known_family()
         if self.value("quantization"):  # which mlx writes
             raise self.error("quantization", "weights that mlx quantized are not supported; convert the original model")
-        if self.value("quantization_config"):
-            method = self.config["quantization_config"]
-            method = method.get("quant_method") if isinstance(method, dict) else method
-            if method not in ("gptq", "awq", "mxfp4"):  # which the converter reads; the rest of it does not matter here
-                raise self.error(
-                    "quantization_config", f"{method!r} weights are not supported; convert the unquantized model"
-                )
         own = read_by(family)
         for name, inert in REFUSED.items():
             value = self.value(name)

@@ -15,7 +15,7 @@ inputs of one output, all of its inputs, a rectangle, or the whole weight. In th
 - `weight_scale`, floats, one for each block; of MX formats uint8, exponents plus 127;
 - `weight_global_scale` [1], by which the scales of NVFP4 are divided;
 - `weight_zero_point`, unless all are 0: integers, one for each block, with a packed weight mostly packed along `out`;
-- `weight_shape` [2], if it is packed as int32;
+- `weight_shape` [2], if it is packed as int32, where some words may not be full;
 - `weight_g_idx` int32 [in], the group of each input, where groups are scattered (activation order).
 
 config.json says in `config_groups` how the layers are quantized that match `targets`. What it says of activations and
@@ -35,7 +35,7 @@ from torch import Tensor
 from errors import UserError
 from formats.compressed_config import Scheme, find_scheme, outer, read_schemes, tell
 from formats.gptq_awq import sorted_inputs
-from formats.packed import Stored
+from formats.packed import Stored, check_finite
 from kernels.packing import FP4_VALUES, GROUPSIZES, pack_nibbles, unpack_nibbles
 from layout import MXFP4, Form
 from weights import CHUNK_BYTES, FLOATS
@@ -137,15 +137,16 @@ class Compressed:
             return grid if grid.shape[1] == 1 else grid.index_select(1, groups)
 
         if self.scheme.floats and self.scheme.bits < 8:
-            values = torch.tensor(FP4_VALUES if self.scheme.bits == 4 else FP6_VALUES)[levels.int()]
-        elif self.scheme.floats or "weight_zero_point" not in self.tensors:
-            values = levels.float()
-            if not self.scheme.floats:
-                values -= self.scheme.middle
-            elif not bool(values.isfinite().all()):
-                raise self.damaged(self.stored, "holds NaN or infinity")
+            table = torch.tensor(FP4_VALUES if self.scheme.bits == 4 else FP6_VALUES)
+            values = table.index_select(0, levels.flatten().int()).view(levels.shape)
         else:
-            values = levels.float() - spread(self.zeros(start, stop).float())
+            values = levels.float()
+        if not self.scheme.floats:
+            values -= (
+                spread(self.zeros(start, stop).float()) if "weight_zero_point" in self.tensors else self.scheme.middle
+            )
+        elif self.scheme.bits == 8:
+            check_finite(values, f"{self.name}.{self.stored}")
         return values.mul_(spread(scales))
 
     def read_part(self, part: str) -> Iterator[Tensor]:
@@ -196,8 +197,7 @@ class Compressed:
         """Of rows start:stop, [rows, groups]."""
         values = self.grid("weight_scale", start, stop)
         values = (values.view(POWERS) if values.dtype == torch.uint8 else values).to(self.scale_dtype)
-        if not bool(values.isfinite().all()):
-            raise self.damaged("weight_scale", "holds NaN or infinity")
+        check_finite(values, f"{self.name}.weight_scale")
         if "weight_global_scale" in self.tensors:
             whole = self.tensors["weight_global_scale"].read().float().reshape(())
             if not bool(whole.isfinite()) or not whole:
@@ -262,16 +262,16 @@ def find_parts(name: str, scheme: Scheme, tensors: Mapping[str, Stored]) -> Comp
     """The layer of these tensors. UserError names what is missing or does not fit."""
     part = "weight_packed" if "weight_packed" in tensors else "weight"
     packed, integers = part == "weight_packed", not scheme.floats
+    weight, bits = tensors.get(part), scheme.bits
     needed = {
         part: True,
         "weight_scale": True,
-        "weight_shape": packed and integers,
+        "weight_shape": packed and integers and 32 % bits,
         "weight_zero_point": not scheme.symmetric,
         "weight_g_idx": scheme.scattered,
     }
     for missing in (other for other, is_needed in needed.items() if is_needed and other not in tensors):
         raise UserError(f"tensor '{name}.{missing}' is missing from the weights; get the complete checkpoint")
-    weight, bits = tensors[part], scheme.bits
     if packed:
         dtypes = (torch.int32,) if integers else (torch.uint8,) if bits < 8 else ()
     else:
@@ -289,8 +289,8 @@ def find_parts(name: str, scheme: Scheme, tensors: Mapping[str, Stored]) -> Comp
     out, width = weight.shape
     if not packed:
         return Compressed(name, scheme, tensors, (out, width))
-    if scheme.floats:
-        return Compressed(name, scheme, tensors, (out, width * 8 // bits))
+    if scheme.floats or "weight_shape" not in tensors:
+        return Compressed(name, scheme, tensors, (out, width * weight.dtype.itemsize * 8 // bits))
     stored = tensors["weight_shape"]
     shape = stored.read().tolist() if stored.shape == (2,) and not stored.dtype.is_floating_point else []
     inputs = shape[1] if shape and shape[0] == out else 0

@@ -58,10 +58,9 @@ def read_schemes(fields: Mapping[str, Any]) -> dict[str, Scheme]:
     kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
     if kind != "dense":
         raise refused(f"sparsity_config {kind!r}")
-    for name in ("transform_config", "moe_sparsity_config"):
-        found = fields.get(name)
-        if any(found.values()) if isinstance(found, dict) else found:
-            raise refused(name)
+    check_transforms(fields.get("transform_config") or {})
+    if fields.get("moe_sparsity_config"):
+        raise refused("moe_sparsity_config")
     groups = fields.get("config_groups") or {}
     if not isinstance(groups, dict):
         raise refused(f"config_groups {groups!r}")
@@ -109,6 +108,17 @@ def is_target(target: object) -> bool:
 def check_format(name: object) -> None:
     if name not in FORMATS:
         raise refused(f"format {name!r}")
+
+
+def check_transforms(transforms: object) -> None:
+    """Rotations (SpinQuant, QuIP) that the weights have gone through already do not matter; those of activations do."""
+    try:
+        locations = [step["location"] for group in transforms["config_groups"].values() for step in group["apply"]]
+    except (KeyError, TypeError, AttributeError):
+        locations = ["?"] if transforms else []
+    for location in locations:
+        if location not in ("weight_input", "weight_output"):
+            raise refused(f"transform_config: location {location!r}")
 
 
 def read_scheme(weights: object, where: str) -> Scheme:

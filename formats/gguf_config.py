@@ -10,13 +10,13 @@ llama.cpp takes it to be. A key of the architecture that is not read here and ma
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from errors import UserError
 from families import FAMILIES, REASONS, Family, Names
+from formats.gguf import GgufFile
 from formats.gguf_families import (
     ARCHITECTURES,
     CLASSES,
@@ -25,26 +25,12 @@ from formats.gguf_families import (
     GATE_IN_UP,
     HARMLESS,
     LAYER,
+    MODEL_TYPES,
     NORMS,
     PARTS,
     Architecture,
 )
-
-
-class GgufTensor(Protocol):
-    """A tensor of the file, dequantized when it is read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
-class GgufFile(Protocol):
-    """An opened file; a stack of experts NAME_exps.weight is NAME_exps.0.weight, NAME_exps.1.weight ..."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
+from formats.packed import Packed, Stored
 
 
 class Keys:
@@ -59,6 +45,9 @@ class Keys:
     def error(self, key: str, what: str) -> UserError:
         return UserError(f"GGUF metadata: {self.prefix}{key}: {what}")
 
+    def missing(self, key: str) -> UserError:
+        return self.error(key, "the key is missing; get a complete file, or convert the original model")
+
     def value(self, key: str) -> Any:
         self.read.add(key)
         return self.values.get(key)
@@ -68,7 +57,7 @@ class Keys:
         value = self.value(key)
         if isinstance(value, list) and value:
             if any(other != value[0] for other in value):
-                raise self.error(key, "layers that differ are not supported; convert another model")
+                raise self.error(key, "its layers differ in it, which is not supported; choose another model")
             value = value[0]
         if value is None:
             return default
@@ -77,10 +66,12 @@ class Keys:
         return shortest(value) if isinstance(value, float) else value
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """A size; one without a default has to be there and is not 0."""
         value = self.number(key, default)
         if value is None:
-            raise self.error(key, "the key is missing; get the complete file")
-        if not isinstance(value, int) or not 0 <= value < 2**31:
+            raise self.missing(key)
+        least = 1 if default is None else 0
+        if not isinstance(value, int) or not least <= value < 2**31:
             raise self.error(key, f"{value!r} is not a size; get the file again")
         return value
 
@@ -123,7 +114,8 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     if kind != "model":
         raise UserError(f"the GGUF file holds {str(kind)[:40]!r}, not a model; get the file of the model itself")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        why = f": {REASONS[name]}" if isinstance(name, str) and name in REASONS else ""
+        reason = REASONS.get(MODEL_TYPES.get(name, name.replace("-", "_"))) if isinstance(name, str) else None
+        why = f": {reason}" if reason else ""
         raise UserError(f"GGUF architecture {name!r} is not supported{why}; supported are {', '.join(ARCHITECTURES)}")
     architecture, keys, tensors = ARCHITECTURES[name], Keys(file.metadata, name), file.tensors
     model_type = next(
@@ -139,24 +131,13 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     fields["vocab_size"] = embedding.shape[0]
     fields["tie_word_embeddings"] = "output.weight" not in tensors
     fields["hidden_act"] = family.defaults.get("hidden_act", "silu")
-    for ours, targets in family.reads.items():
-        if found := FLAGS.get(targets.split()[0].partition("=")[0]):
-            fields[ours] = any(f"blk.0.{tensor}" in tensors for tensor in found)
-        elif "shared_norm" in targets:
-            fields[ours] = "blk.0.ffn_norm.weight" not in tensors
+    fields |= flags(family, tensors)
     if "query_pre_attn_scalar" in family.reads:
         by_width = layers == architecture.layers_scaled_by_width
         fields["query_pre_attn_scalar"] = fields["hidden_size"] // heads if by_width else head_dim
     if "attention_multiplier" in family.reads:
         fields["attention_multiplier"] = head_dim**-0.5
-    for key, ours in architecture.keys.items():
-        value = keys.value(key) if isinstance(keys.value(key), bool) else keys.number(key)
-        if value is not None:
-            fields[ours] = value or (None if value is not False else False)
-    for key, value in architecture.only.items():
-        if keys.value(key) not in (None, value):
-            keys.refuse(key)
-    keys.read |= {*architecture.ignores}
+    fields |= further(keys, architecture)
     fields |= windows(keys, family, layers, fields["max_position_embeddings"])
     if family.rotated != "none":
         fields |= rope(keys, family, architecture, tensors, fields)
@@ -165,10 +146,10 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     keys.refuse_unread()
     if "head_dim" not in family.defaults and head_dim * heads == fields["hidden_size"]:
         del fields["head_dim"]
-    for kind in ("bos", "eos"):
-        fields[f"{kind}_token_id"] = file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
+    for token in ("bos", "eos"):
+        fields[f"{token}_token_id"] = file.metadata.get(f"tokenizer.ggml.{token}_token_id")
     # What is not quantized keeps its type; quantized weights do not tell what the original had.
-    dtype = torch.bfloat16 if hasattr(embedding, "form") else embedding.dtype
+    dtype = torch.bfloat16 if isinstance(embedding, Packed) else embedding.dtype
     config = {
         "architectures": [CLASSES.get(model_type, model_type.title().replace("_", "") + "ForCausalLM")],
         "model_type": model_type,
@@ -180,12 +161,41 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     return config, names_of(architecture, family, tensors)
 
 
+def flags(family: Family, tensors: Mapping[str, Stored]) -> dict[str, bool]:
+    """The fields of the family that are true or false, of which the tensors of layer 0 tell."""
+    found = {}
+    for name, targets in family.reads.items():
+        option, *others = [target.partition("=")[0] for target in targets.split()]
+        if option in FLAGS:
+            found[name] = any(f"blk.0.{tensor}" in tensors for tensor in FLAGS[option])
+        elif "shared_norm" in others:
+            found[name] = "blk.0.ffn_norm.weight" not in tensors
+    return found
+
+
+def further(keys: Keys, architecture: Architecture) -> dict[str, Any]:
+    """The fields that only this architecture has keys for."""
+    found: dict[str, Any] = {}
+    for key, name in architecture.keys.items():
+        value = keys.value(key) if isinstance(keys.value(key), bool) else keys.number(key)
+        if value is not None:
+            found[name] = value if value or value is False else None
+        elif key in architecture.required:
+            raise keys.missing(key)
+    for key, value in architecture.only.items():
+        if keys.value(key) not in (None, value):
+            keys.refuse(key)
+    keys.read |= {*architecture.ignores}
+    return found
+
+
 def sizes(keys: Keys, family: Family) -> dict[str, Any]:
     """The fields that every family has."""
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    if not heads or (keys.number("attention.key_length") is None and width % heads):
-        raise keys.error("attention.head_count", f"{heads} does not divide the embedding_length {width}")
-    head_dim = keys.integer("attention.key_length", width // heads)
+    head_dim = keys.integer("attention.key_length", 0)
+    if not head_dim and width % heads:
+        raise keys.error("attention.head_count", f"{heads} does not divide the embedding_length {width}; get it again")
+    head_dim = head_dim or width // heads
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         if keys.integer(key, head_dim) != head_dim:
             keys.refuse(key, f"is not supported beside an attention.key_length of {head_dim}")
@@ -197,7 +207,7 @@ def sizes(keys: Keys, family: Family) -> dict[str, Any]:
     kind = "layer_norm_epsilon" if family.options.get("norm") == "layer" else "layer_norm_rms_epsilon"
     eps = keys.number(f"attention.{kind}")
     if eps is None:
-        raise keys.error(f"attention.{kind}", "the key is missing; get the complete file")
+        raise keys.missing(f"attention.{kind}")
     if family.renamed.get("rms_norm_eps") == "" and eps != family.defaults["rms_norm_eps"]:
         keys.refuse(f"attention.{kind}")
     return {
@@ -232,12 +242,15 @@ def windows(keys: Keys, family: Family, layers: int, context: int) -> dict[str, 
     if isinstance(pattern, int) and not isinstance(pattern, bool):
         pattern = [pattern == 0 or (i + 1) % pattern != 0 for i in range(layers)]
     if not isinstance(pattern, list) or len(pattern) != layers or any(type(part) is not bool for part in pattern):
-        raise keys.error("attention.sliding_window_pattern", f"is not true or false for each of the {layers} layers")
+        raise keys.error(
+            "attention.sliding_window_pattern",
+            f"must be true or false for each of the {layers} layers; get the file again",
+        )
     types = ["sliding_attention" if part else "full_attention" for part in pattern]
     return {"sliding_window": window, "layer_types": types}
 
 
-def experts(keys: Keys, family: Family, tensors: Mapping[str, GgufTensor], fields: Mapping[str, Any]) -> dict[str, Any]:
+def experts(keys: Keys, family: Family, tensors: Mapping[str, Stored], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a mixture of experts."""
     known = family.experts
     width, shared = keys.integer("expert_feed_forward_length", 0), keys.integer("expert_shared_feed_forward_length", 0)
@@ -270,10 +283,12 @@ def experts(keys: Keys, family: Family, tensors: Mapping[str, GgufTensor], field
 
 
 def rope(
-    keys: Keys, family: Family, architecture: Architecture, tensors: Mapping[str, GgufTensor], fields: dict[str, Any]
+    keys: Keys, family: Family, architecture: Architecture, tensors: Mapping[str, Stored], fields: dict[str, Any]
 ) -> dict[str, Any]:
     """The base of RoPE, how much of a head it rotates, and how it is stretched."""
     theta, head_dim = float(keys.number("rope.freq_base", 10000.0)), fields["head_dim"]
+    if theta <= 0:
+        keys.refuse("rope.freq_base", "is not more than 0")
     found: dict[str, Any] = {"rope_theta": theta}
     local = keys.number("rope.freq_base_swa")
     if family.window_theta not in ("", "rope_theta"):
@@ -289,26 +304,29 @@ def rope(
     elif rotated != head_dim:
         keys.refuse("rope.dimension_count", f"is not supported beside heads of {head_dim}")
     scaling = stretch(keys, tensors, theta, rotated, fields["max_position_embeddings"])
-    beside = {ours: keys.number(key) for key, ours in architecture.rope_keys.items() if keys.number(key)}
-    if scaling:
-        found["rope_scaling"] = scaling | architecture.rope | beside
+    beside = {ours: keys.number(key) for key, ours in architecture.yarn_keys.items() if keys.number(key)}
+    if scaling and scaling["rope_type"] == "yarn":
+        scaling |= architecture.yarn | beside
     elif beside:
-        keys.refuse(next(key for key in architecture.rope_keys if keys.number(key)), "is not supported without yarn")
+        keys.refuse(next(key for key in architecture.yarn_keys if keys.number(key)), "is not supported without YaRN")
+    if scaling:
+        found["rope_scaling"] = scaling
     elif "rope_parameters" in family.defaults:
         found["rope_scaling"] = {"rope_type": "default"}
     return found
 
 
 def stretch(
-    keys: Keys, tensors: Mapping[str, GgufTensor], theta: float, rotated: int, context: int
+    keys: Keys, tensors: Mapping[str, Stored], theta: float, rotated: int, context: int
 ) -> dict[str, Any] | None:
     """`rope_scaling`: none, linear, yarn, or what the factors in tensors of the file mean."""
     kind = keys.value("rope.scaling.type") or "linear"
     factor = float(keys.number("rope.scaling.factor") or keys.number("rope.scale_linear") or 1.0)
-    original = keys.integer("rope.scaling.original_context_length", context)
+    original = keys.integer("rope.scaling.original_context_length", 0) or context
     by_file = keys.number("rope.scaling.attn_factor", 1.0)
     yarn = {name: keys.number(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow", "attn_factor")}
     extrapolated = keys.number("rope.scaling.yarn_ext_factor", 1.0)
+    mscale_all_dim = keys.number("rope.scaling.yarn_log_multiplier")
     if "rope_factors_long.weight" in tensors:
         parts = {part: factors(tensors, f"rope_factors_{part}.weight", rotated // 2) for part in ("short", "long")}
         ratio = context / original
@@ -331,12 +349,14 @@ def stretch(
         keys.refuse("rope.scaling.yarn_ext_factor")
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     scaling |= {name: yarn[name] for name in ("beta_fast", "beta_slow") if yarn[name] is not None}
+    if mscale_all_dim:
+        scaling |= {"mscale": 1.0, "mscale_all_dim": mscale_all_dim}
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     whole = yarn["attn_factor"] or usual * by_file
     return scaling if math.isclose(whole, usual, rel_tol=1e-6) else scaling | {"attention_factor": whole}
 
 
-def factors(tensors: Mapping[str, GgufTensor], name: str, count: int) -> list[float]:
+def factors(tensors: Mapping[str, Stored], name: str, count: int) -> list[float]:
     """What divides each frequency. UserError when the tensor does not hold `count` positive numbers."""
     if name not in tensors or tuple(tensors[name].shape) != (count,):
         raise UserError(f"tensor {name!r} is missing or does not hold {count} numbers; get the complete GGUF file")
@@ -377,7 +397,7 @@ def llama3(found: list[float], theta: float) -> dict[str, Any] | None:
 # The names
 
 
-def names_of(architecture: Architecture, family: Family, tensors: Mapping[str, GgufTensor]) -> Names:
+def names_of(architecture: Architecture, family: Family, tensors: Mapping[str, Stored]) -> Names:
     parts: dict[str, Sequence[str]] = dict(PARTS)
     for tensor, other in FORMS.items():
         if f"blk.0.{tensor}" in tensors:

@@ -20,10 +20,11 @@ class Architecture:
     variants: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False  # the pairs of elements that RoPE rotates lie next to each other
     keys: Mapping[str, str] = field(default_factory=dict)  # further ones -> the fields they give; 0 is none
+    required: tuple[str, ...] = ()  # those of them without which nothing can be assumed
     fields: Mapping[str, Any] = field(default_factory=dict)  # that no key gives, or in case it is missing
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # that are called otherwise than in PARTS
-    rope_keys: Mapping[str, str] = field(default_factory=dict)  # keys -> fields beside those that stretch RoPE
-    rope: Mapping[str, Any] = field(default_factory=dict)  # such fields that no key gives
+    yarn_keys: Mapping[str, str] = field(default_factory=dict)  # keys -> fields beside those of YaRN
+    yarn: Mapping[str, Any] = field(default_factory=dict)  # such fields that no key gives
     only: Mapping[str, Any] = field(default_factory=dict)  # keys -> the one value that is supported
     ignores: tuple[str, ...] = ()  # keys that do not matter to texts
     # Gemma's 27B, known by its layers, has width / heads in the place of the size of a head.
@@ -87,13 +88,13 @@ ARCHITECTURES = {
     "mistral3": Architecture(
         "mistral", {"attention.temperature_scale": "ministral3"},
         fields=NO_WINDOW,
-        rope_keys={
-            "attention.temperature_scale": "llama_4_scaling_beta", "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
-        },
-        rope={"mscale": 1.0},
+        yarn_keys={"attention.temperature_scale": "llama_4_scaling_beta"},
         **BY_TURNS,
     ),
     "ernie4_5": Architecture("llama", **BY_TURNS),
+    "internlm2": Architecture("llama", **BY_TURNS),
+    "xverse": Architecture("llama", **BY_TURNS),
+    "exaone": Architecture("llama"),
     "smollm3": Architecture("smollm3", fields={"no_rope_layer_interval": 4}, **BY_TURNS),
     "qwen2": Architecture("qwen2"),
     "qwen2vl": Architecture("qwen2", ignores=SECTIONS),
@@ -116,24 +117,44 @@ ARCHITECTURES = {
     "olmo2": Architecture("olmo2", {"attention.sliding_window": "olmo3"}),
     "olmoe": Architecture("olmoe", keys={"attention.clamp_kqv": "clip_qkv"}, fields={"norm_topk_prob": False}),
     # Granite 4 says so that it has no RoPE.
-    "granite": Architecture("granite", keys=GRANITE, only={"rope.scaling.finetuned": True}, **BY_TURNS),
-    "granitemoe": Architecture(
-        "granitemoe", {"expert_shared_feed_forward_length": "granitemoeshared"},
+    "granite": Architecture(
+        "granite",
         keys=GRANITE,
+        required=("logit_scale",),
         only={"rope.scaling.finetuned": True},
         **BY_TURNS,
     ),
+    "granitemoe": Architecture(
+        "granitemoe", {"expert_shared_feed_forward_length": "granitemoeshared"},
+        keys=GRANITE,
+        required=("logit_scale",),
+        only={"rope.scaling.finetuned": True},
+        **BY_TURNS,
+    ),
+    "minicpm": Architecture(
+        "granite", keys=GRANITE, required=("embedding_scale", "residual_scale", "logit_scale"), **BY_TURNS
+    ),
     "command-r": Architecture("cohere", keys={"logit_scale": "logit_scale"}, fields={"logit_scale": 1.0}, **BY_TURNS),
-    "cohere2": Architecture("cohere2", keys={"logit_scale": "logit_scale"}, **BY_TURNS),
+    "cohere2": Architecture(
+        "cohere2", keys={"logit_scale": "logit_scale"}, required=("logit_scale",), **BY_TURNS
+    ),
     "chatglm": Architecture("glm", **BY_TURNS),
     "glm4": Architecture("glm4", **BY_TURNS),
     "stablelm": Architecture("stablelm"),
+    "orion": Architecture("stablelm"),
     "starcoder2": Architecture("starcoder2"),
     "seed_oss": Architecture("seed_oss", parts=SECOND_NORM),
     "gpt2": Architecture("gpt2"),
-    "gptneox": Architecture("gpt_neox", keys={"use_parallel_residual": "use_parallel_residual"}),
-    "gpt-oss": Architecture("gpt_oss", parts=SECOND_NORM, rope={"truncate": False}),
+    "gptneox": Architecture(
+        "gpt_neox",
+        keys={"use_parallel_residual": "use_parallel_residual"},
+        required=("use_parallel_residual",),
+    ),
+    "gpt-oss": Architecture("gpt_oss", parts=SECOND_NORM, yarn={"truncate": False}),
 }  # fmt: skip
+
+# Of some that cannot be read the model_type, under which families.REASONS has why.
+MODEL_TYPES = {"deepseek2": "deepseek_v2", "qwen3next": "qwen3_next", "granitehybrid": "granitemoehybrid"}
 
 # Names of classes that do not follow from the model_type.
 CLASSES = {
@@ -142,5 +163,5 @@ CLASSES = {
     "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM",
 }  # fmt: skip
 
-# Keys that say nothing about the logits.
+# Keys that say nothing about the logits, or what the tensors tell.
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}

@@ -117,7 +117,7 @@ SPLITS = {  # names, with spaces between: patterns
         "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
         r"\s+$",
         CJK,
-        DIGIT,
+        DIGITS,
     ),
     "deepseek-coder": (LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", CJK, DIGIT),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": (THREE_DIGITS, KANA, DEEPSEEK3),

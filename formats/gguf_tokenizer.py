@@ -40,7 +40,7 @@ FILL = {
     "fim_rep": ["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"],
     "fim_sep": ["<|file_sep|>"],
 }  # fmt: skip
-HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # of a reply's text, which should be seen
+HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss's parts of a reply
 SPECIAL = ("bos", "eos", "eot", "eom", "unknown")  # what a text cannot do without: tokenizer.ggml.bos_token_id, ...
 REFUSED = {"bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV's", "plamo2": "PLaMo 2's", "hybriddna": "of DNA"}
 NO_ID = 2**32 - 1  # -1 as an unsigned number: there is no such token
@@ -74,13 +74,14 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
     Raises UserError where the vocabulary is damaged or of a kind that is not supported.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind in (None, "none", "no_vocab"):
-        log("warning: the GGUF file holds no tokenizer; put the model's tokenizer.json beside the checkpoint")
+    kind = str(metadata.get("tokenizer.ggml.model", "none"))
+    if kind in ("none", "no_vocab"):
         return {}
     if kind not in ("llama", "gpt2", "gemma4"):
         known = f" ({REFUSED[kind]})" if kind in REFUSED else ""
-        raise UserError(f"the GGUF file's tokenizer is {kind!r}{known}, which is not supported; take another model")
+        raise UserError(
+            f"the GGUF file's tokenizer is {kind[:40]!r}{known}, which is not supported; take another model"
+        )
     vocabulary = read_vocabulary(metadata, kind)
     pre = split_name(metadata, vocabulary.kind)
     if vocabulary.kind == "llama":
@@ -93,10 +94,11 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         backend = byte_level_bpe(vocabulary, pre)
     add_tokens(backend, vocabulary, str(metadata.get("general.name", "")).lower())
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", vocabulary.kind == "llama" or pre in BOS_FIRST))
+    add_bos = add_bos or vocabulary.kind == "gemma4"  # whose first files say no, which is wrong
     bos = vocabulary.ids.get("bos")
-    if (add_bos or pre == "gemma4") and bos is not None:
-        token = vocabulary.tokens[bos]
-        backend.post_processor = processors.TemplateProcessing(single=[token, "$A"], special_tokens=[(token, bos)])
+    if add_bos and bos is not None:
+        token = {"id": "bos", "ids": [bos], "tokens": [vocabulary.tokens[bos]]}
+        backend.post_processor = processors.TemplateProcessing(single=["bos", "$A"], special_tokens=[token])
     templates = chat_templates(metadata)
     warn_of_plain_tokens(vocabulary, templates)
     return {"tokenizer.json": backend.to_str().encode()} | config_files(vocabulary, add_bos, templates)
@@ -114,7 +116,9 @@ def read_vocabulary(metadata: Mapping[str, Any], kind: str) -> Vocabulary:
     index = {token: i for i, token in enumerate(tokens)}
     if len(index) < len(tokens):
         i, token = next((i, token) for i, token in enumerate(tokens) if index[token] != i)
-        raise UserError(f"the GGUF file's vocabulary has {token!r} twice, as {i} and {index[token]}; take another file")
+        raise UserError(
+            f"the GGUF file's vocabulary has {token[:40]!r} twice, as {i} and {index[token]}; take another file"
+        )
     scores = read_array(metadata, "scores", Real, len(tokens))
     if scores and any(map(math.isnan, scores)):
         raise UserError("the GGUF file's tokenizer.ggml.scores are not all numbers; download it again")
@@ -164,26 +168,30 @@ def read_ids(metadata: Mapping[str, Any], kind: str, size: int) -> dict[str, int
     for name in (*SPECIAL, "padding", *FILL):
         key = f"tokenizer.ggml.{name}_token_id"
         i = metadata.get(key)
-        if i is None or i in (-1, NO_ID):
-            continue
         if isinstance(i, Integral) and 0 <= i < size:
             ids[name] = int(i)
+        elif i is None or (isinstance(i, Integral) and i in (-1, NO_ID)):
+            continue
         elif name in SPECIAL:
             raise UserError(
-                f"the GGUF file's {key} is {i!r}, but it has {size} tokens; correct it, or take another file"
+                f"the GGUF file's {key} is {str(i)[:40]}, but it has {size} tokens; correct it, or take another file"
             )
         else:
-            log(f"warning: the GGUF file's {key} is {i!r}, but it has {size} tokens; it is ignored")
+            log(f"warning: the GGUF file's {key} is {str(i)[:40]}, but it has {size} tokens; it is ignored")
     return ids
 
 
 def correct_types(types: list[int], index: Mapping[str, int], ids: dict[str, int]) -> list[int]:
-    """Corrects the types of tokens that are known by their names, adds those of FILL to `ids`, and returns the ids that
-    end a text, as llama.cpp does. What it does not: a bos, eos, ... that looks like one is a control token as well."""
+    """Makes control tokens of those that are known by their names, adds FILL's to `ids`, and returns the ids that end a
+    text. All of it as llama.cpp does, but that the file's bos, eos, ... are control tokens as well if they look so:
+    llama.cpp would read the bos that a chat template writes as text."""
     tokens = list(index)
     for i in (ids[name] for name in SPECIAL if name in ids):
         if types[i] == NORMAL and re.fullmatch(r"[<\[].+[>\]]", tokens[i]):
             types[i] = CONTROL
+    for token in HARMONY:
+        if token in index and types[index[token]] not in FOUND_WHOLE:
+            types[index[token]] = CONTROL
     for name, texts in FILL.items():
         found = [index[text] for text in texts if text in index and name not in ids]
         for i in found:
@@ -194,13 +202,9 @@ def correct_types(types: list[int], index: Mapping[str, int], ids: dict[str, int
         types[index[token]] = CONTROL
         ends.append(index[token])
     ends = list(dict.fromkeys(ends))
-    for token in HARMONY:
-        if token in index:
-            types[index[token]] = USER_DEFINED
     calls = not index.keys().isdisjoint(("<|call|>", "<|calls|>"))
     if calls and "<|end|>" in index and not index.keys().isdisjoint(("<|return|>", "<|flush|>")):
-        types[index["<|end|>"]] = USER_DEFINED  # ends one message of several
-        ends.remove(index["<|end|>"])
+        ends.remove(index["<|end|>"])  # there it ends one message of several
     if "<|tool_response>" in index and "</s>" in index:
         types[index["</s>"]] = NORMAL  # Gemma 4's HTML
         ends.remove(index["</s>"])
@@ -210,19 +214,20 @@ def correct_types(types: list[int], index: Mapping[str, int], ids: dict[str, int
 def split_merges(merges: list[str], index: Mapping[str, int]) -> list[tuple[str, str]]:
     """[("Ġt", "he"), ...] of ["Ġt he", ...], without those that the vocabulary has no pieces for: a warning. UserError
     where one is no pair."""
-    pairs = []
+    pairs, unknown = {}, []  # of two alike the first counts
     for merge in merges:
         space = merge.find(" ", 1)
         if space < 0:
-            raise UserError(f"the GGUF file's tokenizer.ggml.merges has {merge!r}, which is no pair; download it again")
-        pairs.append((merge[:space], merge[space + 1 :]))
-    fitting = [(a, b) for a, b in pairs if a in index and b in index and a + b in index]
-    if missing := len(pairs) - len(fitting):
-        pair = next((a, b) for a, b in pairs if not (a in index and b in index and a + b in index))
-        log(
-            f"warning: {missing} merges of the GGUF file, such as {' '.join(pair)!r}, have no pieces; they are left out"
-        )
-    return list(dict.fromkeys(fitting))  # the first of two counts
+            raise UserError(f"the GGUF file's tokenizer.ggml.merges has {merge[:40]!r}, which is no pair; get it again")
+        left, right = merge[:space], merge[space + 1 :]
+        if left in index and right in index and left + right in index:
+            pairs[left, right] = None
+        else:
+            unknown.append(merge)
+    if unknown:
+        example = f"{len(unknown)} merges in the GGUF file, such as {unknown[0][:40]!r}"
+        log(f"warning: {example}, are of pieces that it does not have; they are left out")
+    return list(pairs)
 
 
 def is_byte_level(tokens: list[str]) -> bool:
@@ -235,9 +240,13 @@ def split_name(metadata: Mapping[str, Any], kind: str) -> str | None:
     if kind != "gpt2":
         return "gemma4" if kind == "gemma4" else None
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre in SPLITS:
+    if isinstance(pre, str) and pre in SPLITS:
         return pre
-    said = "does not say how to split text into words" if pre is None else f"splits text as {pre!r}, which is unknown"
+    said = (
+        "does not say how to split text into words"
+        if pre is None
+        else f"splits text as {str(pre)[:40]!r}, which is unknown"
+    )
     log(f"warning: the GGUF file {said}; llama.cpp's default is taken, so ids may be others than in training")
     return "default"
 

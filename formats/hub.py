@@ -81,11 +81,12 @@ def fetch(repo: str, revision: str | None, file: str | None) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         at = f"{repo} at {revision!r}" if revision else repo
-        try:
-            folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        except hub.errors.LocalEntryNotFoundError as error:
-            where = constants.HF_HUB_CACHE
-            raise UserError(f"the cache in {where} does not hold {at}; unset HF_HUB_OFFLINE") from error
+        cache = Path(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
+        branch = cache / "refs" / (revision or "main")
+        commit = branch.read_text().strip() if branch.is_file() else revision
+        folder = cache / "snapshots" / str(commit)
+        if not folder.is_dir():
+            raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
         try:
             names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
             if choose_gguf(names, at, file) is None:
@@ -220,10 +221,12 @@ def choose_gguf(names: Iterable[str], where: object, file: str | None) -> list[s
     if file is not None:
         chosen = next((shards for shards in found.values() if file in shards), None)
         if chosen is None:
-            there = ", ".join(shards[0] for shards in found.values()) or "none"
-            raise UserError(f"{where} has no GGUF file {file!r} ({there}); name one of them as --file")
+            there = ", ".join(shards[0] for shards in found.values())
+            advice = f", but {there}; name one of them as --file" if there else "; leave --file out"
+            raise UserError(f"{where} has no GGUF file {file!r}{advice}")
         return [file, *(shard for shard in chosen if shard != file)]
-    if not found or any(fnmatch.filter(names, f"{form}*") for form in WEIGHT_FILES):
+    others = [name for name in names if "/" not in name]  # where alone other weights are looked for
+    if not found or any(fnmatch.filter(others, f"{form}*") for form in WEIGHT_FILES):
         return None
     if len(found) > 1:
         there = ", ".join(shards[0] for shards in found.values())

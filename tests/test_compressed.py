@@ -2,7 +2,6 @@
 that the library itself wrote."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -530,6 +529,18 @@ def test_fields_that_are_unknown_or_nested(capsys):
     check(collapsed(fields_of(group_size=32) | {"sparsity_config": dense}, tensors), weight, Form(4, 32), "int4")
 
 
+def rotations(*locations: str) -> dict:
+    steps = [{"targets": ["re:.*"], "location": location, "inverse": False, "ignore": []} for location in locations]
+    return {"config_groups": {"R1": {"type": "hadamard", "apply": steps, "randomize": False}}}
+
+
+def test_rotations_that_are_in_the_weights():
+    """As SpinQuant's first two: the file holds what was rotated."""
+    tensors, weight = integers(24, 128)
+    fields = fields_of(group_size=32) | {"transform_config": rotations("weight_input", "weight_output")}
+    check(collapsed(fields, tensors), weight, Form(4, 32), "int4")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -537,7 +548,9 @@ def test_fields_that_are_unknown_or_nested(capsys):
         ({"format": "sparse-24-bitmask"}, "format 'sparse-24-bitmask'"),
         ({"format": ["pack-quantized"]}, "format ['pack-quantized']"),
         ({"sparsity_config": {"format": "sparse-24-bitmask", "targets": []}}, "sparsity_config 'sparse-24-bitmask'"),
-        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transform_config"),
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transform_config: location '?'"),
+        ({"transform_config": rotations("weight_output", "input")}, "transform_config: location 'input'"),
+        ({"transform_config": [1]}, "transform_config"),
         ({"moe_sparsity_config": {"method": "novice", "num_experts": [2]}}, "moe_sparsity_config"),
         ({"config_groups": [1]}, "config_groups [1]"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "W4A16: targets ['Linear']"),
@@ -592,9 +605,17 @@ def test_fuzz_config(fields):
 # -- damaged
 
 
+def test_no_weight_shape():
+    """Where all words are full it follows."""
+    for bits in (4, 8):
+        tensors, weight = integers(24, 128, bits)
+        del tensors["weight_shape"]
+        check(collapsed(fields_of(num_bits=bits, group_size=32), tensors), weight, Form(bits, 32), f"int{bits}")
+
+
 def test_missing_tensors():
-    tensors, _ = integers(24, 128, symmetric=False, act_order=True)
-    fields = fields_of(group_size=32, symmetric=False, actorder="group")
+    tensors, _ = integers(24, 160, 3, symmetric=False, act_order=True)
+    fields = fields_of(num_bits=3, group_size=32, symmetric=False, actorder="group")
     for missing in tensors:
         rest = {part: tensor for part, tensor in tensors.items() if part != missing}
         named = "weight" if missing == "weight_packed" else missing
@@ -855,10 +876,8 @@ def test_a_checkpoint_of_mixed_precision(tmp_path):
     )
     model = write(tmp_path / "in", {"quantization_config": fields | {"format": "mixed-precision"}}, mixed_layer)
     message = convert(tmp_path / "in", tmp_path / "out")
-    assert (
-        "int8, int4-g32 (compressed-tensors) and float32" in message
-        and "as floats now: feed_forward.w2 (fp8) " in message
-    )
+    assert "int8, int4-g32 (compressed-tensors) and float32" in message
+    assert "as floats now: feed_forward.w2 (fp8) " in message
     assert same_model(tmp_path / "out", model.state_dict()) == {"int8", "int4-g32"}
     same_logits(tmp_path / "out", model, rounded=True)
 
@@ -913,11 +932,11 @@ def compress(folder: Path, schemes: dict[str, dict], ignore: tuple[str, ...] = (
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
     compressor.decompress_model(model)
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not re.search(r"_(scale|zero_point|shape)$", name)
-    }
+    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+
+
+def format_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["format"]
 
 
 LIBRARY = [
@@ -951,7 +970,7 @@ LIBRARY = [
 def test_what_the_library_wrote(tmp_path, preset, changes, format, form):
     """The floats are those of the library, which gives NVFP4's in bfloat16."""
     state = compress(tmp_path / "in", {preset: changes})
-    assert json.loads((tmp_path / "in" / "config.json").read_text())["quantization_config"]["format"] == format
+    assert format_of(tmp_path / "in") == format
     convert(tmp_path / "in", tmp_path / "out", torch.float32)
     forms = same_model(tmp_path / "out", state, exact=not preset.startswith("NVFP4"))
     assert forms - {"int4-g128"} == ({form} if form else set())
@@ -967,8 +986,6 @@ def test_mixed_precision_that_the_library_wrote(tmp_path):
         "FP8_DYNAMIC": {"targets": ["Linear"]},
     }
     state = compress(tmp_path / "in", schemes, ignore=())
-    assert (
-        json.loads((tmp_path / "in" / "config.json").read_text())["quantization_config"]["format"] == "mixed-precision"
-    )
+    assert format_of(tmp_path / "in") == "mixed-precision"
     convert(tmp_path / "in", tmp_path / "out", torch.float32)
     assert same_model(tmp_path / "out", state) == {"int4-g64", "int8"}

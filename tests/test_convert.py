@@ -444,7 +444,7 @@ def test_first_wrong_tensor_is_named(tmp_path):
 
     key = "model.layers.1.self_attn.k_proj.weight"
     refused({key: None, "model.norm.weight": None}, f"'{key}' is missing")
-    refused({key: torch.ones(64, 64)}, rf"'{key}' has the shape \[64, 64\] where config.json means \[32, 64\]")
+    refused({key: torch.ones(64, 64)}, rf"'{key}' has the shape \[64, 64\] where the config means \[32, 64\]")
     refused({"lm_head.weight": torch.ones(299, 64)}, r"'lm_head.weight' has the shape \[299, 64\].* \[300, 64\]")
     refused({key: torch.ones(32, 64, dtype=torch.int8)}, f"'{key}' is torch.int8, not a float")
     refused({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, r"'model.layers.2.mlp.up_proj.weight' is unexpected")
@@ -548,7 +548,7 @@ def test_what_is_no_checkpoint(tmp_path):
     source.mkdir()
     refused("in has no weights", source)
     (source / "model.gguf").touch()
-    refused("in has no weights", source)
+    refused("model.gguf is not a valid GGUF file", source)
     for name in ("a.pth", "b.pth"):
         (source / name).touch()
     refused(r"several .pth files \(a.pth, b.pth\); name one as", source)
@@ -589,7 +589,7 @@ def test_what_is_no_checkpoint(tmp_path):
         (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*merge_and_unload"),
         (["adapter_model.bin"], "a LoRA adapter.*; merge"),
         (["model_index.json", "unet/model.safetensors"], "a diffusers pipeline .*; take a language model"),
-        (["model-q4_k_m.gguf", "config.json"], "a GGUF file.*; convert the model that it was made from"),
+        (["mmproj-q8_0.gguf", "config.json"], "a projector of pictures.*; name the GGUF file of the language model"),
         (["onnx/model.onnx", "config.json"], "ONNX weights.*safetensors"),
         (["model.onnx"], "ONNX weights.*; get"),
         (["tf_model.h5", "config.json"], "TensorFlow weights .*safetensors"),
@@ -610,7 +610,7 @@ def test_other_kinds_are_called_by_their_names(tmp_path, files, said):
         (tmp_path / "in" / name).write_text("{}")
     with pytest.raises(UserError, match=f"in has no weights to convert, but {said}"):
         convert(tmp_path / "in", tmp_path / "out")
-    if files[0].endswith(("gguf", "onnx")) or files == ["adapter_model.bin"]:
+    if files[0].endswith("onnx") or files == ["adapter_model.bin"]:
         with pytest.raises(UserError, match=f"{files[0]} is {said}"):
             convert(tmp_path / "in" / files[0], tmp_path / "out")
 
@@ -1122,7 +1122,8 @@ def test_what_the_hub_refuses(tmp_path):
     (org / "unsupported" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     next((org / "incomplete").glob("model-00003*")).unlink()
     (org / "gguf").mkdir()
-    (org / "gguf" / "model.gguf").touch()
+    for name in ("model-Q4_K_M.gguf", "model-Q8_0.gguf", "mmproj-F16.gguf"):
+        (org / "gguf" / name).touch()
     hub_folder(org / "lora")
     for file in (org / "lora").glob("model*"):
         file.unlink()
@@ -1135,7 +1136,7 @@ def test_what_the_hub_refuses(tmp_path):
         ("org/na--me", None): "org/na--me is not a model on the hub",
         ("org/name", "v9"): "org/name has no revision 'v9'; see its branches",
         ("org/gated", None): "org/gated is gated; ask for access at https://huggingface.co/org/gated, .*HF_TOKEN",
-        ("org/gguf", None): r"org/gguf has no weights to convert, but a GGUF file \(model.gguf\)",
+        ("org/gguf", None): r"org/gguf holds several GGUF files \(model-Q4_K_M.gguf, model-Q8_0.gguf\); name one of",
         ("org/lora", None): r"org/lora has no weights to convert, but a LoRA adapter \(adapter_model.safetensors\)",
         ("org/unsupported", None): "config.json: model_type: 'mamba'",
         ("org/incomplete", None): "org/incomplete has no model-00003-of-",

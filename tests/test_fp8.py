@@ -1,16 +1,24 @@
 """Checkpoints in 8-bit floats, made here bit by bit as they are defined, and as transformers makes and reads them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bitsandbytes import Held, held
+from safetensors.torch import load_file, save_file
+from test_bitsandbytes import JSON, Held, held, write_checkpoint
+from test_convert import save_tokenizer
+from test_gptq_awq import SMALL, same_logits
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
+from convert_hf_checkpoint import convert
 from errors import UserError
 from formats.fp8 import collapse
+from weights import read_safetensors
 
 X = "model.layers.0.mlp.up_proj"
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -123,6 +131,15 @@ def test_powers_of_two_in_either_dtype():
         collapse(BLOCKS, held({f"{X}.weight": weight, f"{X}.weight_scale_inv": scales}))
 
 
+def test_powers_of_two_in_a_file(tmp_path):
+    weight, scales, expected = make(256, 256, (128, 128), powers=True)
+    tensors = {f"{X}.weight": weight, f"{X}.weight_scale_inv": scales.view(torch.float8_e8m0fnu)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored, _ = read_safetensors(tmp_path / "model.safetensors")
+    packed = collapse(BLOCKS | {"scale_fmt": "ue8m0"}, stored)[f"{X}.weight"]
+    assert exact(packed.read(130, 200), expected[130:200])
+
+
 def test_powers_of_two_that_are_floats():
     """As DeepSeek-V3.1 has them."""
     weight, scales, expected = make(256, 256, (128, 128), powers=True)
@@ -177,6 +194,21 @@ def test_options_that_are_not_supported(fields, words):
     assert "\n" not in str(error.value)
 
 
+@given(
+    fields=st.dictionaries(st.sampled_from([*BLOCKS, "scale_fmt", "expert_dtype"]), JSON, max_size=3),
+    size=st.none() | st.lists(st.integers(-1, 2**70), min_size=2, max_size=2),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_options_are_refused_or_read(fields, size):
+    weight, scales, _ = make(3, 4, (3, 4))
+    fields |= {} if size is None else {"weight_block_size": size}
+    try:
+        packed = collapse(fields, held({f"{X}.weight": weight, f"{X}.weight_scale": scales}))[f"{X}.weight"]
+        assert packed.read().shape == (3, 4)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
@@ -226,6 +258,64 @@ def test_damaged_weights(dtype, byte):
         packed.read()
 
 
+# -- a whole checkpoint
+
+
+def normal(out: int, inputs: int, block: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """As `make`, of values that a model can have."""
+    weight, scales, expected = make(out, inputs, block, seed=seed)
+    return weight, scales / 8, expected / 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "block", "name", "family"),
+    [
+        (BLOCKS, (128, 128), "weight_scale_inv", "Qwen3"),
+        (WHOLE, (1000, 1000), "weight_scale", "Llama"),
+        (ROWS, (1, 1000), "weight_scale", "Llama"),
+    ],
+)
+def test_a_checkpoint(tmp_path, fields, block, name, family):
+    def layer(out: int, inputs: int, seed: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        weight, scales, expected = normal(out, inputs, block, seed)
+        parts = {"weight": weight, name: scales} | ({"input_scale": torch.ones(1)} if fields == WHOLE else {})
+        return {f"{X}.{part}": tensor for part, tensor in parts.items()}, expected
+
+    model = write_checkpoint(tmp_path / "in", fields, layer, family)
+    message = convert(tmp_path / "in", tmp_path / "out", torch.float32)
+    assert "(fp8)" in message and "as floats now" in message
+    same_logits(tmp_path / "out", model)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_checkpoint_of_experts(tmp_path):
+    """As Qwen3-30B-A3B-FP8 is published: each expert with its own tensors, the router and the norms floats."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        **SMALL, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, head_dim=16, norm_topk_prob=True
+    )
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    model.save_pretrained(tmp_path / "floats")
+    tensors = load_file(tmp_path / "floats" / "model.safetensors")
+    source = dict(tensors)
+    for seed, (name, tensor) in enumerate(tensors.items()):
+        if name.endswith("_proj.weight"):
+            source[name], source[f"{name}_scale_inv"], weight = normal(*tensor.shape, (32, 32), seed)
+            tensors[name] = torch.from_numpy(weight).float()
+    assert sum(".experts.3." in name for name in source) == 2 * 3 * 2
+    save_file(tensors, tmp_path / "floats" / "model.safetensors")
+    (tmp_path / "in").mkdir()
+    save_file(source, tmp_path / "in" / "model.safetensors")
+    save_tokenizer(tmp_path / "in", 300)
+    fields = json.loads((tmp_path / "floats" / "config.json").read_text())
+    fields["quantization_config"] = BLOCKS | {"weight_block_size": [32, 32]}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(fields))
+    assert "experts.w13 (fp8)" in convert(tmp_path / "in", tmp_path / "out", torch.float32)
+    same_logits(tmp_path / "out", transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "floats"))
+
+
 # -- transformers
 
 
@@ -241,3 +331,17 @@ def test_transformers_writes_and_reads_the_same(fmt):
     )
     found = collapse(BLOCKS | {"scale_fmt": fmt}, held(written))["up_proj.weight"].read()
     assert torch.equal(found.to(read["weight"].dtype), read["weight"])
+
+
+def test_transformers_reads_the_same_checkpoint(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    def layer(out: int, inputs: int, seed: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        weight, scales, expected = normal(out, inputs, (128, 128), seed)
+        return {f"{X}.weight": weight, f"{X}.weight_scale_inv": scales}, expected
+
+    fields = BLOCKS | {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn.o_proj"]}
+    write_checkpoint(tmp_path / "in", fields, layer)
+    convert(tmp_path / "in", tmp_path / "out", torch.float32)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    same_logits(tmp_path / "out", model.float())  # what is not quantized stays in bfloat16 without

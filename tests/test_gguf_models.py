@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 from family_models import ENTRIES, HEAD_DIM, PUBLISHED, VOCAB, Entry, entry, make
+from gguf.quants import quantize
 from transformers import CONFIG_MAPPING
 
 from config import ModelConfig
@@ -33,7 +34,9 @@ from formats.names import plan_tensors
 from model import Transformer, expected_shapes
 
 LIMIT = 1e-4  # of the largest logit
-PERMUTED = ("llama", "mistral3", "smollm3", "granite", "granitemoe", "olmo")  # whose converter reorders q and k
+PERMUTED = {  # whose converter reorders q and k
+    "llama", "mistral3", "internlm2", "xverse", "smollm3", "granite", "granitemoe", "minicpm", "olmo",
+}  # fmt: skip
 ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -125,7 +128,7 @@ def add_keys(writer: gguf.GGUFWriter, architecture: str, config: Any) -> None:
         ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
         ("shared_intermediate_size", writer.add_expert_shared_feed_forward_length),
     ):
-        if fields.get(name) is not None:
+        if fields.get(name) is not None and (architecture, name) != ("minicpm", "attention_multiplier"):
             add(fields[name])
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(c.intermediate_size)
@@ -260,6 +263,7 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     entry: Entry | None = None  # None: the one of this name in family_models.py
     form: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
+    keys: dict[str, Any] = field(default_factory=dict)  # further ones, by their types in GGUF
 
 
 def pattern(every: int, layers: int) -> dict[str, Any]:
@@ -267,6 +271,8 @@ def pattern(every: int, layers: int) -> dict[str, Any]:
     return {"num_hidden_layers": layers, "layer_types": types}
 
 
+DEFAULT_ROPE = dict(rope_type="default", rope_theta=1e4)
+SECTIONS, DEEPSTACK = {"rope.dimension_sections": [2, 3, 3, 0]}, {"n_deepstack_layers": 3}
 NO_WINDOW = dict(sliding_window=None)
 MISTRAL_3_ROPE = YARN | dict(mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1, beta_fast=32.0, beta_slow=1.0)
 CASES: dict[str, Case] = {
@@ -293,6 +299,15 @@ CASES: dict[str, Case] = {
     "ministral3": Case("mistral3", entry=entry("Ministral3", rope_parameters=MISTRAL_3_ROPE, **HEAD_DIM)),
     "ernie": Case("ernie4_5", entry=entry("Ernie4_5", head_dim=16)),
     "ernie-biased": Case("ernie4_5", entry=entry("Ernie4_5", head_dim=16, use_bias=True, tie_word_embeddings=False)),
+    # What llama.cpp makes of these is a Llama, a Granite, a StableLM; those that see pictures read texts as others do.
+    "internlm2": Case("internlm2", entry=ENTRIES["llama"]),
+    "xverse": Case("xverse", entry=ENTRIES["llama"]),
+    "exaone": Case("exaone", entry=entry("Llama", head_dim=64, rope_parameters=LLAMA_3)),
+    "minicpm": Case("minicpm", dict(attention_multiplier=0.25), ENTRIES["granite"]),
+    "orion": Case("orion", entry=entry("StableLm", rope_parameters=dict(DEFAULT_ROPE, partial_rotary_factor=1.0))),
+    "qwen2vl": Case("qwen2vl", entry=entry("Qwen2"), keys=SECTIONS),
+    "qwen3vl": Case("qwen3vl", entry=ENTRIES["qwen3"], keys=SECTIONS | DEEPSTACK),
+    "qwen3vl-moe": Case("qwen3vlmoe", entry=ENTRIES["qwen3-moe"], keys=SECTIONS | DEEPSTACK),
     "smollm3": Case("smollm3", dict(no_rope_layers=[1, 1, 1, 0], no_rope_layer_interval=4)),
     "qwen2": Case("qwen2", dict(use_sliding_window=False, layer_types=["full_attention"] * 4)),
     "qwen2-moe": Case("qwen2moe"),
@@ -377,6 +392,9 @@ def written(request, tmp_path_factory):
     }
     writer = gguf.GGUFWriter(folder / "model.gguf", case.architecture)
     add_keys(writer, case.architecture, config)
+    for key, value in case.keys.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_uint32
+        add(f"{case.architecture}.{key}", value)
     for name, tensor in case.form(file_tensors(case.architecture, config, tensors)).items():
         writer.add_tensor(name, tensor.float().contiguous().numpy())
     writer.write_header_to_file()
@@ -425,6 +443,41 @@ def test_logits(written):
     expected = made.logits(text)
     error = (model(text, torch.arange(50)[None])[0] - expected).abs().max()
     assert error <= LIMIT * expected.abs().max()
+
+
+def test_layers_that_stay_quantized(written, tmp_path):
+    """They hold what is read of the same file as floats: heads turned, experts stacked, parts fused alike."""
+    case, made, file = written
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", case.architecture)
+    config = made.reference.config
+    add_keys(writer, case.architecture, getattr(config, "text_config", None) or config)
+    for key, value in case.keys.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_uint32
+        add(f"{case.architecture}.{key}", value)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for tensor in gguf.GGUFReader(file.path).tensors:
+        data = np.array(tensor.data)
+        layer = re.fullmatch(r"(blk\.\d+\.(attn|ffn)_(?!gate_inp|.*norm).*|token_embd|output)\.weight", tensor.name)
+        quantized = layer and data.ndim > 1 and data.shape[-1] % 32 == 0
+        data = quantize(data, kind) if quantized else data
+        writer.add_tensor(tensor.name, data, raw_dtype=kind if quantized else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    quantized = open_gguf(tmp_path / "model.gguf")
+    fields, names = config_of(quantized)
+    config = ModelConfig.from_hf(fields)
+    kept, floats = (plan_tensors(config, quantized.tensors, names, keep_quantized=keep) for keep in (True, False))
+    layers = [name for name in floats if kept[name][0].form is not None]
+    assert len(layers) >= 3 * config.n_layers
+    for name in layers:
+        levels, scales = (
+            torch.cat([rows.flatten(0, -2).float() for piece in kept[name] for rows in piece.read(part)])
+            for part in ("weight", "scales")
+        )
+        expected = torch.cat([rows.flatten(0, -2) for piece in floats[name] for rows in piece.read("weight")])
+        assert torch.equal(levels * scales.repeat_interleave(32, 1), expected), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,6 +575,44 @@ def test_other_architectures(name):
     assert repr(name) in message and all(known in message for known in ARCHITECTURES)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("mamba", "state-space"), ("falcon-h1", "state-space"), ("deepseek2", "latent"), ("bert", "decoder")],
+)
+def test_the_reason_is_told(name, why):
+    assert why in refusal(altered(SMALL, general__architecture=name))
+
+
+def test_tensors_are_refused_by_name():
+    missing = altered(SMALL)
+    del missing.tensors["token_embd.weight"]
+    assert "token_embd.weight" in refusal(missing)
+    name = "microsoft/Phi-4-mini-instruct"
+    for tensor in ("rope_factors_short.weight", "rope_factors_long.weight"):
+        for value in (0.0, -1.0, float("nan"), float("inf")):
+            file = altered(name)
+            file.tensors[tensor] = stored(torch.full((48,), value))
+            assert tensor in refusal(file)
+        file.tensors[tensor] = stored(torch.ones(47))
+        assert tensor in refusal(file)
+    del file.tensors["rope_factors_short.weight"]
+    file.tensors["rope_factors_long.weight"] = stored(torch.ones(48))
+    assert "rope_factors_short.weight" in refusal(file)
+
+
+def stored(tensor: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(shape=tuple(tensor.shape), read=lambda: tensor)
+
+
+def test_factors_that_are_not_llama_3s():
+    factors = torch.ones(32)
+    file = altered(SMALL)
+    file.tensors["rope_freqs.weight"] = stored(factors)
+    assert ModelConfig.from_hf(config_of(file)[0]).rope.type == "default"
+    for factors[20:] in (2.0, torch.linspace(1, 8, 12), torch.linspace(8, 1, 12)):
+        assert "rope_freqs.weight" in refusal(file)
+
+
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix", 3])
 def test_other_files(kind):
     assert str(kind) in refusal(altered(SMALL, general__type=kind))
@@ -557,7 +648,9 @@ def test_other_files(kind):
         (GPT_OSS, "expert_weights_norm", False),
         (GPT_OSS, "rope.scaling.yarn_ext_factor", 0.5),
         (GRANITE, "rope.scaling.finetuned", False),
-        (MISTRAL_3, "attention.temperature_scale", 0.1),  # without yarn
+        (MISTRAL_3, "attention.temperature_scale", 0.1),  # without YaRN
+        (GRANITE, "logit_scale", None),
+        ("EleutherAI/pythia-160m", "use_parallel_residual", None),
         ("allenai/OLMo-7B-0424-hf", "attention.layer_norm_epsilon", 1e-6),
         ("google/gemma-2-9b", "attention.sliding_window_pattern", [True]),
         ("google/gemma-2-9b", "attention.sliding_window_pattern", ["yes"] * 42),
@@ -574,6 +667,7 @@ def test_other_files(kind):
         (SMALL, "embedding_length", True),
         (SMALL, "attention.head_count", 0),
         (SMALL, "attention.head_count", []),
+        (SMALL, "rope.freq_base", 0.0),
         (SMALL, "rope.freq_base", float("nan")),
         (SMALL, "rope.freq_base", "10000"),
         (SMALL, "rope.scaling.factor", [[2.0]]),
@@ -591,3 +685,42 @@ def test_other_files(kind):
 def test_keys_are_refused_by_name(name, key, value):
     message = refusal(altered(name, **{key.replace(".", "__"): value}))
     assert f"{FILES[name]}.{key}" in message
+
+
+ODD = (
+    None,
+    "",
+    "x",
+    0,
+    -1,
+    1.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    1e300,
+    True,
+    False,
+    [],
+    [1],
+    [[1]],
+    ["x"],
+    2**31,
+    2**70,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [SMALL, QWEN_3, GRANITE, GPT_OSS, "google/gemma-3-1b-it", "microsoft/Phi-4-mini-instruct", "microsoft/phi-2"],
+)
+def test_odd_values_lead_to_a_config_or_an_error_in_one_line(name):
+    published = published_file(name)
+    for key in [*published.metadata, "general.architecture", "general.type"]:
+        for value in ODD:
+            file = SimpleNamespace(metadata=published.metadata | {key: value}, tensors=published.tensors)
+            if value is None:
+                del file.metadata[key]
+            try:
+                ModelConfig.from_hf(config_of(file)[0])
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 700

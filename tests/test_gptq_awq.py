@@ -606,9 +606,7 @@ def refused(folder: Path, match: str) -> None:
 @pytest.mark.parametrize(
     ("version", "fields", "match"),
     [
-        ("v1", {"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
-        ("v1", {"quant_method": "fp8"}, "'fp8'"),
-        ("v1", {"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
+        ("v1", {"quant_method": "quanto"}, "quant_method 'quanto' is not supported, only"),
         ("v1", {"bits": 2}, "bits 2"),
         ("v1", {"bits": 3}, "bits 3"),
         ("v1", {"bits": None}, "bits None"),
