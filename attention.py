@@ -134,6 +134,15 @@ class KVCache(nn.Module):
         self.k[rows[:, None], :, slots] = k
         self.v[rows[:, None], :, slots] = v
 
+    def first(self, length: int, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first positions of rows, by default the first `count`, [B, kv_heads, length,
+        head_dim]."""
+        chosen: slice | Tensor = slice(count) if rows is None else rows
+        if count == 1 and rows is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            row = int(rows)
+            chosen = slice(row, row + 1)  # no copy, which takes a tenth of a prefill's time
+        return self.k[:, :, :length][chosen], self.v[:, :, :length][chosen]
+
     def before(self, input_pos: Tensor, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What a ring holds of the `count` positions before the first of each row: k and v [B, count, kv_heads,
         head_dim] and their positions [B, count], below 0 where there are none."""

@@ -271,12 +271,12 @@ class Engine:
         """Runs the prompt, from what the row holds of it on, at `most` so many tokens -> hidden [1, dim] of the last
         one that it ran; [S, dim] of all of them to echo. It is done when `places[row]` has all tokens."""
         place, prompt = self.places[row], request.prompt
-        begin = len(place.tokens)
+        begin = min(len(place.tokens), len(prompt) - 1)  # the last one is run again after a Ctrl-C
         end = len(prompt) if most is None else min(begin + most, len(prompt))
         place.written = max(place.written, end)
         hidden = self._run(self.model, row, prompt, begin, end, request.echo)
         if self.draft is not None:
-            self._run(self.draft, row, prompt, place.drafted, end, every=False)
+            self._run(self.draft, row, prompt, min(place.drafted, end - 1), end, every=False)
             place.drafted = end
         place.tokens = prompt[:end]
         return hidden
@@ -404,6 +404,7 @@ class Engine:
         params = SamplingParams(temperature=0 if self.sampler.plain else 1)
         with kernels_together() if self.fixed_lengths and self.device.type == "cpu" else contextlib.nullcontext():
             for length in lengths:
+                self.forget()
                 self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
         for count, k in itertools.product(self.row_counts, self.pace.choices):
             rows = list(range(count))

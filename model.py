@@ -177,8 +177,7 @@ class Attention(nn.Module):
             all_pos = torch.cat((old_pos, input_pos), 1)[:, None]
             mask = seen_by(seen_from, all_pos, self.window) & (all_pos >= 0)
         else:
-            B, L = len(q), len(key_pos)
-            keys, values = (part[:B, :, :L] if rows is None else part[:, :, :L][rows] for part in (cache.k, cache.v))
+            keys, values = cache.first(len(key_pos), len(q), rows)
             mask = seen_by(seen_from, key_pos, self.window)
         return attend(q, keys, values, mask, self.scale, self.softcap, self.sinks)
 
