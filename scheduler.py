@@ -158,7 +158,8 @@ class Scheduler:
         """Runs a piece of a prompt, or a decode step of all rows whose prompts have been run -> the new tokens."""
         free = [at for at, row in enumerate(self.rows) if row is None]
         if self.waiting and free and self._prefilling is None:
-            self._admit(*self.waiting.popleft(), free)
+            self._admit(*self.waiting[0], free)
+            self.waiting.popleft()
         decoding = [row for row in self.rows if row is not None and row is not self._prefilling]
         if self._prefilling is not None:
             if not decoding:

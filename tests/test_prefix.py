@@ -1,5 +1,6 @@
 """What is in the cache is used again, and changes no text: random traffic against one request at a time."""
 
+import itertools
 import random
 from dataclasses import replace
 from functools import partial
@@ -177,8 +178,50 @@ def test_a_draft_accepts_as_much_where_the_cache_was_used(base_folder, tokenizer
         assert engine.stats.accepted == engine.stats.proposed and engine.stats.cached_tokens == cut
 
 
+def test_rows_that_fill_up_a_step_keep_what_they_hold(folders, tokenizer, monkeypatch):
+    """In the rings of a draft as well, which catches up with the others meanwhile."""
+    model, draft = (load_model(folders("mistral")) for _ in range(2))
+    engine = Engine(model, draft=draft, speculate_k=4)
+    engine.setup(5, LENGTH)
+    run_rows(engine, tokenizer, [Request(text(81), GREEDY, 22)])
+    caches = [layer.attention.kv_cache for each in (model, draft) for layer in each.layers]
+    before = [(cache.k[0, :, :-1].clone(), cache.v[0, :, :-1].clone()) for cache in caches]  # the last slot is padding
+    turns = itertools.cycle((0, 0, 4))
+    monkeypatch.setattr(engine.pace, "choose", lambda rows: next(turns))
+    run_rows(engine, tokenizer, [Request(text(50, seed), GREEDY, 40) for seed in range(1, 4)])
+    assert len(engine.places[0].tokens) == 102 and engine.places[3].tokens and not engine.places[4].tokens
+    for (k, v), cache in zip(before, caches, strict=True):
+        assert k.equal(cache.k[0, :, :-1]) and v.equal(cache.v[0, :, :-1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of mistakes
+
+
+def test_a_copy_that_was_interrupted(two, tokenizer, monkeypatch):
+    """Ctrl-C when the keys of one layer are copied leaves a row of which nothing is used, and the request waiting."""
+    engine, reference = two
+    old, source = Request(text(60, 1), GREEDY, 9), Request(text(60, 2), GREEDY, 99)
+    run_rows(engine, tokenizer, [old])
+    scheduler = Scheduler(engine, tokenizer)
+    scheduler.add(source)
+    scheduler.step()
+    assert engine.places[0].tokens[:60] == old.prompt and engine.places[1].tokens == source.prompt
+    copied = Request(source.prompt + text(5), GREEDY, 9)
+    number = scheduler.add(copied)
+
+    def interrupted(row, at, begin, end):
+        engine.model.layers[0].attention.kv_cache.copy_row(row, at, begin, end)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "copy_row", interrupted)
+        scheduler.step()
+    assert engine.places[0].tokens == []
+    row = []
+    while not scheduler.idle:
+        row += [token for token in scheduler.step() if token.request == number]
+    assert ids_of([row]) == ids_of([alone(reference, tokenizer, copied)]) and row[-1].stats.cached_tokens == 60
 
 
 def test_the_same_request_again_says_the_same(two, tokenizer):
