@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from model import Experts, Transformer, cache_slots
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CATCH_UP, DRAFT_LAG, Pace, catch_up, decode_step, in_vocabulary, scored
 from tp import ALONE
+
+if TYPE_CHECKING:
+    from grammar import Constraint
 
 QUANTIZED = (Int8Linear, Int4Linear, Int8Experts, Int4Experts)
 PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
@@ -46,6 +50,7 @@ class Request:
     stop: tuple[str, ...] = ()  # and before the first of these strings
     context: tuple[int, ...] = ()  # tokens before the prompt that the cache holds already (in a batch of one)
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
+    grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
 
     @property
     def start(self) -> int:

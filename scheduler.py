@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from errors import UserError
 from sampling import logprobs
 from stopping import StopStrings
 from tokenizer import StreamingDetokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from grammar import Matcher
 
 ECHO_TOKENS = 64  # whose logits are computed at once: those of a whole prompt may be gigabytes
 
@@ -54,6 +58,7 @@ class Row:
     request: Request
     detokenizer: StreamingDetokenizer
     stops: StopStrings
+    matcher: "Matcher | None"  # of the request's grammar
     stats: Stats = field(default_factory=Stats)
     done: bool = False
 
@@ -69,8 +74,11 @@ class Row:
             return Token(self.number, token_id, "", "error", stats=self.stats)
         self.stats.new_tokens += 1
         ended = token_id in self.request.eos_ids
-        final = ended or self.stats.new_tokens == self.request.max_new_tokens
         text = "" if ended else self.detokenizer.put(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+            ended = ended or self.matcher.finished
+        final = ended or self.stats.new_tokens == self.request.max_new_tokens
         text = self.stops.put(text + self.detokenizer.finish() if final else text)
         if final and not self.stops.found:
             text += self.stops.finish()
@@ -144,8 +152,11 @@ class Scheduler:
 
     def _prefill(self, at: int, number: int, request: Request) -> list[Token]:
         begun = time.perf_counter()
-        row = Row(number, request, StreamingDetokenizer(self.tokenizer), StopStrings(request.stop))
+        matcher = None if request.grammar is None else request.grammar.start()
+        row = Row(number, request, StreamingDetokenizer(self.tokenizer), StopStrings(request.stop), matcher)
         row.stats.speculates = self.engine.speculates
+        if matcher is not None:
+            self.engine.sampler.set_mask(at, matcher.fill)
         first, *top, hidden = self.engine.start(at, request)
         token_id = int(first[0, -1])
         self.rows[at] = row
@@ -178,10 +189,16 @@ class Scheduler:
         return tokens
 
     def _decode(self) -> list[Token]:
-        k = self.engine.pace.choose()
+        constrained = [(at, row) for at, row in enumerate(self.rows) if row and row.matcher is not None]
+        if constrained and self._unread is not None:  # what may come next depends on it
+            step, self._unread = self._unread, None
+            return self._read(step)
+        for at, row in constrained:
+            self.engine.sampler.set_mask(at, row.matcher.fill)
+        k = 0 if constrained else self.engine.pace.choose()
         longest = max(row.length for row in self.rows if row)
         step = Step(self.engine.step(k, longest + k + 1), k, list(self.rows))
-        if not self._overlaps:
+        if not self._overlaps or constrained:
             return self._read(step)
         before = self._unread
         self._unread = step
@@ -221,6 +238,8 @@ class Scheduler:
     def _free(self, at: int, row: Row) -> None:
         row.done = True
         self.rows[at] = None
+        if row.matcher is not None:
+            self.engine.sampler.set_mask(at, None)
         self.engine.sampler.park(at, row.request.start + len(row.request.prompt))
 
 
