@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from grammar_trial import LIMITS, TokenSource, Trial
 from sampling import unpacked
 from tokenizer import BYTE_OF, Tokenizer
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:  # imported where it is used: most runs need no grammar
     from llguidance import LLMatcher
 
 KEPT = 64  # compiled grammars, those used last
-# What compiling a grammar and computing a mask may cost, in llguidance's units: time beyond 0.1 s or so, or a lexer
-# beyond 100 MB or so, is an error.
-LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
 # A model that sees no end of its text may go on with spaces for ever, if the schema lets it.
 JSON_OPTIONS = {"whitespace_pattern": r"(\r?\n)?[ \t]{0,64}"}
 # Masks hold every token that fits, not only the one that the tokenizer would choose where the text is certain.
@@ -87,16 +85,23 @@ class Grammars:
         return constraint if constraint.grammars is self else self._constraint(constraint.name, constraint.source)
 
     def _constraint(self, name: str, source: str) -> "Constraint":
-        self.compile(name, source)
-        return Constraint(name, source, self)
+        constraint = Constraint(name, source, self)
+        self.compile(constraint)
+        return constraint
 
-    def _compile(self, name: str, source: str) -> "LLMatcher":
+    def _compile(self, constraint: "Constraint") -> "LLMatcher":
         """What every text begins with a copy of. UserError where llguidance refuses."""
         from llguidance import LLMatcher, LLParserLimits
 
+        name, source = constraint.name, constraint.source
+        if not self.vocabulary.trial.compiles(source):
+            raise UserError(f"{name} takes too much time or memory to compile; simplify it")
         matcher = LLMatcher(self.vocabulary.lltokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise UserError(f"{name} cannot be used ({shortened(matcher.get_error())}); correct it")
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise UserError(f"{name} cannot be used (no text matches it, or it is too complex); correct it")
         return matcher
 
     @functools.cached_property
@@ -116,7 +121,7 @@ class Constraint:
         """The state of one text, at its beginning."""
         if self.grammars is None:
             raise ValueError(f"a {self.name} of another process, which Grammars.bind has not been given")
-        return Matcher(self.grammars.compile(self.name, self.source).deep_copy(), self.grammars.vocabulary)
+        return Matcher(self.grammars.compile(self).deep_copy(), self.grammars.vocabulary)
 
     def __reduce__(self) -> tuple:
         return Constraint, (self.name, self.source, None)
@@ -169,7 +174,8 @@ class Vocabulary:
     """A tokenizer's tokens as llguidance takes them.
 
     Tokens that are written differently where a text begins follow once more, behind the model's ids, as they are
-    written there. `first`: the id of that copy, or None for a token of which nothing is written.
+    written there. `first`: the id of that copy, or None for a token of which nothing is written. `special`: the names
+    of the special tokens. `trial` tries grammars for them.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos_ids: list[int]):
@@ -179,11 +185,13 @@ class Vocabulary:
         if tokenizer.clean_up or (strip["content"], strip["start"]) != (" ", 1):
             raise UserError("this tokenizer rewrites spaces, which a grammar cannot foresee; leave the grammar out")
         self.words = -(-size // 32)
-        tokens, special = [b""] * (self.words * 32), tokenizer.special_ids | set(eos_ids)
+        tokens = [b""] * (self.words * 32)
+        self.special = dict.fromkeys(eos_ids, "")
         self.first: dict[int, int | None] = {}
         for token, token_id in tokenizer.backend.get_vocab().items():
-            if token_id in special:
+            if token_id in tokenizer.special_ids or token_id in self.special:
                 tokens[token_id] = token.encode()
+                self.special[token_id] = token
                 continue
             tokens[token_id], first = spelled(tokenizer, token)
             if first != tokens[token_id]:
@@ -195,22 +203,9 @@ class Vocabulary:
             eos_ids = [len(tokens)]  # llguidance wants one
             tokens.append(b"")
         self.all_words = -(-len(tokens) // 32)
-        source = TokenSource(tokens, eos_ids[0], sorted(special | set(eos_ids)))
+        self.trial = Trial(size, self.special)  # starts while the next line takes its time
+        source = TokenSource(tokens, eos_ids[0], [*self.special, *eos_ids])
         self.lltokenizer = LLTokenizer(source, eos_token=eos_ids)
-
-
-class TokenSource:
-    """What LLTokenizer asks for."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, tokens: list[bytes], eos_token_id: int, special_token_ids: list[int]):
-        self.tokens, self.eos_token_id, self.special_token_ids = tokens, eos_token_id, special_token_ids
-
-    def __call__(self, text: str) -> list[int]:
-        """Only wanted where tokens are forced, which ALL_SPELLINGS turns off."""
-        raise NotImplementedError(text)
 
 
 def spelled(tokenizer: Tokenizer, token: str) -> tuple[bytes, bytes]:
