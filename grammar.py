@@ -186,26 +186,28 @@ class Vocabulary:
             raise UserError("this tokenizer rewrites spaces, which a grammar cannot foresee; leave the grammar out")
         self.words = -(-size // 32)
         tokens = [b""] * (self.words * 32)
-        self.special = dict.fromkeys(eos_ids, "")
+        self.special = {token_id: f"<|token_{token_id}|>" for token_id in eos_ids}  # the tokenizer may not know them
         self.first: dict[int, int | None] = {}
         for token, token_id in tokenizer.backend.get_vocab().items():
             if token_id in tokenizer.special_ids or token_id in self.special:
-                tokens[token_id] = token.encode()
                 self.special[token_id] = token
                 continue
             tokens[token_id], first = spelled(tokenizer, token)
             if first != tokens[token_id]:
                 self.first[token_id] = len(tokens) if first else None
                 tokens += [first] if first else []
+        if not eos_ids:  # llguidance wants one
+            eos_ids = [len(tokens)]
+            tokens.append(b"")
+            self.special[eos_ids[0]] = f"<|token_{eos_ids[0]}|>"
+        for token_id, name in self.special.items():
+            tokens[token_id] = name.encode()
         self.first_ids = torch.tensor([i for i, copy in self.first.items() if copy is not None], dtype=torch.int64)
         self.unwritten = torch.tensor([i for i, copy in self.first.items() if copy is None], dtype=torch.int64)
-        if not eos_ids:
-            eos_ids = [len(tokens)]  # llguidance wants one
-            tokens.append(b"")
-        self.all_words = -(-len(tokens) // 32)
-        self.trial = Trial(size, self.special)  # starts while the next line takes its time
-        source = TokenSource(tokens, eos_ids[0], [*self.special, *eos_ids])
+        self.trial = Trial(len(tokens), self.special)  # starts while the next line takes its time
+        source = TokenSource(tokens, eos_ids[0], list(self.special))
         self.lltokenizer = LLTokenizer(source, eos_token=eos_ids)
+        self.all_words = -(-len(tokens) // 32)
 
 
 def spelled(tokenizer: Tokenizer, token: str) -> tuple[bytes, bytes]:
