@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # imported where it is used: most runs need no grammar
     from llguidance import LLMatcher
 
 KEPT = 64  # compiled grammars, those used last
-# A model that sees no end of its text may go on with spaces for ever, if the schema lets it.
-JSON_OPTIONS = {"whitespace_pattern": r"(\r?\n)?[ \t]{0,64}"}
+# A model that sees no end of its text may go on with spaces for ever, if the schema lets it. Any character may be
+# written as \\uXXXX, and what is beyond these as a pair of them.
+JSON_OPTIONS = {"whitespace_pattern": r"(\r?\n)?[ \t]{0,64}", "json_allow_general_unicode_escapes": True}
 # Masks hold every token that fits, not only the one that the tokenizer would choose where the text is certain.
 ALL_SPELLINGS = '\n%llguidance {"no_forcing": true}\n'
 
