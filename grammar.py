@@ -140,7 +140,7 @@ class Matcher:
         """Writes which tokens may come next, int32 [ceil(V / 32)] on the CPU. None may where the text got too complex
         for llguidance's limits."""
         vocabulary, words = self._vocabulary, self._vocabulary.words
-        if mask.shape != (words,) or mask.dtype != torch.int32 or not mask.is_contiguous() or mask.is_cuda:
+        if (mask.shape, mask.dtype, mask.device.type) != ((words,), torch.int32, "cpu") or not mask.is_contiguous():
             raise ValueError(f"a mask {mask.dtype} {list(mask.shape)} on {mask.device}, not int32 [{words}] on the CPU")
         if vocabulary.all_words == words:
             self._compute(mask)

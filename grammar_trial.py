@@ -9,11 +9,14 @@ That process forks for each grammar, and what happens to the fork is the answer.
 as a script there. A trial takes a few milliseconds more than the grammar itself.
 """
 
+import importlib.util
 import json
 import os
-import resource
 import signal
+import subprocess
 import sys
+import threading
+import weakref
 from types import ModuleType
 
 # What compiling and a mask may cost, in llguidance's units; its errors need not quote the text.
@@ -27,11 +30,11 @@ class Trial:
     may mention, by id. Threads may share it."""
 
     def __init__(self, size: int, special: dict[int, str]):
-        import importlib.util
-        import subprocess
-        import threading
-        import weakref
+        self._vocabulary = [size, list(special.items())]
+        self._lock = threading.Lock()
+        self._start()
 
+    def _start(self) -> None:
         folder = os.path.dirname(importlib.util.find_spec("llguidance").origin)
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, folder],
@@ -40,22 +43,26 @@ class Trial:
             stderr=subprocess.DEVNULL,  # where a fork may panic
             start_new_session=True,  # Ctrl-C is not for it
         )
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, self._process.communicate)
-        self._send([size, list(special.items())])
-
-    def compiles(self, source: str) -> bool:
-        """RuntimeError if the process is no longer there."""
-        with self._lock:
-            self._send(source)
-            answer = self._process.stdout.readline()
-        if answer not in (b"yes\n", b"no\n"):
-            raise RuntimeError(f"the process that tries grammars has ended with {self._process.wait()}")
-        return answer == b"yes\n"
+        weakref.finalize(self, self._process.communicate)
+        self._send(self._vocabulary)
 
     def _send(self, value: object) -> None:
         self._process.stdin.write(json.dumps(value).encode() + b"\n")
         self._process.stdin.flush()
+
+    def compiles(self, source: str) -> bool:
+        """RuntimeError if the process ends meanwhile; the next call starts another."""
+        with self._lock:
+            if self._process.poll() is not None:
+                self._start()
+            try:
+                self._send(source)
+                answer = self._process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+        if answer not in (b"yes\n", b"no\n"):
+            raise RuntimeError(f"the process that tries grammars has ended with {self._process.wait()}")
+        return answer == b"yes\n"
 
 
 class TokenSource:
@@ -94,19 +101,26 @@ def main() -> None:
     for line in iter(sys.stdin.buffer.readline, b""):
         pid = os.fork()
         if pid == 0:
-            for name, bound in ("CORE", 0), ("CPU", SECONDS), ("AS", BYTES), ("STACK", STACK_BYTES):
-                kind = getattr(resource, f"RLIMIT_{name}")
-                hard = resource.getrlimit(kind)[1]
-                resource.setrlimit(kind, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
-            signal.alarm(30 * SECONDS)  # the machine may be busy
+            status = 1
             try:
+                set_bounds()
                 try_out(json.loads(line))
-            except BaseException:  # no memory, or a panic in the library
-                os._exit(1)
-            os._exit(0)
+                status = 0
+            finally:  # whatever was raised: no memory, a panic in the library
+                os._exit(status)
         survived = os.waitpid(pid, 0)[1] == 0
         sys.stdout.buffer.write(b"yes\n" if survived else b"no\n")
         sys.stdout.buffer.flush()
+
+
+def set_bounds() -> None:
+    import resource  # not on Windows
+
+    signal.alarm(30 * SECONDS)  # the machine may be busy
+    for name, bound in ("CORE", 0), ("CPU", SECONDS), ("AS", BYTES), ("STACK", STACK_BYTES):
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ class Sampler(nn.Module):
         # The tokens that grammars allow: bit i % 32 of word i // 32 is token i's. The host writes it for every step.
         buffer("mask", batch_size, -(-vocab_size // 32), dtype=torch.int32, fill=-1)
         self.host_mask = self.mask
-        if self.mask.is_cuda:
-            self.host_mask = torch.full(self.mask.shape, -1, dtype=torch.int32, pin_memory=True)
+        if self.mask.device.type != "cpu":
+            self.host_mask = torch.full(self.mask.shape, -1, dtype=torch.int32, pin_memory=self.mask.is_cuda)
         buffer("eos", vocab_size, dtype=torch.bool)
         self.eos[[token for token in self.eos_ids if token < vocab_size]] = True
         self.register_buffer("ids", torch.arange(vocab_size, dtype=torch.int32, device=device), persistent=False)

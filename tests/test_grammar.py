@@ -33,6 +33,7 @@ from checkpoint import DEMO, load_model
 from engine import Engine, Request
 from errors import UserError
 from grammar import Grammars, packed
+from grammar_trial import Trial
 from sampling import Sampler, SamplingParams, unpacked
 from scheduler import Scheduler, generate
 from tokenizer import StreamingDetokenizer, load_tokenizer
@@ -657,6 +658,17 @@ def allowed_everywhere(constraint):
             return not matcher.finished and bool(possible)
         matcher.accept(draw.choice(possible))
     return True
+
+
+def test_the_process_that_tries_grammars_may_be_killed():
+    trial = Trial(10, {3: "<|end|>"})
+    assert trial.compiles('start: "a" <|end|>')
+    trial._process.kill()
+    trial._process.wait()
+    assert trial.compiles("start: /a/")
+    process = trial._process
+    del trial
+    assert process.wait(10) == 0
 
 
 def test_a_grammar_is_compiled_once(grammars, monkeypatch):
