@@ -194,7 +194,9 @@ class Vocabulary:
                 self.special[token_id] = token
                 continue
             tokens[token_id], first = spelled(tokenizer, token)
-            if first != tokens[token_id]:
+            if 0xFF in tokens[token_id]:  # no text; and llguidance begins the names of special tokens with it
+                tokens[token_id] = b""
+            elif first != tokens[token_id]:
                 self.first[token_id] = len(tokens) if first else None
                 tokens += [first] if first else []
         if not eos_ids:  # llguidance wants one

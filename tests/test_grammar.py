@@ -185,12 +185,13 @@ def test_tokenizers_differ_where_a_text_begins(tmp):
         assert first[kind][space] is None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(kind=st.sampled_from(TOKENIZERS), data=st.data())
 def test_the_bytes_of_tokens_are_what_is_decoded(kind, data, tmp):
     tokenizer = tokenizer_of(kind, tmp)
     grammars, vocab = grammars_of(tokenizer), tokenizer.backend.get_vocab()
-    ordinary = sorted(i for i in vocab.values() if i not in tokenizer.special_ids)
+    no_text = {*tokenizer.special_ids, vocab.get("<0xFF>"), vocab.get("ÿ") if kind == "byte-level" else None}
+    ordinary = sorted(i for i in vocab.values() if i not in no_text)
     ids = data.draw(st.lists(st.sampled_from(ordinary), min_size=1, max_size=8))
     decode = grammars.vocabulary.lltokenizer.decode_bytes
     first = grammars.vocabulary.first.get(ids[0], ids[0])
@@ -272,6 +273,15 @@ def test_masks_of_schemas_are_exact(tmp, schema, pattern):
                     longer = tokenizer.decode([*ids[:count], token])
                     if "\r" not in longer:
                         assert allowed[token] == bool(reference.fullmatch(longer, partial=True)), (longer, token)
+
+
+def test_a_byte_that_is_in_no_text(tmp):
+    """0xFF: llguidance begins the names of special tokens with it."""
+    for kind, name in ("byte-level", "ÿ"), ("llama", "<0xFF>"):
+        tokenizer = tokenizer_of(kind, tmp)
+        grammars, token = grammars_of(tokenizer), tokenizer.backend.token_to_id(name)
+        for constraint in (grammars.regex("(?s:.)*"), grammars.lark("start: <s>")):
+            assert not allowed_by(constraint.start(), grammars.vocab_size)[token]
 
 
 def test_a_character_of_several_tokens(tmp):
@@ -364,14 +374,18 @@ def test_end_tokens_are_no_text(tmp):
     assert matcher.finished
 
 
-def test_special_tokens_that_a_grammar_names(tmp):
+def test_special_tokens_that_a_grammar_names(their_tokenizer):
     """They are no text, but a grammar may ask for them."""
-    tokenizer = tokenizer_of("byte-level", tmp)
-    grammars = grammars_of(tokenizer)
-    end = tokenizer.backend.token_to_id("<|end|>")
-    for source in ('start: "a" <|end|> "b"', f'start: "a" <[{end}]> "b"'):
-        ids, finished, _ = walk(grammars.lark(source), tokenizer, 0)
-        assert finished and ids[1] == end and tokenizer.decode(ids) == "ab"
+    tokenizer, grammars = their_tokenizer, grammars_of(their_tokenizer)
+    special, a = (tokenizer.backend.token_to_id(token) for token in ("<s>", "a"))
+    for source in ('start: "a" <s> "b"', f'start: "a" <[{special}]> "b"'):
+        matcher = grammars.lark(source).start()
+        assert allowed_by(matcher, grammars.vocab_size)[a]
+        matcher.accept(a)
+        assert allowed_by(matcher, grammars.vocab_size).nonzero().flatten().tolist() == [special]
+        matcher.accept(special)
+        matcher.accept(tokenizer.backend.token_to_id("b"))
+        assert matcher.finished and tokenizer.decode([a, special]) == "a"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
