@@ -36,6 +36,7 @@ from engine import Engine, cache_bytes, resident_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory
 from kernels.build import cpu_library
+from prompt_cache import check_path, load_row, save_row
 from prompts import (
     NO_BEAMS,
     SETTINGS,
@@ -47,6 +48,7 @@ from prompts import (
     draw_seed,
     make_request,
     read_jobs,
+    read_text,
 )
 from scheduler import Token, generate
 from tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +59,7 @@ CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a c
 SPECULATION, OUTPUT = ("draft_checkpoint_path", "prompt_lookup"), ("num_samples", "batch_size", "logprobs", "echo")
 WITHOUT = {  # what does not go together
     "interactive": ("json", "num_beams", "chat", *OUTPUT),
-    "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT),
+    "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT, "prompt_cache"),
 }
 NEEDS = {  # what has a meaning only beside one of these
     "system": ("chat", "interactive"),
@@ -97,6 +99,20 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text[:40]!r} is not a JSON object, such as {{"enable_thinking": false}}')
     return value
+
+
+def schema_file(name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text("json_schema", name))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--json_schema {name} is not JSON ({error}); correct it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--json_schema {name} is not a JSON object; correct it")
+    return value
+
+
+def grammar_file(name: str) -> str:
+    return read_text("grammar", name)
 
 
 def parse_args() -> argparse.Namespace:
@@ -144,6 +160,9 @@ def parse_args() -> argparse.Namespace:
     add("--frequency_penalty", type=float, help="above 0: each time they occur; default: 0")
     add("--logit_bias", type=token_bias, nargs="+", metavar="ID=VALUE", help="added to the logits of token ids")
     add("--bad_words", nargs="+", metavar="TEXT", help="what must not be written, as a word or part of one")
+    add("--json_schema", type=schema_file, metavar="FILE", help="a JSON schema: the text is JSON that it describes")
+    add("--regex", metavar="R", help="a regular expression (Rust's, no look-around) that matches all of the text")
+    add("--grammar", type=grammar_file, metavar="FILE", help="a grammar in Lark's syntax that the text follows")
     add("--num_beams", type=int, default=1, help="beam search with so many")
     add("--length_penalty", type=float, default=1.0, help="of beams; above 0 prefers long texts")
     add(
@@ -163,6 +182,13 @@ def parse_args() -> argparse.Namespace:
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--max_seq_length", type=count, help="of the KV cache; default: what is needed, rounded up")
+    add(
+        "--prompt_cache",
+        type=Path,
+        metavar="FILE",
+        help="keep the KV cache of the last text there: a later prompt that begins in the same way is run from where "
+        "it differs",
+    )
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the generation")
     add(
         "--json",
@@ -193,6 +219,8 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
         taken = args.profile.exists() and not args.profile.is_file()
         if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"--profile {args.profile} cannot be written; name a file in a folder that can")
+    if args.prompt_cache:
+        check_path(args.prompt_cache)
 
 
 def cache_length(length: int, context: int) -> int:
@@ -228,6 +256,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
         early = {"true": True, "false": False, "never": "never"}[args.early_stopping]
         beams = BeamParams(args.num_beams, args.length_penalty, early, args.num_return_sequences)
 
+    if args.prompt_cache and group.size > 1:
+        raise UserError("--prompt_cache is for one process, and each of several ranks holds a part; leave it out")
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
@@ -239,6 +269,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
     if args.interactive and settings["seed"] is None:
         settings["seed"] = group.from_rank_0(draw_seed)
     jobs = [] if args.interactive else group.from_rank_0(lambda: read_jobs(args, target, settings))
+    jobs = [job.bound(target) for job in jobs]
     requests = [job.request for job in jobs] or [make_request(target, [0], settings)]
     longest = max(len(request.prompt) for request in requests)
     needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -271,7 +302,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
     engine.setup(
         batch_size,
         max_seq_length,
-        plain=not args.interactive and all(request.params.plain for request in requests),
+        plain=not args.interactive and all(request.params.plain and request.grammar is None for request in requests),
         logprobs=0 if args.logprobs is None and args.echo and args.json else args.logprobs,
         eos_ids=eos_ids,
         bad_words=room,
@@ -283,6 +314,9 @@ def run(args: argparse.Namespace, group: Group) -> None:
         log("warming up ... (the first time, this compiles)")
         seconds = engine.warm_up(None if args.interactive else longest)
         log(f"warmed up in {seconds:.1f} s")
+    checksums = list(map(checksum, paths)) if args.prompt_cache else []
+    if args.prompt_cache and args.prompt_cache.exists():
+        log(f"loaded {load_row(engine, 0, args.prompt_cache, checksums)} tokens from {args.prompt_cache}")
     with profiler(args.profile if group.rank == 0 else None):
         if args.interactive:
             converse(engine, target, settings, args.system, args.template_vars or {})
@@ -290,6 +324,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
             search_beams(engine, tokenizer, jobs, beams, args.json)
         else:
             continue_prompts(engine, tokenizer, jobs, args)
+    if args.prompt_cache:
+        save_row(engine, engine.places.latest, args.prompt_cache, checksums)
 
 
 def profiler(path: Path | None):
