@@ -41,14 +41,14 @@ def is_object(text):
         return False
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 1]))
 def test_json_is_accepted_to_its_end(value, ensure_ascii, indent):
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
     assert end_of_object(text) == end_of_object(text + '}"') == len(text)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(OBJECTS, st.data())
 def test_damaged_json_is_judged_as_json_loads_does(value, data):
     text = json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tool_templates import LLAMA3, TEMPLATES, TOOLS
+from tool_templates import LLAMA3, TEMPLATES, TOOLS, written
 
 from templates import render_chat
 from tokenizer import Tokenizer
@@ -60,20 +60,6 @@ def calls(*named):
         for i, (name, arguments) in enumerate(named)
         for piece in (CallStart(i, "abcdefghij"[i], name), Arguments(i, arguments))
     ]
-
-
-def written(form, *named):
-    """Calls as the models write them."""
-    key = "parameters" if form == "llama3" else "arguments"
-    objects = [f'{{"name": "{name}", "{key}": {arguments}}}' for name, arguments in named]
-    match form:
-        case "hermes":
-            return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects)
-        case "llama3":
-            return "; ".join(objects)
-        case "mistral":
-            return f"[TOOL_CALLS] [{', '.join(objects)}]"
-    return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +393,7 @@ def cut(text, points):
     return [text[start:end] for start, end in itertools.pairwise(edges)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from([*FORMS, None]), SOUP, st.lists(st.integers(0, 500), max_size=8), st.booleans(), st.booleans())
 def test_cutting_changes_nothing(form, text, points, is_open, parallel):
     options = {"open_mark": "<think>" if is_open else None, "parallel": parallel}
@@ -422,7 +408,7 @@ def test_arguments_are_the_models_text(form, named, data):
     assert joined(read(form, *cut(text, points))) == calls(*named)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from([*FORMS, None]), SOUP)
 def test_no_text_is_lost(form, text):
     """Every character but white space is in a piece, in order, or is part of a mark or call that was understood."""
@@ -439,7 +425,7 @@ def test_no_text_is_lost(form, text):
             assert found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60), st.lists(st.integers(0, 60), max_size=5))
 def test_plain_text_is_content(text, points):
     content = "".join(piece.text for piece in read("hermes", *cut(text, points)))

@@ -1,4 +1,5 @@
-"""Chat templates with tools, short ones of the structure of those that the models come with."""
+"""Chat templates with tools, short ones of the structure of those that the models come with, and calls as models write
+them."""
 
 HERMES = """
 {%- if tools %}{{ '<|im_start|>system\nTools: <tools>' }}
@@ -97,3 +98,17 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "get_weather_map", "description": "", "parameters": {"type": "object"}}},
 ]
+
+
+def written(form, *named):
+    """Calls (name, JSON of the arguments) as the models write them."""
+    key = "parameters" if form == "llama3" else "arguments"
+    objects = [f'{{"name": "{name}", "{key}": {arguments}}}' for name, arguments in named]
+    match form:
+        case "hermes":
+            return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects)
+        case "llama3":
+            return "; ".join(objects)
+        case "mistral":
+            return f"[TOOL_CALLS] [{', '.join(objects)}]"
+    return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in named)
