@@ -3,7 +3,7 @@
 messages = check_messages(body["messages"], form)
 tools = check_tools(body.get("tools"))
 choice = check_tool_choice(body.get("tool_choice"), tools)
-prompt = tokenizer.apply_chat_template(messages, variables={"tools": tools if choice != "none" else None})
+prompt = tokenizer.apply_chat_template(messages, variables={"tools": template_tools(tools, choice)})
 """
 
 import hashlib
@@ -115,8 +115,8 @@ def check_call(call: Any, path: str) -> dict[str, Any]:
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools as templates take them, each with a description and parameters; [] for none. UserError names what is wrong.
-    `strict` is kept as it is, for `tool_grammar`."""
+    """Functions, each with a description and parameters, which templates count on, and "strict" where it is true; none
+    is []. UserError, naming the field, for what is no such tool."""
     if tools is None:
         return []
     if not isinstance(tools, list):
@@ -171,6 +171,14 @@ def check_tool_choice(tool_choice: Any, tools: list[dict[str, Any]]) -> str | di
     if tool_choice == "required" and not tools:
         raise UserError("tool_choice is 'required', but there are no tools; give some")
     return tool_choice
+
+
+def template_tools(tools: list[dict[str, Any]], tool_choice: str | dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools that the model is told of. `strict` is nothing that models know."""
+    if not tools or tool_choice == "none":
+        return None
+    told = ("name", "description", "parameters")
+    return [{"type": "function", "function": {name: tool["function"][name] for name in told}} for tool in tools]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 NAME = r"[a-zA-Z0-9_-]{1,64}"  # of a tool, as OpenAI defines it
 ARGUMENTS = ("arguments", "parameters")  # the second is Llama's word
 # What stands between [TOOL_CALLS] and the arguments, where they are no list. [CALL_ID] is of 2025's models.
-HEAD = re.compile(rf"({NAME})(\[CALL_ID\]\w*)?(\[ARGS\])?\s*\{{")
+HEAD = re.compile(rf"({NAME})(\[CALL_ID\]\w{{0,64}})?(\[ARGS\])?\s{{0,8}}\{{")
 MAYBE_HEAD = re.compile(r"[\w\[\]-]*\s*")
+LONGEST_HEAD = 160
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class CallDropped:
-    """A call that had started turned out to be no JSON, or never ended: its text follows as content."""
+    """A call that had started is no valid JSON, or never ends: all of its text follows as content."""
 
     index: int
 
@@ -114,9 +115,9 @@ class CallReader:
     """The text of an answer in, its pieces out: what is certain at once, a possible beginning of a mark later. How the
     text is cut makes no difference to the pieces joined.
 
-    Reasoning stands at the beginning of an answer. White space between a call and what is before it is left out, and so
-    are line breaks at the inner side of reasoning's marks and behind it: templates add them when they render a chat. A
-    call that breaks off or is no valid JSON is content, as it was written, marks included.
+    Reasoning stands at the beginning of an answer. White space before a call is left out, and so are line breaks before
+    and after the reasoning and its marks: templates add them when they render the chat. A call that breaks off or is no
+    valid JSON is content, as it was written, marks included; one whose JSON is complete counts, closed or not.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class CallReader:
         self.parallel, self.new_id = parallel, new_id
         self.text = ""  # what has not been handed out
         self.pieces: list[Piece] = []
-        self.calls = 0  # started
+        self.started = self.complete = 0  # calls
         self.finished = False  # nothing that comes now counts
         self.closing = THINKING.get(open_mark or "", "")  # of reasoning
         self.read = self._reasoning if open_mark else self._beginning
@@ -229,11 +230,11 @@ class CallReader:
         return True
 
     def _begin_call(self, start: int, is_bare: bool = False) -> None:
-        """A call is to follow at `start`; what is before it is the mark. Bare: without one, which may be an answer that
-        happens to be JSON."""
+        """Looks for a call at `start`; before it stands the mark. A bare call has none: it may as well be an answer that
+        happens to be JSON, so its name has to be a tool's, and nothing else may be in it."""
         self.opening = self.at = start
         self.is_bare, self.in_list = is_bare, False
-        self.json, self.name, self.key = JsonScanner(), "", ""
+        self.scanner, self.name, self.key = JsonScanner(), "", ""
         self.index, self.start, self.sent, self.end = -1, -1, -1, -1  # of the call; of its arguments in `text`
         self.read = self._opened
 
@@ -255,7 +256,8 @@ class CallReader:
             return True
         head = HEAD.match(rest)
         if head is None:
-            return False if MAYBE_HEAD.fullmatch(rest) else self._give_up()
+            may_follow = len(rest) < LONGEST_HEAD and MAYBE_HEAD.fullmatch(rest)
+            return False if may_follow else self._give_up()
         self.at += head.end() - 1
         self.name = head[1]
         self._start_arguments()
@@ -264,11 +266,11 @@ class CallReader:
 
     def _object(self) -> bool:
         """{"name": ..., "arguments": ...} in any order, and what else there may be in it."""
-        json_, text = self.json, self.text
+        scanner, text = self.scanner, self.text
         while self.at < len(text):
-            char, depth, expected, in_token = text[self.at], json_.depth, json_.expects, json_.in_token
+            char, depth, expected, in_token = text[self.at], scanner.depth, scanner.expects, scanner.in_token
             try:
-                json_.put(char)
+                scanner.put(char)
             except ValueError:
                 return self._give_up()
             if depth == 1 and not in_token and char not in SPACE and expected.startswith(("key", "value")):
@@ -276,10 +278,10 @@ class CallReader:
                 if expected == "value" and not self._begin_value(char):
                     return self._give_up()
             self.at += 1
-            if json_.depth == 0:
+            if scanner.depth == 0:
                 return self._end_call() or self._give_up()
-            if json_.depth == 1 and (depth == 2 or (in_token and not json_.in_token)):
-                if json_.expects == ":":
+            if scanner.depth == 1 and (depth == 2 or (in_token and not scanner.in_token)):
+                if scanner.expects == ":":
                     self.key = json.loads(text[self.token : self.at])
                 elif not self._end_value():
                     return self._give_up()
@@ -315,8 +317,8 @@ class CallReader:
             self._start_call()
 
     def _start_call(self) -> None:
-        self.index = self.calls
-        self.calls += 1
+        self.index = self.started
+        self.started += 1
         self._emit(CallStart(self.index, self.new_id(), self.name))
 
     def _send_arguments(self) -> None:
@@ -329,11 +331,11 @@ class CallReader:
         """The arguments alone."""
         while self.at < len(self.text):
             try:
-                self.json.put(self.text[self.at])
+                self.scanner.put(self.text[self.at])
             except ValueError:
                 return self._give_up()
             self.at += 1
-            if self.json.depth == 0:
+            if self.scanner.depth == 0:
                 self.end = self.at
                 return self._end_call()
         self._send_arguments()
@@ -349,6 +351,7 @@ class CallReader:
         else:
             self._send_arguments()
         self.text = self.text[self.at :]
+        self.complete += 1
         self.follows_call = True
         self.read = self._between
         if not self.parallel:
@@ -392,7 +395,7 @@ class CallReader:
 
 
 def certain_length(text: str, mark: str) -> int:
-    """How much of a text is no beginning of a mark at its end."""
+    """The length of a text without an end that may be the beginning of the mark."""
     held = next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
     return len(text) - held
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tool_templates import HERMES, LLAMA3, MISTRAL, TEMPLATES, TOOLS
 
 from errors import UserError
-from messages import check_messages, check_tool_choice, check_tools
+from messages import check_messages, check_tool_choice, check_tools, template_tools
 from templates import render_chat
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
@@ -119,6 +119,8 @@ def test_tools_become_what_templates_take():
     strict = {"type": "function", "function": {"name": "now", "strict": True, "parameters": {"properties": {}}}}
     assert check_tools([strict])[0]["function"]["strict"] is True
     assert check_tools(TOOLS[:1]) == TOOLS[:1]
+    assert template_tools(check_tools([strict]), "auto") == check_tools([function(name="now")])
+    assert template_tools(TOOLS, "none") is template_tools([], "auto") is None
 
 
 def function(**fields):

@@ -213,6 +213,8 @@ BROKEN = [
     ("mistral", '[TOOL_CALLS] [{"name": "get_weather", '),
     ("mistral_args", "[TOOL_CALLS]get_weather[ARGS]"),
     ("mistral_args", "[TOOL_CALLS]get_weather[ARGS]Zürich"),
+    ("mistral_args", "[TOOL_CALLS]" + "a" * 500 + "{}"),
+    ("mistral_args", "[TOOL_CALLS]get_weather[CALL_ID]" + "a" * 500 + "[ARGS]{}"),
 ]
 
 
@@ -306,7 +308,7 @@ def test_arguments_come_with_each_character(form):
         assert reader.put(char) == [Arguments(0, char)]
     reader.put(after)
     assert reader.finish() == []
-    assert reader.calls == 1
+    assert reader.complete == 1
 
 
 def test_json_answers_are_not_held_back_once_they_are_no_call():
