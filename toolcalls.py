@@ -230,8 +230,8 @@ class CallReader:
         return True
 
     def _begin_call(self, start: int, is_bare: bool = False) -> None:
-        """Looks for a call at `start`; before it stands the mark. A bare call has none, so it may as well be an answer in
-        JSON: its name has to be a tool's, and nothing else may be in it."""
+        """Looks for a call at `start`; before it stands the mark. A bare call has none and could be an answer in JSON:
+        so its name has to be a tool's, and nothing else may be in it."""
         self.opening = self.at = start
         self.is_bare, self.in_list = is_bare, False
         self.scanner, self.name, self.key = JsonScanner(), "", ""
