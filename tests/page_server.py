@@ -57,7 +57,8 @@ class Answer:
     drop_after: int | None = None  # pieces; then the connection is reset
     error_after: int | None = None  # pieces; then an error comes as an event
     refusal: tuple[int, dict] | None = None  # HTTP status and body, in place of an answer
-    pause: float = 0  # seconds between pieces
+    truncated: bool = False  # the stream ends after the last piece, without finish_reason, usage and [DONE]
+    bytes_at_a_time: int | None = None  # cuts the events into network writes of this size
 
 
 class PageServer(ThreadingHTTPServer):
@@ -185,6 +186,7 @@ class Handler(BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs and {"content": logprobs}}
             self.event(head | {"choices": [choice]} | ({"usage": None} if usage_wanted else {}))
 
+        self.bytes_at_a_time = answer.bytes_at_a_time
         pieces = [answer.pieces] if isinstance(answer.pieces, str) else list(answer.pieces)
         chunk({"role": "assistant", "content": ""})
         for number in range(len(pieces) + 1):
@@ -203,8 +205,10 @@ class Handler(BaseHTTPRequestHandler):
                 piece = pieces[number]
                 delta = piece if isinstance(piece, dict) else {"content": piece}
                 chunk(delta, logprobs=answer.logprobs.get(number) if body.get("logprobs") else None)
-                time.sleep(answer.pause)
         else:
+            if answer.truncated:
+                self.wfile.write(b"0\r\n\r\n")
+                return
             chunk({}, answer.finish)
             if usage_wanted:
                 prompt, cached, completion = answer.usage
@@ -232,5 +236,10 @@ class Handler(BaseHTTPRequestHandler):
         self.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
     def write(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        self.wfile.flush()
+        size = self.bytes_at_a_time or len(data)
+        for start in range(0, len(data), size):
+            part = data[start : start + size]
+            self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+            self.wfile.flush()
+            if size < len(data):
+                time.sleep(0.001)
