@@ -9,6 +9,7 @@ It is strict: a body with a field that OpenAI's API, or this project's few addit
 is a field of the wrong type.
 """
 
+import contextlib
 import json
 import select
 import socket
@@ -76,6 +77,7 @@ class PageServer(ThreadingHTTPServer):
         self.completions: list[dict] = []
         self.refused: list[str] = []  # what was wrong with requests
         self.disconnects = 0
+        self.connections: list[socket.socket] = []
         self.stopping = threading.Event()
 
     @property
@@ -93,6 +95,9 @@ class PageServer(ThreadingHTTPServer):
         self.stopping.set()
         self.shutdown()
         self.server_close()
+        for connection in self.connections:  # a browser keeps them open and would use them again
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: object) -> None:
         pass  # a client that hangs up is part of some tests
@@ -118,6 +123,10 @@ def fault_of(body: dict) -> str | None:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: PageServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.append(self.connection)
 
     def log_message(self, *_: object) -> None:
         pass

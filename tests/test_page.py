@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -311,14 +312,14 @@ def test_settings_are_sent_only_when_they_are_set(page, server):
         "stop": ("User:\n\\n\\n", ["User:", "\n\n"]),
     }
     for name, (text, value) in values.items():
-        page.fill("#" + name, text)
+        page.fill("#setting-" + name, text)
         ask(page, server, "Question?", "ok")
         sent = server.completions[-1]
         del sent["messages"]
         assert sent == BASE | {name: value}
-        page.fill("#" + name, "")
+        page.fill("#setting-" + name, "")
     for name, (text, _) in values.items():
-        page.fill("#" + name, text)
+        page.fill("#setting-" + name, text)
     reload(page)
     ask(page, server, "Question?", "ok")
     assert server.completions[-1].items() >= {name: value for name, (_, value) in values.items()}.items()
@@ -329,16 +330,16 @@ def test_settings_are_sent_only_when_they_are_set(page, server):
     assert server.completions[-1].keys() == BASE.keys() | {"messages"}
     assert set(values) <= FIELDS.keys() and not server.refused
     for name in values:  # each says what it does
-        assert len(page.locator(f"#{name}-hint").inner_text()) > 20
-        expect(page.locator("#" + name)).to_have_attribute("aria-describedby", name + "-hint")
+        assert len(page.locator(f"#setting-{name}-hint").inner_text()) > 20
+        expect(page.locator(f"#setting-{name}")).to_have_attribute("aria-describedby", f"setting-{name}-hint")
 
 
 def test_a_setting_that_is_out_of_range_is_not_sent(page, server):
     open_settings(page)
-    page.fill("#top_p", "1.5")
+    page.fill("#setting-top_p", "1.5")
     page.click("#close-settings")
     send(page, "Question?")
-    expect(page.locator("#top_p")).to_be_focused()
+    expect(page.locator("#setting-top_p")).to_be_focused()
     assert page.input_value("#draft") == "Question?" and not server.completions
 
 
@@ -530,7 +531,8 @@ def test_markup_in_an_answer_stays_text_and_nothing_runs(page, server):
     assert page.locator(f"#messages :is({made})").count() == 0
 
 
-def test_the_policy_allows_this_script_alone(page):
+def test_the_policy_allows_this_script_alone(page, watch):
+    watch.expected = ["TrustedHTML"]
     text = PAGE.read_text(encoding="utf-8")
     [script] = re.findall(r'<script type="module">(.*?)</script>', text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -581,11 +583,9 @@ def normal(node):
         attributes = {}
     result = []
     for child in map(normal, children):
-        if tag == "li" and child[0] == "p":
-            child = child[2:]
-        else:
-            child = [child]
-        for part in child:
+        is_first = not any(part.strip() if isinstance(part, str) else part for part in result)
+        parts = child[2:] if tag == "li" and child[0] == "p" and is_first else [child]
+        for part in parts:
             if isinstance(part, str) and result and isinstance(result[-1], str):
                 result[-1] += part
             else:
@@ -600,7 +600,7 @@ def normal(node):
     for i, part in enumerate(result):  # a line break's own newline
         if i and isinstance(part, str) and result[i - 1] == ["br", {}]:
             result[i] = part.removeprefix("\n")
-    return [tag, attributes, *result]
+    return [tag, attributes, *(part for part in result if part)]
 
 
 @pytest.fixture(scope="module")
@@ -619,13 +619,12 @@ def rendered(page, texts):
 
 def store(page, messages):
     """Puts a conversation of these messages into the page, as a file would."""
-    chat = {"id": "0123456789abcdef", "name": "x", "messages": messages}
+    chat = {"id": secrets.token_hex(8), "name": "x", "messages": messages}
     data = json.dumps({"conversations": [chat]}).encode()
     page.evaluate("localStorage.clear()")
     page.set_input_files("#import-file", {"name": "a.json", "mimeType": "application/json", "buffer": data})
-    page.click("#chats a")
-    page.evaluate("location.hash = '#0123456789abcdef'")
-    expect(page.locator(".question")).to_have_count(sum(message["role"] == "user" for message in messages))
+    page.click(f"#chats a[href='#{chat['id']}']")
+    expect(page.locator(f"#chats a[href='#{chat['id']}'][aria-current=page]")).to_be_visible()
 
 
 CASES = [
@@ -635,13 +634,14 @@ CASES = [
     "snake_case_name and 2 * 3 * 4, ** not bold ** and * not em*",
     "`` a ` b `` and ` `` ` and `unclosed",
     "\\*not em\\* and \\`not code\\` and \\\\ and \\a",
-    "a [link](https://example.org/a_(b)?c=d#e) and [**bold**](http://example.org \"title\") and <https://example.org/x>",
+    "a [link](https://example.org/a_(b)?c=d#e) and [**bold**](http://example.org/ \"title\") and <https://example.org/x>",
     "one\ntwo  \nthree\\\nfour\n\nfive",
     "```python\ndef f():\n\treturn '*'\n\n# no heading\n```\nafter",
     "~~~\na\n```\nb\n~~~",
     "````\n```\ninner\n```\n````",
     "```\nnever closed\n  *x*",
     "- a\n- b\n  - c\n    - d\n- e",
+    "- a\n\t- b\n\t\t- c\n- d\n\n\tmore\n\n\t```\n\t\tcode\n\t```",
     "1. a\n2. b\n   - c\n   - d\n3. e\n",
     "7. seven\n8. eight",
     "- a\n\n  second paragraph\n\n  ```\n  code\n  ```\n- b",
@@ -656,7 +656,7 @@ CASES = [
     "| a | b |\n|---|:-:|\n| 1 | `x` |\n| 2 | **y** | extra |\n| 3 |\n\nafter",
     "a | b\n--|--:\n1 | x \\| y",
     "| not | a table |\n| no rule |",
-    "- [link](https://example.org)\n- `code`\n\n1. > quote in list\n2. # heading in list",
+    "- [link](https://example.org/)\n- `code`\n\n1. > quote in list\n2. # heading in list",
     "a  b\tc & < > \" ' &amp; &lt;",
 ]
 
@@ -1099,7 +1099,7 @@ def test_it_scrolls_along_only_at_the_end(page, server):
     answer = Answer([*lines, "the end"], hold_after=100)
     server.script(answer)
     send(page, "Question?")
-    expect(page.locator("text=line 99")).to_be_in_viewport()
+    expect(page.locator(".answer >> text=line 99")).to_be_in_viewport()
     expect(page.locator("#latest")).to_be_hidden()
     page.mouse.move(600, 300)
     page.mouse.wheel(0, -600)
@@ -1109,7 +1109,7 @@ def test_it_scrolls_along_only_at_the_end(page, server):
     finished(page)
     assert page.evaluate("document.querySelector('#scroller').scrollTop") == top
     page.click("#latest")
-    expect(page.locator("text=the end")).to_be_in_viewport()
+    expect(page.locator(".answer >> text=the end")).to_be_in_viewport()
 
 
 # ---------------------------------------------------------------- the scripted server itself
