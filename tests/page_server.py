@@ -140,7 +140,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
         self.server.refused.append(message)
-        self.reply(status, json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode())
+        self.reply(
+            status, json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
+        )
 
     def is_allowed(self) -> bool:
         self.server.requests.append((self.command, self.path, dict(self.headers)))
@@ -192,7 +194,12 @@ class Handler(BaseHTTPRequestHandler):
         head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 0, "model": body["model"]}
 
         def chunk(delta: dict, finish: str | None = None, logprobs: list[dict] | None = None) -> None:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs and {"content": logprobs}}
+            choice = {
+                "index": 0,
+                "delta": delta,
+                "finish_reason": finish,
+                "logprobs": logprobs and {"content": logprobs},
+            }
             self.event(head | {"choices": [choice]} | ({"usage": None} if usage_wanted else {}))
 
         self.bytes_at_a_time = answer.bytes_at_a_time

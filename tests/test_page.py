@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import threading
 import time
 
 import pytest
@@ -436,7 +435,7 @@ def test_a_stream_without_its_end_is_no_whole_answer(page, server):
     expect(answers(page)).to_have_text("cut")
 
 
-def test_a_server_that_is_away_is_said_and_noticed_when_it_is_back(browser, watch, context):
+def test_a_server_that_is_away_is_said_and_noticed_when_it_is_back(watch, context):
     watch.expected = ["ERR_CONNECTION"]
     with PageServer() as server:
         port = server.server_address[1]
@@ -457,10 +456,26 @@ def test_a_server_that_is_away_is_said_and_noticed_when_it_is_back(browser, watc
         assert server.completions[0]["messages"] == [user("Question?\n\nAnother?")]
 
 
+def test_a_server_that_goes_away_in_the_middle_is_said(watch, context):
+    watch.expected = ["ERR_"]
+    with PageServer() as server:
+        watch.origin = server.url
+        page = watch.page(context.new_page())
+        open_page(page, server)
+        server.script(Answer(["What ", "came", " not this"], hold_after=2))
+        send(page, "Question?")
+        expect(answers(page)).to_have_text("What came")
+    expect(page.locator(".failure")).to_contain_text("The connection to the server was lost.")
+    expect(page.locator("#banner")).to_contain_text("does not answer")
+    expect(answers(page)).to_have_text("What came")
+
+
 def test_an_error_of_the_server_is_shown_in_its_words(page, server, watch):
     watch.expected = ["400", "500"]
     message = "This model's context is 2048 tokens, but the prompt has 3000."
-    server.script(Answer("", refusal=(400, {"error": {"message": message, "type": "invalid_request_error", "code": None}})))
+    server.script(
+        Answer("", refusal=(400, {"error": {"message": message, "type": "invalid_request_error", "code": None}}))
+    )
     send(page, "Question?")
     expect(page.locator(".failure")).to_contain_text(message)
     finished(page)
@@ -521,7 +536,9 @@ def test_markup_in_an_answer_stays_text_and_nothing_runs(page, server):
     assert page.locator(f"#messages :is({made})").count() == 0
     links = page.locator("#messages a").evaluate_all("all => all.map(a => [a.protocol, a.rel, a.target])")
     assert links and all(link == ["http:", "noopener noreferrer", "_blank"] for link in links)
-    page.locator("#messages").evaluate("node => node.querySelectorAll('a').forEach(a => a.href.startsWith('http') || a.click())")
+    page.locator("#messages").evaluate(
+        "node => node.querySelectorAll('a').forEach(a => a.href.startsWith('http') || a.click())"
+    )
     assert page.locator(".question .text").all_text_contents() == HOSTILE
     shown = page.locator(".answer .body").all_text_contents()
     assert all("window.ran" in text or "evil.example" in text for text in shown)
@@ -605,7 +622,7 @@ def normal(node):
 
 @pytest.fixture(scope="module")
 def reference():
-    """Text -> tree, by markdown-it (CommonMark with GitHub's tables); a line break in a paragraph is one on the screen."""
+    """Text -> tree, by markdown-it: CommonMark with GitHub's tables; line breaks in a paragraph are kept."""
     markdown_it = pytest.importorskip("markdown_it", reason="markdown-it-py is not installed")
     parser = markdown_it.MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     return lambda text: normal(Tree(parser.render(text)).open[0])
@@ -634,7 +651,7 @@ CASES = [
     "snake_case_name and 2 * 3 * 4, ** not bold ** and * not em*",
     "`` a ` b `` and ` `` ` and `unclosed",
     "\\*not em\\* and \\`not code\\` and \\\\ and \\a",
-    "a [link](https://example.org/a_(b)?c=d#e) and [**bold**](http://example.org/ \"title\") and <https://example.org/x>",
+    'a [link](https://example.org/a_(b)?c=d#e) and [**bold**](http://example.org/ "title") and <https://example.org/x>',
     "one\ntwo  \nthree\\\nfour\n\nfive",
     "```python\ndef f():\n\treturn '*'\n\n# no heading\n```\nafter",
     "~~~\na\n```\nb\n~~~",
@@ -681,7 +698,9 @@ def test_markdown_that_models_write_though_no_specification_has_it(page):
     assert rendered(page, texts) == [["root", {}, tree] for tree in texts.values()]
 
 
-WORDS = st.lists(st.sampled_from(["a", "be", "sea", "d_e", "é", "日本", "7", "x.", "y,"]), min_size=1, max_size=4).map(" ".join)
+WORDS = st.lists(st.sampled_from(["a", "be", "sea", "d_e", "é", "日本", "7", "x.", "y,"]), min_size=1, max_size=4).map(
+    " ".join
+)
 INLINE = st.recursive(
     WORDS,
     lambda inner: st.one_of(
@@ -708,7 +727,9 @@ BLOCKS = st.recursive(
     st.one_of(
         INLINE,
         st.tuples(st.integers(1, 6), INLINE).map(lambda pair: "#" * pair[0] + " " + pair[1]),
-        st.lists(st.one_of(WORDS, st.just(""), st.just("  *x*")), max_size=4).map(lambda lines: "\n".join(["```py", *lines, "```"])),
+        st.lists(st.one_of(WORDS, st.just(""), st.just("  *x*")), max_size=4).map(
+            lambda lines: "\n".join(["```py", *lines, "```"])
+        ),
         st.tuples(INLINE, INLINE).map(lambda pair: f"| {pair[0]} | b |\n|:--|---|\n| c | {pair[1]} |"),
         st.just("---"),
     ),
@@ -729,7 +750,13 @@ def test_markdown_like_the_reference(page, reference, texts):
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-@given(st.lists(st.text(st.one_of(st.sampled_from("*_`~[]()<>!#-+1.|:\\ \n\t"), st.characters(codec="utf-8"))), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.text(st.one_of(st.sampled_from("*_`~[]()<>!#-+1.|:\\ \n\t"), st.characters(codec="utf-8"))),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_any_text_is_shown_whole(page, texts):
     """Nothing is thrown, and letters and digits come out as they went in, in their order."""
     texts = [text.replace("\0", "") for text in texts]
@@ -739,20 +766,29 @@ def test_any_text_is_shown_whole(page, texts):
         return node if isinstance(node, str) else "".join(words(child) for child in node[2:])
 
     for text, tree in zip(texts, trees, strict=True):
-        if not re.search(r"^ *(`{3}|~{3}|\d+[.)]|.*\|)|\]\(", text, re.MULTILINE):  # an info string and numbers are not text
+        if not re.search(
+            r"^ *(`{3}|~{3}|\d+[.)]|.*\|)|\]\(", text, re.MULTILINE
+        ):  # an info string and numbers are not text
             assert re.findall(r"[a-zA-Z0-9]", words(tree)) == re.findall(r"[a-zA-Z0-9]", text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["*a " * 20000, "[" * 40000, "`a`` " * 10000, "> " * 5000 + "x", "- " * 5000 + "x", "**a*_b_" * 5000, "<" * 40000,
-     "https://" * 5000, "|" * 20000 + "\n" + "|-" * 10000, "a\n" * 20000, "- a\n" * 5000, "1. a\n\n" * 5000, "![" * 20000],
-    ids=lambda text: text[:8],
-)  # fmt: skip
-def test_no_text_stops_the_page(page, text):
-    start = time.monotonic()
-    store(page, [user("?"), assistant(text)])
-    assert time.monotonic() - start < 8
+ENDLESS = [
+    *("*a " * 20000, "**a*_b_" * 5000, "~~a" * 10000, "_a_b" * 10000),
+    *("`a`` " * 10000, "`" * 40000, "".join("`" * n + "a" for n in range(250))),
+    *("[" * 40000, "![" * 20000, ("[" * 700 + "x" + "](http://a.b)" * 150) * 14, "[a](b" * 8000),
+    *("<" * 40000, "https://" * 5000, "http://a.b" + ")" * 40000),
+    *("> " * 5000 + "x", ">" * 40000, "- " * 5000 + "x", "- a\n" * 5000, "1. a\n\n" * 5000, "- a\n" + "\n" * 40000),
+    *("|" * 20000 + "\n" + "|-" * 10000, "| a " * 300 + ("\n" + "|-" * 300) * 40, "a\n" * 20000),
+    *("# " + " " * 40000 + "x", "#" * 40000, "# " + " #" * 20000 + "x", "~" * 40000 + "`", "~~~" + " " * 40000 + "`"),
+    *("a |\n" + " " * 40000 + "x", "- " * 20000 + "-x", "\\" * 40001, "\t" * 40000 + "x"),
+]
+
+
+def test_no_text_stops_the_page(page):
+    for text in ENDLESS:
+        start = time.monotonic()
+        store(page, [user("?"), assistant(text)])
+        assert time.monotonic() - start < 5, text[:20]
 
 
 def test_a_growing_answer_keeps_the_nodes_of_its_blocks(page, server):
@@ -763,7 +799,11 @@ def test_a_growing_answer_keeps_the_nodes_of_its_blocks(page, server):
     page.evaluate("for (const node of document.querySelectorAll('.answer .body > *')) node.marked = true")
     answer.release.set()
     expect(page.locator(".answer li")).to_have_text("third")
-    assert answers(page).evaluate("node => [...node.children].map(child => Boolean(child.marked))") == [True, True, False]
+    assert answers(page).evaluate("node => [...node.children].map(child => Boolean(child.marked))") == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_code_and_answers_can_be_copied(page, context, server):
@@ -904,7 +944,9 @@ def test_conversations_go_into_a_file_and_come_back(page, server, browser, watch
     context.close()
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", '{"conversations": 1}', '{"conversations": [{"messages": [null]}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", '{"conversations": 1}', '{"conversations": [{"messages": [null]}]}']
+)
 def test_a_file_of_something_else_is_refused(page, text):
     page.set_input_files("#import-file", {"name": "b.json", "mimeType": "application/json", "buffer": text.encode()})
     expect(page.locator("#toast")).to_have_text("b.json is not a file of exported conversations.")
@@ -954,7 +996,7 @@ def test_a_conversation_in_two_tabs_is_one_conversation(page, context, server, w
     send(page, "four")
     expect(answers(page).last).to_have_text("never")
     other.get_by_role("button", name="Delete one").dispatch_event("click")
-    wait_for(lambda: server.disconnects == 1 or page.evaluate("1") == 2)
+    wait_for(lambda: server.disconnects == 1)
     reload(page)
     expect(names(page)).to_have_count(0)
 
@@ -989,24 +1031,31 @@ def test_colours_follow_the_system_unless_they_are_chosen(page):
 def test_text_can_be_read(page, server, scheme):
     """WCAG's contrast of at least 4.5 between text and what lies behind it."""
     page.emulate_media(color_scheme=scheme)
-    ask(page, server, "Question?", {"reasoning_content": "Hm."}, "# Head\n\nText [link](https://example.org) `code`\n\n> quote", error_after=2)
+    ask(
+        page,
+        server,
+        "Question?",
+        {"reasoning_content": "Hm."},
+        "# Head\n\nText [link](https://example.org) `code`\n\n> quote",
+        error_after=2,
+    )
     open_settings(page)
     page.fill("#schema", "{")
     low = page.evaluate("""() => {
-      const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+      const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+      const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
       const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
       const behind = (node) => {
         const colour = numbers(getComputedStyle(node).backgroundColor);
         return colour.length === 4 && colour[3] === 0 ? behind(node.parentElement) : colour;
       };
-      const low = [];
-      for (const node of document.querySelectorAll("body *")) {
-        if (![...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim()) || !node.checkVisibility()) continue;
-        const [a, b] = [light(numbers(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
-        if ((a + 0.05) / (b + 0.05) < 4.5) low.push([node.outerHTML.slice(0, 80), (a + 0.05) / (b + 0.05)]);
-      }
-      return low;
+      const hasText = (node) => [...node.childNodes].some(({ nodeType, data }) => nodeType === 3 && data.trim());
+      const contrast = (node) => {
+        const both = [light(numbers(getComputedStyle(node).color)), light(behind(node))];
+        return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+      };
+      const nodes = [...document.querySelectorAll("body *")].filter((node) => hasText(node) && node.checkVisibility());
+      return nodes.filter((node) => contrast(node) < 4.5).map((node) => [contrast(node), node.outerHTML.slice(0, 80)]);
     }""")
     assert not low
 
@@ -1019,22 +1068,21 @@ def test_a_phone(browser, server, watch):
     ask(page, server, "x" * 300, f"{'y' * 400}\n\n```\n{'z' * 300}\n```\n\n{wide}\n\nhttps://example.org/{'w' * 200}")
 
     def overflow():
-        return page.evaluate("document.documentElement.scrollWidth - innerWidth"), page.evaluate(
-            "[...document.querySelectorAll('#scroller, #composer, .message')].some(node => node.scrollWidth > innerWidth)"
-        )
+        boxes = page.locator("html, #scroller, #composer, .message")
+        return boxes.evaluate_all("all => all.some(node => node.scrollWidth > innerWidth)")
 
-    assert overflow() == (0, False)
+    assert not overflow()
     expect(page.locator("#chats-panel")).to_be_hidden()
     page.tap("#open-chats")
     expect(page.locator("#chats-panel")).to_be_visible()
-    assert overflow()[0] == 0
+    assert not overflow()
     page.tap("#chats a")
     expect(page.locator("#chats-panel")).to_be_hidden()
     page.tap("#open-settings")
     expect(page.locator("#settings-panel")).to_be_visible()
-    assert overflow()[0] == 0
-    sizes = page.evaluate(
-        "[...document.querySelectorAll('input, textarea, select')].map(node => parseFloat(getComputedStyle(node).fontSize))"
+    assert not overflow()
+    sizes = page.locator("input, textarea, select").evaluate_all(
+        "all => all.map(node => parseFloat(getComputedStyle(node).fontSize))"
     )
     assert min(sizes) >= 16  # below that, iOS zooms into a field
     page.keyboard.press("Escape")
@@ -1065,6 +1113,8 @@ def test_the_keyboard(page, server):
     page.keyboard.press("Enter")  # nothing to send
     page.keyboard.type("   ")
     page.keyboard.press("Enter")
+    page.keyboard.type("に")  # an input method's Enter chooses a character
+    page.locator("#draft").dispatch_event("keydown", {"key": "Enter", "isComposing": True})
     assert len(server.completions) == 2
 
 
@@ -1075,9 +1125,9 @@ def test_what_has_the_focus_is_seen(page, server):
         page.keyboard.press("Tab")
         focus = page.evaluate("""() => {
           const node = document.activeElement;
-          const frame = node.closest(".field") ?? node;
-          const marked = getComputedStyle(node).outlineStyle !== "none" || getComputedStyle(frame).borderColor !== "";
-          return [node.tagName, node.ariaLabel ?? node.textContent.slice(0, 20), marked && node.checkVisibility({ opacityProperty: true })];
+          const marked = getComputedStyle(node).outlineStyle !== "none" || node.closest(".field");
+          const seen = marked && node.checkVisibility({ opacityProperty: true });
+          return [node.tagName, node.ariaLabel ?? node.textContent.slice(0, 20), Boolean(seen)];
         }""")
         if focus[0] != "BODY":
             assert focus[2], focus
@@ -1123,7 +1173,12 @@ def test_the_scripted_server_speaks_openai(server):
     server.script(Answer(["He", "llo"], usage=(7, 4, 2), logprobs={0: [token("He", 0.5, ("A", 0.2))]}))
     chunks = list(
         client.chat.completions.create(
-            model="brisk-1b", messages=[user("?")], stream=True, stream_options={"include_usage": True}, logprobs=True, top_logprobs=2
+            model="brisk-1b",
+            messages=[user("?")],
+            stream=True,
+            stream_options={"include_usage": True},
+            logprobs=True,
+            top_logprobs=2,
         )
     )
     for chunk in chunks:
