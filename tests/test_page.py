@@ -669,6 +669,7 @@ CASES = [
     "- a\ngoes on\n- b",
     "> quote\n> *more*\n>\n> - list\n>   - deeper\n\nafter",
     "> lazy\nstill\n\n> > two\n> one?",
+    "> ended\n>\nafter\n\n> - item\nstill the item\n# head",
     "***\n---\n_ _ _\n* * *",
     "| a | b |\n|---|:-:|\n| 1 | `x` |\n| 2 | **y** | extra |\n| 3 |\n\nafter",
     "a | b\n--|--:\n1 | x \\| y",
