@@ -114,14 +114,19 @@ class KVCache(nn.Module):
     def is_ring(self) -> bool:
         return self.padding is not None
 
+    @property
+    def slot_count(self) -> int:
+        """How many positions it holds."""
+        return self.k.shape[2] - 1
+
     def slots(self, positions: Tensor) -> Tensor:
         """Where positions [...] are."""
-        size = self.k.shape[2] - 1
+        size = self.slot_count
         return (positions % size).masked_fill(positions == self.padding, size) if self.is_ring else positions
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
         """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""
-        slots, size = self.slots(input_pos), self.k.shape[2] - 1
+        slots, size = self.slots(input_pos), self.slot_count
         if self.is_ring and input_pos.shape[1] > LOOKBACK:  # only the last ones are kept
             last = input_pos.masked_fill(input_pos == self.padding, -1).amax(1, keepdim=True)
             slots = slots.masked_fill(input_pos <= last - size, size)
@@ -141,14 +146,20 @@ class KVCache(nn.Module):
         """Copies positions begin:end of one row to another."""
         positions = slice(begin, end)
         if self.is_ring:
-            begin = max(begin, end - (self.k.shape[2] - 1))
+            begin = max(begin, end - self.slot_count)
             positions = self.slots(torch.arange(begin, end, device=self.k.device))
         for cache in (self.k, self.v):
             cache[row, :, positions] = cache[source, :, positions]
 
 
-def first_rows(input_pos: Tensor) -> Tensor:
-    return torch.arange(len(input_pos), device=input_pos.device)
+def first_rows(x: Tensor) -> Tensor:
+    """The indices of the rows of x, int64 [len(x)]."""
+    return torch.arange(len(x), device=x.device)
+
+
+def of_rows(buffer: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows int64 [R] of a buffer, by default all."""
+    return buffer if rows is None else buffer[rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

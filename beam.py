@@ -69,15 +69,9 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
     """
     model, sampler, device = engine.model, engine.sampler, engine.device
     N, prompt, longest = beams.num_beams, request.prompt, request.max_new_tokens
-    if (
-        not prompt
-        or request.context
-        or longest < 1
-        or model.max_batch_size != N
-        or len(prompt) + longest > model.max_seq_length
-    ):
+    if not prompt or longest < 1 or model.max_batch_size != N or len(prompt) + longest > model.max_seq_length:
         raise ValueError(
-            f"{N} beams of {request.start} + {len(prompt)} + {longest} tokens do not fit a cache of "
+            f"{N} beams of {len(prompt)} + {longest} tokens do not fit a cache of "
             f"{model.max_batch_size} rows of {model.max_seq_length}"
         )
     width = N + len(request.eos_ids)  # among the best so many tokens after a beam are N that don't end it
@@ -86,7 +80,9 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
     step = engine.compile(beam_step)
     for row in range(N):
         sampler.set_row(row, request.params, prompt)
+    engine.take(request, [0])
     logits = model.logits(engine.prefill(0, request)[None, -1:])
+    engine.forget()  # what rows hold is no longer told by what they were given
     token = torch.tensor([prompt[-1:]], device=device)
     input_pos = torch.tensor([[len(prompt) - 1]], device=device)
     first_row = torch.zeros(1, dtype=torch.long, device=device)

@@ -1,10 +1,9 @@
 """The chat at a terminal, or with a script at the other end of the pipe: generate.py --interactive.
 
-Each line is answered. The KV cache is kept, so a turn prefills only what is new since the last one. Settings are
-values in tensors: `/set` changes them without a compilation.
+Each line is answered. A turn's prompt is the whole conversation, of which the KV cache still holds all but what is new.
+Settings are values in tensors: `/set` changes them without a compilation.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -32,17 +31,16 @@ REPLY_SHARE = 4  # a reply has room for this fraction of the context, or for max
 
 @dataclass
 class Conversation:
-    """What has been said, and what of it the KV cache holds."""
+    """What has been said."""
 
     system: str | None
     variables: dict[str, Any]  # of the chat template
     messages: list[dict[str, str]] = field(default_factory=list)  # of the user and the model, in turns
     tokens: list[int] = field(default_factory=list)  # all of it, where there is no chat template
-    cached: list[int] = field(default_factory=list)  # what the cache holds, and a token more
     questions: int = 0  # since the seed was set
 
     def start_anew(self, system: str | None) -> None:
-        self.system, self.messages, self.tokens, self.cached = system, [], [], []
+        self.system, self.messages, self.tokens = system, [], []
 
     def prompt(self, target: Target, text: str, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of the conversation, or of these messages of it, and of the user's next words."""
@@ -148,16 +146,11 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
     new = make_request(target, [0], settings).max_new_tokens  # if there is room for them
     ids, messages = conversation.fitting_prompt(target, text, min(new, target.limit // REPLY_SHARE))
     room = target.limit - len(ids)
-    same = (a == b for a, b in zip(ids[:-1], conversation.cached[:-1], strict=False))
-    start = sum(itertools.takewhile(bool, same))
-    if not engine.can_resume(len(conversation.cached), start, len(ids)):
-        start = 0
     own = {"max_new_tokens": min(new, room), "seed": (settings["seed"] + conversation.questions) % 2**63}
-    request = make_request(target, ids, settings | own, start=start)
+    request = make_request(target, ids, settings | own)
     if len(messages) < len(conversation.messages) or ids[: len(conversation.tokens)] != conversation.tokens:
         log(f"the context of {target.limit} tokens is full: what was said first is forgotten")
-    # What is sure, should the prefill not end.
-    conversation.messages, conversation.cached = messages, ids[: start + 1] if engine.keeps_all else []
+    conversation.messages = messages
     conversation.questions += 1
     reply, interrupted = write_reply(engine, target, request)
     if not reply:
@@ -169,13 +162,12 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
         more = "/set max_new_tokens allows more" if new < room else "the context is full"
         log(f"cut off after {request.max_new_tokens} tokens; {more}")
     said = "".join(token.text for token in reply)
-    ended = reply[-1].id in request.eos_ids
-    conversation.cached = ids + [token.id for token in (reply[:-1] if ended else reply)]
     if target.tokenizer.has_chat_template:
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
         conversation.messages = [*messages, *turns]
     else:
-        conversation.tokens = list(conversation.cached)
+        ended = reply[-1].id in request.eos_ids
+        conversation.tokens = ids + [token.id for token in (reply[:-1] if ended else reply)]
 
 
 def write_reply(engine: Engine, target: Target, request: Request) -> tuple[list[Token], bool]:

@@ -9,27 +9,36 @@
 
 A step is the model's logits of the last tokens, sampled inside the same compiled function: decode_step in speculate.py.
 The engine does as it is told; scheduler.py decides which request is in which row, and makes text of the tokens.
+
+A step costs what the rows in it cost. It is compiled for 1, 2, 4, 8 ... rows and told which they are by a tensor of
+their indices, which the attention kernels, the caches and the sampler follow. (Keeping the busy rows in front would
+spare that tensor, but move a row's keys and values, megabytes, whenever another one's text ends, to where a text lies
+that may be asked for again.) Parked rows fill up the number: they write to the spare slots, and look at one key.
 """
 
 import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from attention import DECODE_QUERIES, LOOKBACK, KVCache
 from compiled import CompiledFunction, fresh, kernels_together, prepare_compiler, without_collection
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from kernels.experts import Int4Experts, Int8Experts
 from model import Experts, Transformer, cache_slots
+from prefix import Places
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CATCH_UP, DRAFT_LAG, Pace, catch_up, decode_step, in_vocabulary, scored
 from tp import ALONE
+
+if TYPE_CHECKING:
+    from grammar import Constraint
 
 QUANTIZED = (Int8Linear, Int4Linear, Int8Experts, Int4Experts)
 PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
@@ -44,12 +53,8 @@ class Request:
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()  # the text ends at any of these tokens,
     stop: tuple[str, ...] = ()  # and before the first of these strings
-    context: tuple[int, ...] = ()  # tokens before the prompt that the cache holds already (in a batch of one)
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
-
-    @property
-    def start(self) -> int:
-        return len(self.context)
+    grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Stats:
 
     speculates: bool = False  # whether steps may propose tokens
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # those of them that were not run, as the cache held them
     new_tokens: int = 0
     requests: int = 0
     time_to_first_token: float = 0.0
@@ -70,10 +76,11 @@ class Stats:
     accepted: int = 0
     peak_memory: int = 0
 
-    def add_prefill(self, tokens: int, seconds: float) -> None:
+    def add_prompt(self, tokens: int, cached: int, seconds: float) -> None:
+        """A prompt, and the time from the beginning of its prefill to the first new token."""
         self.requests += 1
         self.prompt_tokens += tokens
-        self.prefill_seconds += seconds
+        self.cached_tokens += cached
         self.time_to_first_token = self.time_to_first_token or seconds
 
     def add_step(self, seconds: float, nbytes: int, k: int, right: list[int]) -> None:
@@ -91,9 +98,10 @@ class Stats:
         decoding = max(self.decode_seconds, 1e-9)
         figures = {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "new_tokens": self.new_tokens,
             "time_to_first_token": self.time_to_first_token,
-            "prefill_rate": self.prompt_tokens / max(self.prefill_seconds, 1e-9),
+            "prefill_rate": (self.prompt_tokens - self.cached_tokens) / max(self.prefill_seconds, 1e-9),
             "decode_rate": (self.new_tokens - self.requests) / decoding,
             "gigabytes_read_rate": self.bytes_read / decoding / 1e9,
             "peak_memory_gb": self.peak_memory / 1e9,
@@ -106,12 +114,13 @@ class Stats:
         return figures
 
     def __str__(self) -> str:
+        cached = " ({cached_tokens} of them cached)" if self.cached_tokens else ""
         line = (
-            "prefill {prompt_tokens} tokens, {prefill_rate:.1f} tok/s · decode {new_tokens} tokens, {decode_rate:.1f} "
-            "tok/s, {gigabytes_read_rate:.1f} GB/s · first token after {time_to_first_token:.2f} s · peak memory "
-            "{peak_memory_gb:.2f} GB"
-        ).format(**self.report())
-        return line + self._speculation()
+            "prefill {prompt_tokens} tokens" + cached + ", {prefill_rate:.1f} tok/s · decode {new_tokens} tokens, "
+            "{decode_rate:.1f} tok/s, {gigabytes_read_rate:.1f} GB/s · first token after {time_to_first_token:.2f} s · "
+            "peak memory {peak_memory_gb:.2f} GB"
+        )
+        return line.format(**self.report()) + self._speculation()
 
     def _speculation(self) -> str:
         off = self.steps - self.speculated
@@ -179,20 +188,22 @@ class Engine:
         """Whether steps may propose tokens."""
         return self.pace.choices != (0,)
 
-    def compile(self, function: Callable) -> Callable:
-        """The function, compiled if that is what was asked for, until the next `setup`."""
+    def compile(self, function: Callable, rows: int = 0) -> Callable:
+        """The function, compiled if that is what was asked for, until the next `setup`; for each number of rows apart,
+        as Dynamo compiles a function only a few times."""
         if not self.compiles_steps:
             return function
-        if function not in self._compiled:
+        key = function, rows
+        if key not in self._compiled:
             if self.device.type == "cpu":
-                self._compiled[function] = CompiledFunction(function)
+                self._compiled[key] = CompiledFunction(function)
             else:
                 # CUDA graphs: the launches of a decode step cost more than its work on small models.
                 graphs = self.device.type == "cuda" and self.group.backend != "gloo"
                 options = {"size_asserts": False, "triton.cudagraphs": graphs}
                 compiled = torch.compile(fresh(function), options=options, fullgraph=True, dynamic=False)
-                self._compiled[function] = compiled
-        return self._compiled[function]
+                self._compiled[key] = compiled
+        return self._compiled[key]
 
     def setup(
         self,
@@ -210,22 +221,23 @@ class Engine:
         (how many a row, of how many ids each).
         """
         self._check_speculation(max_seq_length)
-        self._compiled: dict[Callable, Callable] = {}  # earlier ones hold the earlier caches
-        self._step, self._catch_up = self.compile(decode_step), self.compile(catch_up)
+        self._compiled: dict[tuple[Callable, int], Callable] = {}  # earlier ones hold the earlier caches
         for model in self.models:
             model.setup_caches(batch_size, max_seq_length)
             if self.fixed_lengths:
                 self._hidden[model] = torch.compile(fresh(model.hidden), fullgraph=True, dynamic=False)
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
+        self.sampler.park(slice(None))
+        self.row_counts = [1 << i for i in range((batch_size - 1).bit_length())] + [batch_size]  # of a compiled step
+        self._rows: tuple[list[int], Tensor | None] | None = None  # of the last step
         self.logprobs = logprobs
         self._weight_bytes = [weight_bytes(model) for model in self.models]
         self.forget()
 
     def forget(self) -> None:
-        """The next prompt is prefilled, even if the last one was the same."""
-        # A prompt, its row, its hidden states, and what rings held of it, as they go on to later positions.
-        self._prefilled: tuple[list[int], int, Tensor, list[Tensor]] | None = None
+        """Prompts are prefilled from their first token on, whatever the caches hold."""
+        self.places = Places(self.models, self.model.max_batch_size)
         self._unseen = 0  # steps since the draft last ran, each a token that it has not seen
 
     def key_positions(self, model: Transformer, length: int) -> Tensor:
@@ -238,64 +250,47 @@ class Engine:
         return key_pos
 
     @torch.no_grad()
-    def prefill(self, row: int, request: Request) -> Tensor:
-        """Runs the prompt into a row of the caches -> hidden [1, dim] of its last token; [S, dim] of all to echo.
+    def take(self, request: Request, free: Sequence[int]) -> int:
+        """Gives one of the free rows to a request -> the row. What any row holds of the prompt is in it then: the first
+        tokens, those of `places[row]`. To echo, all have to be run."""
+        row, source, shared = self.places.choose([] if request.echo else request.prompt, free)
+        place = self.places[row]
+        if shared == 0:
+            place.written = 0
+        elif row != source:
+            place.tokens = []  # Ctrl-C may end this in the middle
+            self.copy_row(source, row, 0, shared)
+            place.written = self.places[source].written
+        place.tokens, place.drafted = request.prompt[:shared], max(shared - CATCH_UP, 0)
+        place.prompt_length = len(request.prompt)
+        self.places.touch(row)
+        return row
 
-        A prompt that is the same as that of the last request is copied from there.
-        """
-        if not request.context and self._prefilled is not None and self._prefilled[0] == request.prompt:
-            _, source, hidden, rings = self._prefilled
-            if len(hidden) == (len(request.prompt) if request.echo else 1):
-                if row != source:
-                    self.copy_row(source, row, 0, len(request.prompt))
-                for ring, content in zip(self._ring_contents(row, len(request.prompt)), rings, strict=True):
-                    ring.copy_(content)
-                return hidden
-        self._prefilled = None  # Ctrl-C may end this in the middle
-        hidden = self._run(self.model, row, request.prompt, request.start, request.echo)
+    @torch.no_grad()
+    def prefill(self, row: int, request: Request, most: int | None = None) -> Tensor:
+        """Runs the prompt, from what the row holds of it on, at `most` so many tokens -> hidden [1, dim] of the last
+        one that it ran; [S, dim] of all of them to echo. It is done when `places[row]` has all tokens."""
+        place, prompt = self.places[row], request.prompt
+        begin = len(place.tokens)
+        end = len(prompt) if most is None else min(begin + most, len(prompt))
+        place.written = max(place.written, end)
+        hidden = self._run(self.model, row, prompt, begin, end, request.echo)
         if self.draft is not None:
-            # It may not have seen the end of the context, if the last steps did not ask it to propose.
-            seen = max(request.start - CATCH_UP, 0)
-            self._run(self.draft, row, [*request.context[seen:], *request.prompt], seen, every=False)
-        if not request.context:
-            rings = [content.clone() for content in self._ring_contents(row, len(request.prompt))]
-            self._prefilled = (request.prompt, row, hidden, rings)
+            self._run(self.draft, row, prompt, place.drafted, end, every=False)
+            place.drafted = end
+        place.tokens = prompt[:end]
         return hidden
 
-    @property
-    def _rings(self) -> list[KVCache]:
-        caches = [layer.attention.kv_cache for model in self.models for layer in model.layers]
-        return [cache for cache in caches if cache.is_ring]
-
-    def _ring_contents(self, row: int, length: int) -> list[Tensor]:
-        """What rings hold of a text of so many positions in a row, [kv_heads, at most length, head_dim] each."""
-        return [part[row, :, :length] for ring in self._rings for part in (ring.k, ring.v)]
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether no cache is a ring."""
-        return not self._rings
-
-    def can_resume(self, cached: int, start: int, length: int) -> bool:
-        """Whether a row with `cached` positions may go on from `start` with a prompt that ends at `length`: rings do
-        not hold what was long ago, and keys that were rotated for a shorter text do not fit a longer one."""
-        for rope in (rope for model in self.models for rope in model.config.ropes):
-            if rope.by_length(length) and not (rope.type == "longrope" and start > rope.original_length):
-                return False
-        overshoot = LOOKBACK - DECODE_QUERIES  # positions that steps may have written beyond `cached`
-        nothing_lost = all(cached + overshoot < ring.k.shape[2] for ring in self._rings)
-        return nothing_lost or cached - start <= DECODE_QUERIES
-
-    def _run(self, model: Transformer, row: int, tokens: list[int], start: int, every: bool) -> Tensor:
-        """Runs tokens from position `start` into a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""
-        length, chunk = start + len(tokens), PREFILL_LENGTHS[-1]
-        reached = torch.tensor([length], device=self.device) if model.config.by_length(length) else None
+    def _run(self, model: Transformer, row: int, prompt: list[int], begin: int, end: int, every: bool) -> Tensor:
+        """Runs tokens begin:end of a prompt in a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""
+        chunk = PREFILL_LENGTHS[-1]
+        reached = torch.tensor([len(prompt)], device=self.device) if model.config.by_length(len(prompt)) else None
         pads = self.fixed_lengths and not every
         rows = None if model.max_batch_size == 1 else torch.tensor([row], device=self.device)
         hidden = []
-        for offset in range(0, len(tokens), chunk):
-            ids = tokens[offset : offset + chunk]
-            count, first = len(ids), start + offset
+        for first in range(begin, end, chunk):
+            ids = prompt[first : min(first + chunk, end)]
+            count = len(ids)
             padding = fixed_length(count) - count if pads else 0
             positions = [*range(first, first + count), *[model.max_seq_length] * padding]  # padding: the spare slot
             input_ids = torch.tensor([ids + [0] * padding], device=self.device)
@@ -314,19 +309,24 @@ class Engine:
         return torch.cat(hidden)
 
     @torch.no_grad()
-    def start(self, row: int, request: Request) -> tuple[Tensor, ...]:
-        """Gives a row to a request -> its first token as from `step`, int64 [1, 3]; last, what `prefill` returned."""
-        hidden = self.prefill(row, request)
-        text = [*request.context, *request.prompt]
-        self.sampler.set_row(row, request.params, text)
+    def draw_first(self, row: int, request: Request, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Draws what follows the prompt, by the hidden state of its last token, [1, dim] -> that token as from `step`,
+        int64 [1, 3]. From now on steps may move the row on."""
+        prompt = request.prompt
+        self.sampler.set_row(row, request.params, prompt)
         rows = torch.tensor([row], device=self.device)
-        token = torch.tensor([text[-1:]], device=self.device)
-        input_pos = torch.tensor([[len(text) - 1]], device=self.device)
-        logits = self.model.logits(hidden[None, -1:])
+        token = torch.tensor([prompt[-1:]], device=self.device)
+        input_pos = torch.tensor([[len(prompt) - 1]], device=self.device)
+        logits = self.model.logits(hidden[None])
         drawn = self.sampler(logits, token, input_pos, rows)
-        self.sampler.begin(row, drawn, len(text))
+        self.sampler.begin(row, drawn, len(prompt))
         top = () if self.logprobs is None else logprobs(logits, drawn.clamp(min=0), self.logprobs)
-        return torch.cat((torch.zeros_like(drawn), torch.ones_like(drawn), drawn), 1), *top, hidden
+        return torch.cat((torch.zeros_like(drawn), torch.ones_like(drawn), drawn), 1), *top
+
+    def start(self, row: int, request: Request) -> tuple[Tensor, ...]:
+        """Gives a row to a request and runs its prompt -> what `draw_first` returns."""
+        self.take(request, [row])
+        return self.draw_first(row, request, self.prefill(row, request)[-1:])
 
     def begin_step(self, length: int) -> Tensor:
         """To be called before each compiled step -> the key_pos of one in which no row goes further than `length`."""
@@ -335,29 +335,45 @@ class Engine:
         # The kernels for a few queries find their keys by themselves; others read what key_pos spans.
         return self.key_positions(self.model, length) if self.device.type == "mps" else self.model.key_pos
 
+    def fill_up(self, busy: list[int]) -> list[int]:
+        """Rows for a step that moves the busy ones on: these, and as many parked ones as make up a number of rows that
+        steps are compiled for."""
+        count = min(count for count in self.row_counts if count >= len(busy))
+        if count == self.model.max_batch_size:
+            return list(range(count))
+        parked = (row for row in range(self.model.max_batch_size) if row not in busy)
+        return busy + list(itertools.islice(parked, count - len(busy)))
+
     @torch.no_grad()
-    def step(self, k: int, length: int) -> tuple[Tensor, ...]:
-        """Moves all rows on, none of them further than `length`, with k proposed tokens -> what decode_step returns."""
-        key_pos = self.begin_step(length)
+    def step(self, k: int, length: int, rows: list[int] | None = None) -> tuple[Tensor, ...]:
+        """Moves rows, as many as `fill_up` makes of them, by default all, on with k proposed tokens, none of them
+        further than `length` -> what decode_step returns."""
+        every = list(range(self.model.max_batch_size))
+        rows = every if rows is None else rows
+        if self._rows is None or self._rows[0] != rows:
+            self._rows = rows, None if rows == every else torch.tensor(rows, device=self.device)
+        index, key_pos = self._rows[1], self.begin_step(length)
         if self.draft is not None:
             # It has to see the tokens of steps that did not ask it: before it proposes again, and before they are more
             # than one catch_up runs.
             if self._unseen and (k or self._unseen + DRAFT_LAG == CATCH_UP):
-                self._catch_up(self.draft, self.sampler)
+                self.compile(catch_up, len(rows))(self.draft, self.sampler, index)
                 self._unseen = 0
             if k == 0:
                 self._unseen += 1
-        result = self._step(self.model, self.draft, self.sampler, key_pos, k, self.lookup, self.logprobs)
+        step = self.compile(decode_step, len(rows))
+        result = step(self.model, self.draft, self.sampler, key_pos, k, self.lookup, self.logprobs, index)
         # The graph's next replay overwrites its output, and the host reads it one step late.
         return tuple(part.clone() for part in result) if self.device.type == "cuda" else result
 
-    def learn(self, k: int, seconds: float, right: list[int]) -> None:
-        """Tells the pace how long a step with k proposals took, and how many of each row's proposals were right."""
+    def learn(self, k: int, seconds: float, right: list[int], rows: int) -> None:
+        """Tells the pace how long a step of so many rows with k proposals took, and how many proposals were right in
+        each row that counts."""
         # All ranks have to choose alike, and asking rank 0 costs more than a step: its first time is kept.
         if self.group.size > 1 and len(self.pace.choices) > 1:
-            known = self.pace.seconds.get(k)
+            known = self.pace.seconds.get((rows, k))
             seconds = self.group.from_rank_0(lambda: seconds) if known is None else known
-        self.pace.saw(k, seconds, right, scored(k, self.draft, self.lookup))
+        self.pace.saw(k, seconds, right, scored(k, self.draft, self.lookup), rows)
 
     def step_bytes(self, lengths: list[int], k: int) -> int:
         """Bytes that all ranks read in a step with k proposals, of rows that hold so many positions."""
@@ -389,18 +405,19 @@ class Engine:
         with kernels_together() if self.fixed_lengths and self.device.type == "cpu" else contextlib.nullcontext():
             for length in lengths:
                 self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
-        for k in self.pace.choices:
+        for count, k in itertools.product(self.row_counts, self.pace.choices):
+            rows = list(range(count))
             for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
-                self.step(k, self.model.max_seq_length)[0].tolist()
+                self.step(k, self.model.max_seq_length, rows)[0].tolist()
             if len(self.pace.choices) > 1:
-                if self.draft is not None:
-                    self._catch_up(self.draft, self.sampler)
+                self._unseen = 1  # so that a draft catches up, which compiles that
                 times = [time.perf_counter()]
-                for _ in range(3):
-                    self.step(k, self.model.max_seq_length)[0].tolist()
+                for _ in range(4):
+                    self.step(k, self.model.max_seq_length, rows)[0].tolist()
                     times.append(time.perf_counter())
                 fastest = min(end - begin for begin, end in itertools.pairwise(times))
-                self.pace.seconds[k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
+                self.pace.seconds[count, k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
+        self.sampler.park(slice(None))
         self.forget()
         return time.perf_counter() - begun
 

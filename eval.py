@@ -166,6 +166,7 @@ class HarnessMethods:
                 )
             rows.append(((context + continuation)[:-1][-limit:], continuation))
         model = self.engine.model
+        self.engine.forget()  # `score` uses the caches as well
         return self.in_batches(rows, lambda row: len(row[0]), lambda batch: score(model, batch), "log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:

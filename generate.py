@@ -36,6 +36,7 @@ from engine import Engine, cache_bytes, resident_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory
 from kernels.build import cpu_library
+from prompt_cache import check_path, load_row, save_row
 from prompts import (
     NO_BEAMS,
     SETTINGS,
@@ -57,7 +58,7 @@ CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a c
 SPECULATION, OUTPUT = ("draft_checkpoint_path", "prompt_lookup"), ("num_samples", "batch_size", "logprobs", "echo")
 WITHOUT = {  # what does not go together
     "interactive": ("json", "num_beams", "chat", *OUTPUT),
-    "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT),
+    "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT, "prompt_cache"),
 }
 NEEDS = {  # what has a meaning only beside one of these
     "system": ("chat", "interactive"),
@@ -163,6 +164,13 @@ def parse_args() -> argparse.Namespace:
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     add("--max_seq_length", type=count, help="of the KV cache; default: what is needed, rounded up")
+    add(
+        "--prompt_cache",
+        type=Path,
+        metavar="FILE",
+        help="keep the KV cache of the last text there: a later prompt that begins in the same way is run from where "
+        "it differs",
+    )
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the generation")
     add(
         "--json",
@@ -193,6 +201,8 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
         taken = args.profile.exists() and not args.profile.is_file()
         if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"--profile {args.profile} cannot be written; name a file in a folder that can")
+    if args.prompt_cache:
+        check_path(args.prompt_cache)
 
 
 def cache_length(length: int, context: int) -> int:
@@ -228,6 +238,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
         early = {"true": True, "false": False, "never": "never"}[args.early_stopping]
         beams = BeamParams(args.num_beams, args.length_penalty, early, args.num_return_sequences)
 
+    if args.prompt_cache and group.size > 1:
+        raise UserError("--prompt_cache is for one process, and each of several ranks holds a part; leave it out")
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
@@ -283,6 +295,9 @@ def run(args: argparse.Namespace, group: Group) -> None:
         log("warming up ... (the first time, this compiles)")
         seconds = engine.warm_up(None if args.interactive else longest)
         log(f"warmed up in {seconds:.1f} s")
+    checksums = list(map(checksum, paths)) if args.prompt_cache else []
+    if args.prompt_cache and args.prompt_cache.exists():
+        log(f"loaded {load_row(engine, 0, args.prompt_cache, checksums)} tokens from {args.prompt_cache}")
     with profiler(args.profile if group.rank == 0 else None):
         if args.interactive:
             converse(engine, target, settings, args.system, args.template_vars or {})
@@ -290,6 +305,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
             search_beams(engine, tokenizer, jobs, beams, args.json)
         else:
             continue_prompts(engine, tokenizer, jobs, args)
+    if args.prompt_cache:
+        save_row(engine, engine.places.latest, args.prompt_cache, checksums)
 
 
 def profiler(path: Path | None):

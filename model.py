@@ -121,6 +121,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         input_pos: Tensor,
+        query_pos: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
         key_pos: Tensor,
@@ -141,7 +142,7 @@ class Attention(nn.Module):
             if self.rope.query_beta:
                 far = (input_pos // self.rope.original_length)[:, :, None, None].float()
                 q = q * (1 + self.rope.query_beta * far.log1p()).to(q.dtype)
-        y = self.attend_cached(q, k, v, input_pos, key_pos, only, rows)
+        y = self.attend_cached(q, k, v, input_pos, query_pos, key_pos, only, rows)
         return self.wo(y.view(*y.shape[:2], -1))
 
     def attend_cached(
@@ -150,16 +151,16 @@ class Attention(nn.Module):
         k: Tensor,
         v: Tensor,
         input_pos: Tensor,
+        query_pos: Tensor,
         key_pos: Tensor,
         only: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor:
         """Writes k and v to the cache -> the queries' sums of values, like q, or of one query a row."""
-        cache, before = self.kv_cache, None
-        query_pos = input_pos
+        cache, before, seen_from = self.kv_cache, None, input_pos
         if only is not None:
-            q, query_pos = pick(q, only), pick(input_pos, only)
-        by_kernel = q.device.type in ("cpu", "cuda") and rows is None and q.shape[1] <= DECODE_QUERIES
+            q, query_pos, seen_from = (pick(x, only) for x in (q, query_pos, input_pos))
+        by_kernel = q.device.type in ("cpu", "cuda") and q.shape[1] <= DECODE_QUERIES
         if cache.is_ring and input_pos.shape[1] > DECODE_QUERIES:
             by_kernel = False  # new keys may take the place of some that the first queries see
         if cache.is_ring and not by_kernel:
@@ -168,17 +169,17 @@ class Attention(nn.Module):
         if by_kernel:
             # Reads what each row's positions allow, so its cost follows them and not key_pos.
             return torch.ops.brisk.decode_attention(
-                q, cache.k, cache.v, query_pos, self.window, self.sinks, self.scale, self.softcap, cache.is_ring
+                q, cache.k, cache.v, query_pos, self.window, self.sinks, self.scale, self.softcap, cache.is_ring, rows
             )
         if before is not None:
             old_k, old_v, old_pos = before
             keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in ((old_k, k), (old_v, v)))
             all_pos = torch.cat((old_pos, input_pos), 1)[:, None]
-            mask = seen_by(query_pos, all_pos, self.window) & (all_pos >= 0)
+            mask = seen_by(seen_from, all_pos, self.window) & (all_pos >= 0)
         else:
             B, L = len(q), len(key_pos)
             keys, values = (part[:B, :, :L] if rows is None else part[:, :, :L][rows] for part in (cache.k, cache.v))
-            mask = seen_by(query_pos, key_pos, self.window)
+            mask = seen_by(seen_from, key_pos, self.window)
         return attend(q, keys, values, mask, self.scale, self.softcap, self.sinks)
 
 
@@ -289,6 +290,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         input_pos: Tensor,
+        query_pos: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
         key_pos: Tensor,
@@ -297,7 +299,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, S, dim] -> the same, or [B, 1, dim]: of each row just token `only` [B], though all reach the cache."""
         h = x if self.attention_norm is None else self.attention_norm(x)
-        y = self.attention(h, input_pos, cos, sin, key_pos, only, rows)
+        y = self.attention(h, input_pos, query_pos, cos, sin, key_pos, only, rows)
         if self.post_attention_norm is not None:
             y = self.post_attention_norm(y)
         if only is not None:
@@ -378,9 +380,11 @@ class Transformer(nn.Module):
         x = self.embed(tokens, input_pos)
         angles = self.angles(input_pos, reached)
         key_pos = self.key_pos if key_pos is None else key_pos
+        # What padding sees does not matter, so let it be little: it would read the whole cache.
+        query_pos = input_pos.masked_fill(input_pos == self.max_seq_length, 0)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, input_pos, *angles[i], key_pos, only if i == last else None, rows)
+            x = layer(x, input_pos, query_pos, *angles[i], key_pos, only if i == last else None, rows)
         return self.norm(x)
 
     def embed(self, tokens: Tensor, input_pos: Tensor) -> Tensor:

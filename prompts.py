@@ -137,9 +137,8 @@ def spell(word: str, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
     return map(tuple, spellings)
 
 
-def make_request(target: Target, prompt: list[int], settings: dict[str, Any], start: int = 0) -> Request:
-    """The request that these settings make of a prompt; its first `start` tokens are in the cache. UserError where the
-    settings make no sense or there is no room."""
+def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) -> Request:
+    """The request that these settings make of a prompt. UserError where they make no sense or there is no room."""
     if not prompt:
         raise UserError("the tokenizer has no tokens for the prompt; give it another")
     room = target.limit - len(prompt)
@@ -161,7 +160,7 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any], st
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop or settings["stop"] == "":
         raise UserError("stop: an empty string ends every text; leave it out")
-    return Request(prompt[start:], params, new, eos_ids, stop, tuple(prompt[:start]))
+    return Request(prompt, params, new, eos_ids, stop)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def gptq_layers(
         block.attention.kv_cache = KVCache(cache, torch.float32, device)
 
         def run(x: Tensor, block: Block = block, angles: tuple = angles[i]) -> Tensor:
-            return block(x, input_pos, *angles, input_pos[0], None, None)
+            return block(x, input_pos, input_pos, *angles, input_pos[0], None, None)
 
         for layer in (layer for layer in quantized if layer.startswith(prefix)):
             if layer.endswith(".experts.w13"):

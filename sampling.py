@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels  # noqa: F401  defines torch.ops.brisk
+from attention import first_rows, of_rows
 from errors import UserError
 
 # The columns of Sampler.settings (float32) and Sampler.integers (int32).
@@ -202,9 +203,9 @@ class Sampler(nn.Module):
             self.counts[row].scatter_add_(0, token, drawn.int())
 
     @torch.no_grad()
-    def park(self, row: int, position: int) -> None:
-        """Moves a row whose text has ended to a position where its steps cost little and do no harm."""
-        self.position[row] = position
+    def park(self, row: int | slice) -> None:
+        """Moves a row whose text has ended to the padding position, where steps change nothing that counts."""
+        self.position[row] = self.max_seq_length
 
     def forward(self, logits: Tensor, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] after the inputs [B, S] at their positions [B, S] -> the tokens that follow, int64 [B, S].
@@ -269,15 +270,15 @@ class Sampler(nn.Module):
         uniform = (((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
         return -torch.log1p(-uniform)
 
-    def count(self, tokens: Tensor, n: Tensor) -> None:
-        """Adds the first n [B] of the tokens [B, S] to the output; a token of -1 is none."""
+    def count(self, tokens: Tensor, n: Tensor, rows: Tensor | None = None) -> None:
+        """Adds the first n [B] of the tokens [B, S] to the output of these rows; a token of -1 is none."""
         if not self.plain:
             those = (torch.arange(tokens.shape[1], device=tokens.device) < n[:, None]) & (tokens >= 0)
-            self.counts.scatter_add_(1, tokens.clamp(min=0), those.int())
+            rows = first_rows(tokens) if rows is None else rows
+            self.counts.index_put_((rows[:, None], tokens.clamp(min=0)), those.int(), accumulate=True)
 
     def _select(self, name: str, rows: Tensor | None) -> Tensor:
-        buffer = getattr(self, name)
-        return buffer if rows is None else buffer[rows]
+        return of_rows(getattr(self, name), rows)
 
     def _setting(self, name: str, rows: Tensor | None) -> Tensor:
         """One setting of all rows, [B, 1]."""

@@ -17,15 +17,19 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from engine import Engine, Request, Stats, peak_memory
+from engine import PREFILL_LENGTHS, Engine, Request, Stats, peak_memory
 from errors import UserError
 from sampling import logprobs
 from stopping import StopStrings
 from tokenizer import StreamingDetokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from grammar import Matcher
 
 ECHO_TOKENS = 64  # whose logits are computed at once: those of a whole prompt may be gigabytes
 
@@ -48,19 +52,25 @@ class Token:
 
 @dataclass(eq=False)
 class Row:
-    """A request that is running."""
+    """A request that has a row of the engine."""
 
     number: int
     request: Request
+    at: int  # which row
     detokenizer: StreamingDetokenizer
     stops: StopStrings
+    matcher: "Matcher | None"  # of the request's grammar
     stats: Stats = field(default_factory=Stats)
+    hidden: list[Tensor] = field(default_factory=list)  # of the prompt so far: all of it to echo, else the last token's
+    begun: float = field(default_factory=time.perf_counter)
+    cached: int = 0  # tokens of the prompt that were in the row already
+    last: int | None = None  # the newest token, which no step has run yet
     done: bool = False
 
     @property
     def length(self) -> int:
         """Tokens of the whole text so far."""
-        return self.request.start + len(self.request.prompt) + self.stats.new_tokens
+        return len(self.request.prompt) + self.stats.new_tokens
 
     def put(self, token_id: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> Token:
         """Takes the next token of the request; -1 where none is possible."""
@@ -69,8 +79,11 @@ class Row:
             return Token(self.number, token_id, "", "error", stats=self.stats)
         self.stats.new_tokens += 1
         ended = token_id in self.request.eos_ids
-        final = ended or self.stats.new_tokens == self.request.max_new_tokens
         text = "" if ended else self.detokenizer.put(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+            ended = ended or self.matcher.finished
+        final = ended or self.stats.new_tokens == self.request.max_new_tokens
         text = self.stops.put(text + self.detokenizer.finish() if final else text)
         if final and not self.stops.found:
             text += self.stops.finish()
@@ -89,17 +102,26 @@ class Step:
 
     result: tuple[Tensor, ...]  # as decode_step returns it
     k: int
-    rows: list[Row | None]
+    rows: list[Row | None]  # of the result
 
 
 class Scheduler:
-    """Gives the rows of an engine to requests, first come, first served."""
+    """Gives the rows of an engine to requests, first come, first served.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
-        self.engine, self.tokenizer = engine, tokenizer
+    Prompts are prefilled one after the other, in pieces. Between two steps of other rows come no more than
+    `prefill_chunk` tokens of prompts, so that none of them waits for its next token longer than these and a step take.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, prefill_chunk: int = PREFILL_LENGTHS[-1]):
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk {prefill_chunk} is less than a token")
+        self.engine, self.tokenizer, self.prefill_chunk = engine, tokenizer, prefill_chunk
         self.stats = engine.stats = Stats(engine.speculates)  # of all requests
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: list[Row | None] = [None] * engine.model.max_batch_size
+        engine.sampler.park(slice(None))
+        self._prefilling: Row | None = None
+        self._prefilled = 0  # tokens since the last step
         self._numbers = itertools.count()
         self._overlaps = engine.device.type == "cuda"
         self._unread: Step | None = None  # where steps overlap
@@ -108,7 +130,7 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether a request that is added now would run at once."""
-        return not self.waiting and None in self.rows
+        return not self.waiting and self._prefilling is None and None in self.rows
 
     @property
     def idle(self) -> bool:
@@ -117,10 +139,9 @@ class Scheduler:
     def add(self, request: Request) -> int:
         """Queues a request -> its number, from 0 on. ValueError where it does not fit the cache."""
         length, limit = len(request.prompt), self.engine.model.max_seq_length
-        if not request.prompt or request.max_new_tokens < 1 or request.start + length + request.max_new_tokens > limit:
+        if not request.prompt or request.max_new_tokens < 1 or length + request.max_new_tokens > limit:
             raise ValueError(
-                f"a prompt of {length} tokens at {request.start} and {request.max_new_tokens} new ones "
-                f"do not fit a cache of {limit}"
+                f"a prompt of {length} tokens and {request.max_new_tokens} new ones do not fit a cache of {limit}"
             )
         number = next(self._numbers)
         self.waiting.append((number, request))
@@ -129,33 +150,64 @@ class Scheduler:
     def cancel(self, number: int) -> None:
         """Drops a request, waiting or running: it gets no more tokens. Does nothing if it has ended."""
         self.waiting = deque(item for item in self.waiting if item[0] != number)
-        for at, row in enumerate(self.rows):
+        for row in self.rows:
             if row is not None and row.number == number:
-                self._free(at, row)
+                self._free(row)
 
     def step(self) -> list[Token]:
-        """Prefills a waiting request if a row is free, otherwise decodes a step of all rows -> the new tokens."""
-        if self.waiting and None in self.rows:
-            return self._prefill(self.rows.index(None), *self.waiting.popleft())
-        if any(self.rows):
-            return self._decode()
+        """Runs a piece of a prompt, or a decode step of all rows whose prompts have been run -> the new tokens."""
+        free = [at for at, row in enumerate(self.rows) if row is None]
+        if self.waiting and free and self._prefilling is None:
+            self._admit(*self.waiting.popleft(), free)
+        decoding = [row for row in self.rows if row is not None and row is not self._prefilling]
+        if self._prefilling is not None:
+            if not decoding:
+                return self._prefill(self._prefilling, max(self.prefill_chunk, PREFILL_LENGTHS[-1]))
+            room = self.prefill_chunk - self._prefilled
+            if room >= PREFILL_LENGTHS[0] or self._prefilled == 0:
+                # What the device has ready comes first.
+                return self._prefill(self._prefilling, room) if self._unread is None else self._read_late()
+        self._prefilled = 0
+        if decoding:
+            return self._decode(decoding)
         self._unread = None
         return []
 
-    def _prefill(self, at: int, number: int, request: Request) -> list[Token]:
+    def _admit(self, number: int, request: Request, free: list[int]) -> None:
+        detokenizer, stops = StreamingDetokenizer(self.tokenizer), StopStrings(request.stop)
+        matcher = None if request.grammar is None else request.grammar.start()
         begun = time.perf_counter()
-        row = Row(number, request, StreamingDetokenizer(self.tokenizer), StopStrings(request.stop))
+        row = Row(number, request, self.engine.take(request, free), detokenizer, stops, matcher, begun=begun)
         row.stats.speculates = self.engine.speculates
-        first, *top, hidden = self.engine.start(at, request)
-        token_id = int(first[0, -1])
-        self.rows[at] = row
-        seconds = time.perf_counter() - begun
-        for stats in (row.stats, self.stats):
-            stats.add_prefill(len(request.prompt), seconds)
-            stats.peak_memory = peak_memory(self.engine.device)
-        tokens = self._echo(row, hidden) if request.echo else []
-        tokens.append(self._put(at, row, token_id, [part.tolist() for part in top], 0, 0))
+        row.cached = len(self.engine.places[row.at].tokens)
+        self.rows[row.at] = self._prefilling = row
+
+    def _prefill(self, row: Row, most: int) -> list[Token]:
+        """Runs the next piece of a prompt, at most so many tokens -> no tokens, or after the last piece the first."""
+        begun, request, place = time.perf_counter(), row.request, self.engine.places[row.at]
+        before = len(place.tokens)
+        hidden = self.engine.prefill(row.at, request, most)
+        # The fewest tokens take no less time than some more, since all weights are read.
+        self._prefilled += max(len(place.tokens) - before, PREFILL_LENGTHS[0])
+        row.hidden = [*row.hidden, hidden] if request.echo else [hidden]
+        tokens, drawn = [], None
+        if len(place.tokens) == len(request.prompt):
+            if row.matcher is not None:
+                self.engine.sampler.set_mask(row.at, row.matcher.fill)
+            drawn, *top = [part.tolist() for part in self.engine.draw_first(row.at, request, hidden[-1:])]
+        elif self.engine.device.type != "cpu":
+            hidden[-1, 0].item()  # the device has done it: what follows is timed by itself
         self._clock = time.perf_counter()
+        for stats in (row.stats, self.stats):
+            stats.prefill_seconds += self._clock - begun
+        if drawn is not None:
+            self._prefilling = None
+            for stats in (row.stats, self.stats):
+                stats.add_prompt(len(request.prompt), row.cached, self._clock - row.begun)
+                stats.peak_memory = peak_memory(self.engine.device)
+            tokens = self._echo(row, torch.cat(row.hidden)) if request.echo else []
+            row.hidden = []
+            tokens.append(self._put(row, drawn[0][-1], top, 0, 0))
         return tokens
 
     @torch.no_grad()
@@ -177,15 +229,31 @@ class Scheduler:
                 tokens.append(Token(row.number, token_id, text, None, *logprobs_of(top, 0, i), of_prompt=True))
         return tokens
 
-    def _decode(self) -> list[Token]:
-        k = self.engine.pace.choose()
-        longest = max(row.length for row in self.rows if row)
-        step = Step(self.engine.step(k, longest + k + 1), k, list(self.rows))
-        if not self._overlaps:
-            return self._read(step)
+    def _decode(self, rows: list[Row]) -> list[Token]:
+        constrained = [row for row in rows if row.matcher is not None]
+        if constrained and self._unread is not None:
+            return self._read_late()  # what may come next depends on it
+        for row in constrained:
+            self.engine.sampler.set_mask(row.at, row.matcher.fill)
+        order = self.engine.fill_up([row.at for row in rows])
+        k = 0 if constrained else self.engine.pace.choose(len(order))
         before = self._unread
+        for row in rows:
+            ahead = 0 if before is None else before.k + 1  # tokens that are not read yet
+            place = self.engine.places[row.at]
+            place.written = max(place.written, row.length + ahead + k)
+        longest = max(row.length for row in rows)
+        result = self.engine.step(k, longest + k + 1, order)
+        step = Step(result, k, [self.rows[at] if self.rows[at] in rows else None for at in order])
+        if not self._overlaps or constrained:
+            return self._read(step)
         self._unread = step
         return [] if before is None else self._read(before)
+
+    def _read_late(self) -> list[Token]:
+        """The tokens of a step that the device was left alone with, if there is one."""
+        step, self._unread = self._unread, None
+        return [] if step is None else self._read(step)
 
     def _read(self, step: Step) -> list[Token]:
         """The tokens of a step, and what it cost."""
@@ -194,34 +262,42 @@ class Scheduler:
         now = time.perf_counter()
         seconds = now - self._clock
         self._clock = now
-        active = [(at, row) for at, row in enumerate(step.rows) if row is not None and not row.done]
-        right = [results[at][0] for at, _ in active]
-        self.engine.learn(step.k, seconds, right)
+        active = [(i, row) for i, row in enumerate(step.rows) if row is not None and not row.done]
+        right = [results[i][0] for i, _ in active]
+        self.engine.learn(step.k, seconds, right, len(step.rows))
         nbytes = self.engine.step_bytes([row.length for _, row in active], step.k)
         self.stats.add_step(seconds, nbytes, step.k, right)
         tokens = []
-        for at, row in active:
-            row_right, new, *drawn = results[at]
+        for i, row in active:
+            row_right, new, *drawn = results[i]
             row.stats.add_step(seconds, nbytes, step.k, [row_right])
-            for i in range(new):
-                tokens.append(self._put(at, row, drawn[i], top, at, i))
+            for j in range(new):
+                tokens.append(self._put(row, drawn[j], top, i, j))
                 if row.done:
                     break
         return tokens
 
-    def _put(self, at: int, row: Row, token_id: int, top: list[list], top_row: int, i: int) -> Token:
+    def _put(self, row: Row, token_id: int, top: list[list], top_row: int, i: int) -> Token:
         """Hands a token to the row's request, and frees the row if it was the last."""
+        if row.last is not None:  # it has been run, or this one would not be there
+            self.engine.places[row.at].tokens.append(row.last)
+        row.last = token_id
         token = row.put(token_id, *logprobs_of(top, top_row, i))
         self.stats.new_tokens += token_id >= 0
         if row.done:
             row.stats.peak_memory = self.stats.peak_memory = peak_memory(self.engine.device)
-            self._free(at, row)
+            self._free(row)
         return token
 
-    def _free(self, at: int, row: Row) -> None:
+    def _free(self, row: Row) -> None:
         row.done = True
-        self.rows[at] = None
-        self.engine.sampler.park(at, row.request.start + len(row.request.prompt))
+        self.rows[row.at] = None
+        if row is self._prefilling:
+            self._prefilling = None
+        if row.matcher is not None:
+            self.engine.sampler.set_mask(row.at, None)
+        self.engine.sampler.park(row.at)
+        self.engine.places.touch(row.at)
 
 
 def generate(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Token]:

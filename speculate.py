@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import first_rows, of_rows
 from model import Transformer
 from sampling import Sampler, logprobs, possible
 
@@ -34,21 +35,23 @@ def decode_step(
     k: int,
     lookup: bool,
     top: int | None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Moves every row on by 1 to k + 1 tokens -> int64 [B, k + 3]: how many of the k proposals were right, how many
+    """Moves rows on by 1 to k + 1 tokens each -> int64 [B, k + 3]: how many of the k proposals were right, how many
     tokens are new, and the tokens; with `top` their log-probabilities as well (see sampling.logprobs).
 
-    Where steps propose nothing (k = 0), prompt lookup still scores a proposal: that tells when it would pay again.
+    `rows` int64 [B] are those of the caches and the sampler, by default all. One that is parked changes nothing. Where
+    steps propose nothing (k = 0), prompt lookup still scores a proposal: that tells when it would pay again.
     """
     end = sampler.max_seq_length  # the spare slot: rows that reach it stay there
-    position = sampler.position[:, None]
-    tokens = sampler.history.gather(1, position)
+    history, position = of_rows(sampler.history, rows), of_rows(sampler.position, rows)[:, None]
+    tokens = history.gather(1, position)
     proposed = None
     if draft is not None and k:
-        proposed = run_draft(draft, sampler, k, model.config.vocab_size)
+        proposed = run_draft(draft, sampler, k, model.config.vocab_size, rows)
     count = scored(k, draft, lookup)
     if lookup and count:
-        found, alike = look_up(sampler.history, position, count)
+        found, alike = look_up(history, position, count)
         # The draft proposes where the text does not repeat itself.
         proposed = found if proposed is None else torch.where(alike == NGRAM, found, proposed)
     if proposed is not None and draft is not None and model.vocabulary is not None and draft.vocabulary is None:
@@ -56,20 +59,21 @@ def decode_step(
     if k:
         tokens = torch.cat((tokens, proposed), 1)
     at = (position + torch.arange(k + 1, device=position.device)).clamp(max=end)
-    sampler.history.scatter_(1, at, tokens)
-    hidden = model.hidden(tokens, at, key_pos)
+    written = first_rows(position) if rows is None else rows  # the rows of the buffers
+    sampler.history[written[:, None], at] = tokens
+    hidden = model.hidden(tokens, at, key_pos, rows=rows)
     if sampler.plain and top is None:
         drawn = possible(*model.max_logit(hidden))
     else:
         logits = model.logits(hidden)
-        drawn = sampler(logits, tokens, at)
+        drawn = sampler(logits, tokens, at, rows)
     right = torch.zeros_like(position[:, 0])
     if proposed is not None:
         right = (drawn[:, : proposed.shape[1]] == proposed).cumprod(1).sum(1)
     new = right.clamp(max=k) + 1
-    sampler.count(drawn, new)
-    sampler.history.scatter_(1, (at + 1).clamp(max=end), drawn.clamp(min=0))
-    sampler.position.copy_((sampler.position + new).clamp(max=end))
+    sampler.count(drawn, new, rows)
+    sampler.history[written[:, None], (at + 1).clamp(max=end)] = drawn.clamp(min=0)
+    sampler.position[written] = (position[:, 0] + new).clamp(max=end)
     result = torch.cat((right[:, None], new[:, None], drawn), 1)
     return (result,) if top is None else (result, *logprobs(logits, drawn.clamp(min=0), top))
 
@@ -79,24 +83,26 @@ def scored(k: int, draft: Transformer | None, lookup: bool) -> int:
     return max(k, 1) if lookup and draft is None else k
 
 
-def run_draft(draft: Transformer, sampler: Sampler, k: int, vocab_size: int) -> Tensor:
+def run_draft(draft: Transformer, sampler: Sampler, k: int, vocab_size: int, rows: Tensor | None) -> Tensor:
     """The next k tokens by the draft model, [B, k]. `vocab_size` is the target's."""
-    tokens, at = last_tokens(sampler, DRAFT_LAG)
+    tokens, at = last_tokens(sampler, DRAFT_LAG, rows)
     proposed = []
     for _ in range(k):
-        logits = draft(in_vocabulary(draft, tokens), at)[:, -1:]
+        logits = draft.logits(draft.hidden(in_vocabulary(draft, tokens), at, rows=rows)[:, -1:])
         logits = F.pad(logits, (0, vocab_size - logits.shape[-1]), value=-torch.inf)
-        tokens = sampler(logits, tokens[:, -1:], at[:, -1:]).clamp(min=0)
+        tokens = sampler(logits, tokens[:, -1:], at[:, -1:], rows).clamp(min=0)
         at = (at[:, -1:] + 1).clamp(max=sampler.max_seq_length)
         proposed.append(tokens)
     return torch.cat(proposed, 1)
 
 
-def last_tokens(sampler: Sampler, count: int) -> tuple[Tensor, Tensor]:
-    """The last tokens of every row, [B, count], and their positions; position 0 again where a text has fewer."""
-    back = torch.arange(1 - count, 1, device=sampler.position.device)
-    at = (sampler.position[:, None] + back).clamp(min=0)
-    return sampler.history.gather(1, at), at
+def last_tokens(sampler: Sampler, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The last tokens of rows, [B, count], and their positions; position 0 again where a text has fewer, and the
+    padding position where a row is parked."""
+    position = of_rows(sampler.position, rows)[:, None]
+    back = torch.arange(1 - count, 1, device=position.device)
+    at = torch.where(position == sampler.max_seq_length, position, (position + back).clamp(min=0))
+    return of_rows(sampler.history, rows).gather(1, at), at
 
 
 def in_vocabulary(draft: Transformer, tokens: Tensor) -> Tensor:
@@ -125,10 +131,10 @@ def look_up(history: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return tokens, matched.gather(1, end) - 1
 
 
-def catch_up(draft: Transformer, sampler: Sampler) -> None:
-    """Runs the last CATCH_UP tokens of every row through the draft: steps without proposals have left it behind."""
-    tokens, at = last_tokens(sampler, CATCH_UP)
-    draft.hidden(in_vocabulary(draft, tokens), at)
+def catch_up(draft: Transformer, sampler: Sampler, rows: Tensor | None = None) -> None:
+    """Runs the last CATCH_UP tokens of rows through the draft: steps without proposals have left it behind."""
+    tokens, at = last_tokens(sampler, CATCH_UP, rows)
+    draft.hidden(in_vocabulary(draft, tokens), at, rows=rows)
 
 
 class Pace:
@@ -141,27 +147,27 @@ class Pace:
 
     def __init__(self, choices: tuple[int, ...]):
         self.choices = choices
-        self.seconds: dict[int, float] = {}  # that a step takes, by the number of tokens proposed
+        self.seconds: dict[tuple[int, int], float] = {}  # that a step takes, by its rows and the number of proposals
         self.tried, self.right = self.FIRST_TRIED, self.FIRST_RIGHT
 
-    def choose(self) -> int:
-        """The number for the next step. Each is tried once."""
+    def choose(self, rows: int = 1) -> int:
+        """The number for the next step, of so many rows. Each is tried once."""
         for k in self.choices:
-            if k not in self.seconds:
+            if (rows, k) not in self.seconds:
                 return k
-        return max(self.choices, key=lambda k: self.expected_tokens(k) / self.seconds[k])
+        return max(self.choices, key=lambda k: self.expected_tokens(k) / self.seconds[rows, k])
 
     def expected_tokens(self, k: int) -> float:
         """Of a step: https://arxiv.org/abs/2211.17192, equation 1."""
         rate = min(self.right / self.tried, 0.999)
         return (1 - rate ** (k + 1)) / (1 - rate)
 
-    def saw(self, k: int, seconds: float, right: list[int], scored: int) -> None:
-        """A step that proposed k tokens took `seconds`; of its `scored` proposals the first right[i] of row i were
-        right."""
-        known = self.seconds.get(k, seconds)
+    def saw(self, k: int, seconds: float, right: list[int], scored: int, rows: int = 1) -> None:
+        """A step of so many rows that proposed k tokens took `seconds`; of its `scored` proposals the first right[i] of
+        row i were right."""
+        known = self.seconds.get((rows, k), seconds)
         capped = min(seconds, 2 * known)  # other work on the machine may slow a step, which says nothing about it
-        self.seconds[k] = known + self.NEW_SECONDS * (capped - known)
+        self.seconds[rows, k] = known + self.NEW_SECONDS * (capped - known)
         if scored and right:
             share = 1 / len(right)
             self.tried = self.tried * self.MEMORY + share * sum(min(n + 1, scored) for n in right)

@@ -135,6 +135,7 @@ def measure_ragged(
         engines = {count: make_engine(model, count) for count in rates}
         for number in range(rounds):
             for count, engine in engines.items():
+                engine.forget()
                 for _ in generate(engine, tokenizer, requests):
                     pass
                 rates[count].append(total / (engine.stats.prefill_seconds + engine.stats.decode_seconds))

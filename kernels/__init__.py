@@ -4,7 +4,7 @@
     layer = Int8Linear.from_canonical(weight, scales, bias)              # from the tensors on disk; y = layer(x)
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
     y = torch.ops.brisk.linear_experts(x, weight, chosen, bias)          # of many weights, those chosen for each row
-    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
+    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows)
 
 Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
 build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at the first use). Without
@@ -59,7 +59,7 @@ _library.define(
 )
 _library.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None, "
-    "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False) -> Tensor"
+    "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False, Tensor? rows=None) -> Tensor"
 )
 _library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
 _library.define("all_reduce(Tensor x) -> Tensor")
@@ -188,8 +188,9 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     ring: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B >= B, KV, T, D] -> [B, S, H, D].
+    """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B, KV, T, D] -> [B, S, H, D].
 
     A query sees the keys up to its position, with `window` only so many of them. Its cost follows what it sees, and
     what else the cache holds does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
@@ -199,6 +200,7 @@ def decode_attention(
     sinks: [H], of any float dtype: a score for each head that takes part in the softmax, but has no value (gpt-oss).
     ring: the cache holds the last positions only, position p in slot p % (T - 1), and what is written to slot T - 1 is
         never seen. With S queries, the last of them must not have taken the slot of the first one's oldest key.
+    rows: int64 [B], the rows of the caches that the queries look at, by default the first B.
 
     Raises ValueError (RuntimeError where the C++ version runs) for a ring without a window of at most T - 1, a scale
     that is not positive, and a negative softcap.
@@ -215,7 +217,8 @@ def decode_attention(
     seen = (distance >= 0) & (distance < (T + 1 if window is None else window))  # [B, S, T]
     if ring:
         seen = seen & (distance <= at) & (slot < T - 1)
-    k, v = (cache[:B].float().repeat_interleave(H // kv_heads, 1) for cache in (k_cache, v_cache))
+    caches = (cache[:B] if rows is None else cache[rows] for cache in (k_cache, v_cache))
+    k, v = (cache.float().repeat_interleave(H // kv_heads, 1) for cache in caches)
     scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

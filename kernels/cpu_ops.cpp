@@ -16,7 +16,7 @@ namespace {
 // together after. Where a part begins depends neither on the threads nor on where a ring wraps around.
 Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos,
                         std::optional<int64_t> window, const OptionalTensor& sinks, std::optional<double> scale,
-                        double softcap, bool ring) {
+                        double softcap, bool ring, const OptionalTensor& rows) {
     constexpr int64_t PART = 256, FAR = int64_t(1) << 62;
     STD_TORCH_CHECK(query.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes().equals(v_cache.sizes()) &&
                         k_cache.is_contiguous() && v_cache.is_contiguous() &&
@@ -24,8 +24,11 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                     "expected q [B, S, H, D] and contiguous caches [max_B, KV, T, D] of one type");
     const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
     const int64_t KV = k_cache.size(1), T = k_cache.size(2);
-    STD_TORCH_CHECK(k_cache.size(0) >= B && k_cache.size(3) == D && KV && H % KV == 0, "q ", shape_of(query),
-                    " does not go with caches ", shape_of(k_cache));
+    STD_TORCH_CHECK((rows.has_value() || k_cache.size(0) >= B) && k_cache.size(3) == D && KV && H % KV == 0, "q ",
+                    shape_of(query), " does not go with caches ", shape_of(k_cache));
+    STD_TORCH_CHECK(!rows.has_value() || (rows->scalar_type() == ScalarType::Long && rows->dim() == 1 &&
+                                          rows->size(0) == B),
+                    "rows: expected int64 [", B, "]");
     STD_TORCH_CHECK(input_pos.scalar_type() == ScalarType::Long && input_pos.dim() == 2 && input_pos.size(0) == B &&
                         input_pos.size(1) == S,
                     "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
@@ -43,6 +46,12 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                             float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
     const Tensor sink_floats = sinks.has_value() ? in_order(torch::stable::to(*sinks, ScalarType::Float)) : q;
     const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
+
+    const Tensor cache_rows = rows.has_value() ? in_order(*rows) : q;
+    const int64_t* of_batch = rows.has_value() ? (const int64_t*)cache_rows.const_data_ptr() : nullptr;
+    const auto cache_row = [&](int64_t b) { return of_batch ? of_batch[b] : b; };
+    for (int64_t b = 0; b < B; b++)
+        STD_TORCH_CHECK(cache_row(b) >= 0 && cache_row(b) < k_cache.size(0), "rows: there is no row ", cache_row(b));
 
     // The positions [begin, end) that a query sees.
     const int64_t* at = (const int64_t*)pos.const_data_ptr();
@@ -80,7 +89,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                 for (int64_t s = 0; s < S; s++) {
                     const Range keys = keys_of(b, s);
                     float* out = part_of(task, s);
-                    attention->attend(work, ((b * S + s) * H + head * G) * D, (b * KV + head) * T * D,
+                    attention->attend(work, ((b * S + s) * H + head * G) * D, (cache_row(b) * KV + head) * T * D,
                                       std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
                                       out + G * padded, out + G * padded + G, out, (float*)scratch.get());
                 }

@@ -3,7 +3,7 @@
     y = linear_int8(x, packed, scales, bias)                     # what torch.ops.brisk.linear_int8 does on CUDA, ...
     y = linear_int8_grouped(x, packed, scales, out_features, groupsize, bias)
     y = linear_int4(x, packed, out_features, groupsize, scale_dtype, zero, bias)
-    y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring)
+    y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows)
 
 Activations are not quantized here: the tensor cores multiply them with the weights' integers, whose scales come after.
 TRITON_INTERPRET=1 runs everything on CPU tensors, without a GPU and slowly: that is how the tests do it.
@@ -251,7 +251,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # scores are in powers of two
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, stats_ptr, scale, softcap, S, T, window, splits,
+    q_ptr, k_ptr, v_ptr, pos_ptr, rows_ptr, y_ptr, stats_ptr, scale, softcap, S, T, window, splits,
     k_b, k_h, k_t, v_b, v_h, v_t,
     KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
@@ -277,8 +277,9 @@ def _attend(
     head = (b * S + s) * (KV * G) + kv * G + row % G
     q = tl.load(q_ptr + head[:, None] * D + d[None, :], live[:, None] & (d < D)[None, :], 0)
     q = q.to(k_ptr.dtype.element_ty)
-    k_ptr += b * k_b + kv * k_h
-    v_ptr += b * v_b + kv * v_h
+    cache_row = b if rows_ptr is None else tl.load(rows_ptr + b)
+    k_ptr += cache_row * k_b + kv * k_h
+    v_ptr += cache_row * v_b + kv * v_h
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
@@ -371,14 +372,16 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     ring: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B >= B, KV, T, D] -> [B, S, H, D].
+    """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B, KV, T, D] -> [B, S, H, D].
 
-    See kernels.decode_attention. Positions stay on the device.
+    See kernels.decode_attention. Positions and rows stay on the device.
     """
     B, S, H, D = q.shape
     KV, T = k_cache.shape[1:3]
-    if k_cache.shape != v_cache.shape or k_cache.shape[0] < B or k_cache.shape[3] != D or H % KV:
+    fits = k_cache.shape[0] >= B if rows is None else rows.shape == (B,)
+    if k_cache.shape != v_cache.shape or not fits or k_cache.shape[3] != D or H % KV:
         raise RuntimeError(f"q {list(q.shape)} does not go with caches {list(k_cache.shape)}, {list(v_cache.shape)}")
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or input_pos.shape != (B, S):
         raise RuntimeError(f"expected caches [max_B, KV, T, D] and input_pos [{B}, {S}], got {list(input_pos.shape)}")
@@ -401,8 +404,9 @@ def decode_attention(
     scale = 2 * scale / softcap if softcap else scale * LOG2_E.value
     with torch.cuda.device_of(q):
         _attend[splits, B * KV, triton.cdiv(S * G, BM)](
-            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), part, stats, scale, softcap * LOG2_E.value, S, T,
-            window or 0, splits, *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D,
+            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), None if rows is None else rows.contiguous(),
+            part, stats, scale, softcap * LOG2_E.value, S, T, window or 0, splits,
+            *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D,
             window is not None, softcap > 0, ring, BM, BT, BD, num_warps=4, num_stages=3 if BT == 64 else 2,
         )  # fmt: skip
         _combine[S * G, B * KV](

@@ -20,7 +20,7 @@ import errors
 import generate as cli
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
-from engine import Engine
+from engine import Engine, Request
 from sampling import SamplingParams
 from scheduler import generate
 from tokenizer import load_tokenizer
@@ -176,13 +176,27 @@ def script(monkeypatch):
     return run
 
 
+@dataclass
+class Prefill:
+    request: Request
+    cached: int  # tokens of the prompt that were in the cache
+
+    @property
+    def prompt(self):
+        return self.request.prompt
+
+
 @pytest.fixture
 def prefills(monkeypatch):
-    """The request of every call of Engine.prefill."""
-    calls, prefill = [], Engine.prefill
-    monkeypatch.setattr(
-        Engine, "prefill", lambda self, row, request: calls.append(request) or prefill(self, row, request)
-    )
+    """A Prefill for every request that was given a row."""
+    calls, take = [], Engine.take
+
+    def recorded(self, request, free):
+        row = take(self, request, free)
+        calls.append(Prefill(request, len(self.places[row].tokens)))
+        return row
+
+    monkeypatch.setattr(Engine, "take", recorded)
     return calls
 
 

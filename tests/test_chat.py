@@ -41,10 +41,10 @@ def test_a_chat_prefills_only_what_is_new(script, chat_folder, reference, tokeni
         chat_ids(tokenizer, opening, first, "and 🙂?"),
         chat_ids(tokenizer, opening, first, "and 🙂?", second, "so"),
     ]
-    assert [list(request.context) + request.prompt for request in prefills] == whole
-    starts = [request.start for request in prefills]
-    assert starts[:2] == [0, len(whole[0]) + 4]  # the last of the five tokens was never run
-    assert starts[2] >= len(whole[1])
+    assert [prefill.prompt for prefill in prefills] == whole
+    cached = [prefill.cached for prefill in prefills]
+    assert cached[:2] == [0, len(whole[0]) + 4]  # the last of the five tokens was never run
+    assert cached[2] >= len(whole[1])
 
 
 def test_a_base_model_continues_the_text(script, base_folder, reference, tokenizer, prefills):
@@ -55,18 +55,17 @@ def test_a_base_model_continues_the_text(script, base_folder, reference, tokeniz
     prompt_2 = prompt_1 + reply_1 + tokenizer.encode("\nclass A:", add_special_tokens=False)
     assert result.out == tokenizer.decode(reply_1) + "\n" + tokenizer.decode(greedy(reference, prompt_2, 6)) + "\n"
     first, second = prefills
-    assert (first.prompt, first.start) == (prompt_1, 0)
-    assert second.start == len(prompt_1) + 5 and second.prompt == prompt_2[second.start :]
+    assert (first.prompt, first.cached) == (prompt_1, 0)
+    assert (second.prompt, second.cached) == (prompt_2, len(prompt_1) + 5)
 
 
 @pytest.mark.parametrize("name", ["chat_folder", "base_folder"])
-def test_clear_and_the_ways_to_end(script, request, name, prefills):
+def test_clear_and_the_ways_to_end(script, request, name):
     folder = request.getfixturevalue(name)
     once = converse(script, folder, "hello", args=("--max_new_tokens", 5))
     result = converse(script, folder, "hello", "", "   ", "/clear", "hello", "/exit", "x", args=("--max_new_tokens", 5))
     assert once.code == result.code == 0
     assert result.out == once.out * 2
-    assert [request.start for request in prefills] == [0, 0, 0]
     args = ("--checkpoint_path", folder, "--interactive", "--max_new_tokens", 5)
     assert script(*args, stdin=b"hello").out == once.out  # no newline at the end
     assert script(*args, stdin=b"hello\r\n").out == once.out
@@ -109,9 +108,7 @@ def test_a_message_that_is_too_long_changes_nothing(script, chat_folder, prefill
     assert result.err.count("leave no room in 64") == 2 and "forgotten" not in result.err
     alone = converse(script, chat_folder, "hello", "and?", args=args)
     assert result.out == alone.out
-    assert [[*request.context, *request.prompt] for request in prefills[:2]] == [
-        [*request.context, *request.prompt] for request in prefills[2:]
-    ]
+    assert [prefill.prompt for prefill in prefills[:2]] == [prefill.prompt for prefill in prefills[2:]]
 
 
 def test_a_base_model_forgets_the_oldest_text(script, base_folder):
@@ -146,9 +143,7 @@ def test_a_reply_that_ctrl_c_ends(script, chat_folder, monkeypatch, reference, t
     assert (nothing, first) == ("", tokenizer.decode(ids))
     whole = chat_ids(tokenizer, "hello", first, "and?")
     assert second == tokenizer.decode(greedy(reference, whole, 6, eos_token_id=None))
-    assert [*prefills[2].context, *prefills[2].prompt] == whole and prefills[2].start >= len(
-        chat_ids(tokenizer, "hello")
-    ) - 2
+    assert prefills[2].prompt == whole and prefills[2].cached >= len(chat_ids(tokenizer, "hello")) - 2
 
 
 def test_text_of_several_lines(script, chat_folder):

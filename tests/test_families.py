@@ -29,6 +29,7 @@ from convert_hf_checkpoint import convert
 from engine import Engine, Request
 from errors import UserError
 from model import Transformer
+from prefix import Place
 from quantize import quantize
 
 MXFP4 = "gpt-oss-mxfp4"  # which stays quantized
@@ -295,10 +296,12 @@ def test_a_conversation(cached, tokenizer, name):
     engine = set_up(Engine(load_model(folder)), [Request([5], GREEDY, 1)], batch_size=1, max_seq_length=256)
     context: list[int] = []
     for turn, length in enumerate((30, 3, 12, 1, 40)):
-        request = Request(ids(length, turn), GREEDY, 10, context=tuple(context))
-        (new,) = ids_of(run_rows(engine, tokenizer, [request]))
-        made.assert_greedy(context + request.prompt, new)
-        context += request.prompt + new[:-1]  # the last one was never run
+        request = Request(context + ids(length, turn), GREEDY, 10)
+        (row,) = run_rows(engine, tokenizer, [request])
+        (new,) = ids_of([row])
+        made.assert_greedy(request.prompt, new)
+        assert row[-1].stats.cached_tokens == max(len(context) - 1, 0)  # the last one was never run
+        context = request.prompt + new
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "ministral"])
@@ -330,17 +333,29 @@ def test_longrope_beyond_the_trained_length(cached, tokenizer, monkeypatch, name
 
 @pytest.mark.parametrize("name", ["phi3-longrope", "gemma2"])
 def test_what_a_row_may_go_on_from(cached, name):
-    """Not from keys that were rotated for a shorter text, and not from positions that a ring has lost."""
+    """Not from keys that were rotated for a text of another length, and not from positions that a ring has lost."""
     _, folder = cached(name)
     engine = Engine(load_model(folder))
     engine.setup(1, 256)
+    text = ids(256)
+
+    def usable(held, shared, length, prompt_length=None, written=None):
+        prompt = text[:shared] + [token + 1 for token in text[shared:length]]
+        place = Place(text[:held], written=written or held + 1, prompt_length=prompt_length or held)
+        return engine.places.usable(place, prompt)
+
     if name == "gemma2":  # with a window of 7: rings of 55 slots
-        assert engine.can_resume(cached=20, start=0, length=30) and engine.can_resume(cached=200, start=190, length=210)
-        assert not engine.can_resume(cached=200, start=180, length=210)
+        assert usable(held=50, shared=20, length=30) == 20 and usable(held=200, shared=190, length=210) == 190
+        # Position 155 - 6 is the first that the first new token sees; 204 took the slot of 149.
+        assert usable(held=200, shared=155, length=210, written=204) == 155
+        assert usable(held=200, shared=155, length=210, written=205) == 0
     else:
-        assert engine.can_resume(cached=40, start=0, length=ORIGINAL)
-        assert not engine.can_resume(cached=40, start=40, length=ORIGINAL + 1)
-        assert engine.can_resume(cached=200, start=ORIGINAL + 1, length=210)
+        assert usable(held=40, shared=30, length=ORIGINAL) == 30
+        assert usable(held=40, shared=40, length=ORIGINAL + 1) == 0
+        assert usable(held=ORIGINAL + 20, shared=ORIGINAL - 5, length=ORIGINAL) == 0
+        assert usable(held=200, shared=ORIGINAL + 1, length=210) == ORIGINAL + 1
+        # What was generated beyond the trained length, after a prompt that was shorter.
+        assert usable(held=200, shared=200, length=210, prompt_length=ORIGINAL) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -493,6 +493,27 @@ def test_parked_rows_and_padding_change_nothing_of_others(op, parked, ring):
     op.decode_attention(q, k, v, pos, 299, softcap=3.0, ring=ring)
 
 
+@pytest.mark.parametrize("ring", [False, True])
+def test_attention_of_some_rows_of_the_cache(op, ring):
+    """In any order, more than once, more than the cache has: each gives what it gives as the only one."""
+    torch.manual_seed(0)
+    q, pos = torch.randn(5, 3, 4, 64).bfloat16(), torch.randint(60, 200, (5, 1)) + torch.arange(3)
+    k, v = torch.randn(2, 4, 2, 300, 64).bfloat16()
+    rows = torch.tensor([3, 0, 0, 2, 3])
+    k[1], v[1] = float("nan"), float("nan")
+    y = op.decode_attention(q, k, v, pos, 50, ring=ring, rows=rows)
+    for b, row in enumerate(rows):
+        alone = op.decode_attention(q[b : b + 1], k[row:], v[row:], pos[b : b + 1], 50, ring=ring)
+        assert torch.equal(y[b : b + 1], alone)
+
+
+def test_rows_that_a_cache_does_not_have_are_refused():
+    q, cache, pos = torch.randn(2, 1, 4, 16), torch.randn(2, 2, 100, 16), torch.tensor([[5], [6]])
+    for rows in ([0, 2], [-1, 0], [0], [0, 1, 1], [0.0, 1.0]):
+        with pytest.raises(RuntimeError, match="rows"):
+            torch.ops.brisk.decode_attention(q, cache, cache, pos, rows=torch.tensor(rows))
+
+
 def test_wrong_options_of_attention_are_refused(op):
     q, cache, pos = torch.randn(1, 1, 4, 16), torch.randn(1, 2, 100, 16), torch.tensor([[5]])
     for options in (

@@ -422,6 +422,24 @@ def test_attention_sees_nothing_of_other_queries(window):
 
 
 @runs
+@pytest.mark.parametrize("ring", [False, True])
+def test_attention_of_some_rows_of_the_cache(ring):
+    torch.manual_seed(0)
+    q, pos = torch.randn(3, 2, 4, 64).bfloat16(), torch.randint(60, 200, (3, 1)) + torch.arange(2)
+    k, v = torch.randn(2, 4, 2, 300, 64).bfloat16()
+    k[1], v[1] = float("nan"), float("nan")
+    rows = torch.tensor([3, 0, 3])
+    y = cuda.decode_attention(*on_device(q, k, v, pos, 50, None, None, 0.0, ring, rows))
+    for b, row in enumerate(rows):
+        alone = cuda.decode_attention(
+            *on_device(q[b : b + 1], k[row:], v[row:], pos[b : b + 1], 50, None, None, 0.0, ring)
+        )
+        assert torch.equal(y[b : b + 1], alone)
+    with pytest.raises(RuntimeError, match="does not go with"):
+        cuda.decode_attention(*on_device(q, k, v, pos, 50, None, None, 0.0, ring, rows[:2]))
+
+
+@runs
 def test_attention_reads_what_is_seen_and_no_more():
     """A position far below the length, caches that are slices, and a batch smaller than theirs."""
     q = torch.randn(1, 1, 4, 32).bfloat16()
@@ -649,7 +667,18 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
         (1, 32, 8, 128, None, {}),
         (8, 32, 8, 128, 4096, {}),
         (1, 14, 2, 64, None, {}),
-        (1, 64, 8, 64, 128, {"sinks": torch.empty(64, dtype=torch.bfloat16, device="meta"), "ring": True}),
+        (
+            1,
+            64,
+            8,
+            64,
+            128,
+            {
+                "sinks": torch.empty(64, dtype=torch.bfloat16, device="meta"),
+                "ring": True,
+                "rows": torch.empty(1, dtype=torch.long, device="meta"),
+            },
+        ),
         (1, 16, 8, 256, 4096, {"scale": 1 / 16, "softcap": 50.0, "ring": True}),
         (4, 16, 8, 256, None, {"scale": 1 / 16, "softcap": 50.0}),
     ],

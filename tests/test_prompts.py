@@ -215,7 +215,7 @@ def test_samples_share_a_prefill(script, base_folder, prefills, tmp_path):
     samples = parse(script(*args, "--prompt_file", path, "--num_samples", 3, "--batch_size", 4))
     assert [sample["id"] for sample in samples] == [1, 1, 1, 2, 2, 2]
     assert len({id(request.prompt) for request in prefills}) == 2
-    assert [request.params.seed for request in prefills] == [4, 5, 6, 9, 10, 11]
+    assert [prefill.request.params.seed for prefill in prefills] == [4, 5, 6, 9, 10, 11]
     assert len({tuple(sample["tokens"]) for sample in samples}) == 6
 
 
