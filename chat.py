@@ -193,7 +193,7 @@ def effective(settings: dict[str, Any], target: Target) -> dict[str, Any]:
     request = make_request(target, [0], settings)
     values = asdict(request.params) | {"max_new_tokens": request.max_new_tokens, "stop": request.stop}
     values |= {name: value for name, value in settings.items() if value is not None}
-    return {name: values[name] for name in SETTINGS}
+    return {name: values.get(name) for name in SETTINGS}
 
 
 def changed(

@@ -48,6 +48,7 @@ from prompts import (
     draw_seed,
     make_request,
     read_jobs,
+    read_text,
 )
 from scheduler import Token, generate
 from tokenizer import Tokenizer, load_tokenizer
@@ -100,6 +101,20 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def schema_file(name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text("json_schema", name))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--json_schema {name} is not JSON ({error}); correct it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--json_schema {name} is not a JSON object; correct it")
+    return value
+
+
+def grammar_file(name: str) -> str:
+    return read_text("grammar", name)
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Generate text from a checkpoint.")
     add = parser.add_argument
@@ -145,6 +160,9 @@ def parse_args() -> argparse.Namespace:
     add("--frequency_penalty", type=float, help="above 0: each time they occur; default: 0")
     add("--logit_bias", type=token_bias, nargs="+", metavar="ID=VALUE", help="added to the logits of token ids")
     add("--bad_words", nargs="+", metavar="TEXT", help="what must not be written, as a word or part of one")
+    add("--json_schema", type=schema_file, metavar="FILE", help="a JSON schema: the text is JSON that it describes")
+    add("--regex", metavar="R", help="a regular expression (Rust's, no look-around) that matches all of the text")
+    add("--grammar", type=grammar_file, metavar="FILE", help="a grammar in Lark's syntax that the text follows")
     add("--num_beams", type=int, default=1, help="beam search with so many")
     add("--length_penalty", type=float, default=1.0, help="of beams; above 0 prefers long texts")
     add(
@@ -251,6 +269,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
     if args.interactive and settings["seed"] is None:
         settings["seed"] = group.from_rank_0(draw_seed)
     jobs = [] if args.interactive else group.from_rank_0(lambda: read_jobs(args, target, settings))
+    jobs = [job.bound(target) for job in jobs]
     requests = [job.request for job in jobs] or [make_request(target, [0], settings)]
     longest = max(len(request.prompt) for request in requests)
     needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -283,7 +302,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
     engine.setup(
         batch_size,
         max_seq_length,
-        plain=not args.interactive and all(request.params.plain for request in requests),
+        plain=not args.interactive and all(request.params.plain and request.grammar is None for request in requests),
         logprobs=0 if args.logprobs is None and args.echo and args.json else args.logprobs,
         eos_ids=eos_ids,
         bad_words=room,

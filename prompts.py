@@ -9,6 +9,7 @@ chat's `/set` does. A setting that is None has its default.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import random
@@ -21,6 +22,7 @@ from typing import Any
 from engine import Request
 from errors import UserError, log
 from files import read_bounded
+from grammar import Constraint, Grammars
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -45,6 +47,7 @@ def is_bias(value: Any) -> bool:
 
 
 NUMBER, COUNT = ("a number", is_number), ("a whole number", is_int)
+TEXT = ("a string", lambda value: isinstance(value, str))
 SETTINGS = {  # what each may be
     "temperature": NUMBER,
     "top_k": COUNT,
@@ -60,9 +63,13 @@ SETTINGS = {  # what each may be
     "stop": ("a string or a list of strings", lambda value: isinstance(value, str) or is_texts(value)),
     "seed": COUNT,
     "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),
+    "json_schema": ("an object", lambda value: isinstance(value, dict)),
+    "regex": TEXT,
+    "grammar": TEXT,
 }
+GRAMMARS = ("json_schema", "regex", "grammar")  # what a text may be held to, one of them
 OTHER_FIELDS = ("id", "prompt", "messages", "template_vars")  # of a line of JSON
-NO_BEAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")  # what beam search knows nothing of
+NO_BEAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", *GRAMMARS)  # what beam search knows nothing of
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -85,6 +92,10 @@ class Target:
     limit: int
     limited_by: str
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.vocab_size, self.eos_ids)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -93,6 +104,11 @@ class Job:
     request: Request
     text: str  # the prompt's
     labels: dict[str, Any]  # "id", where the input names one
+
+    def bound(self, target: Target) -> "Job":
+        """The same, where it may have come from another rank: its grammar is compiled here."""
+        grammar = self.request.grammar and target.grammars.bind(self.request.grammar)
+        return replace(self, request=replace(self.request, grammar=grammar))
 
 
 def default_settings(args: argparse.Namespace, recommended: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +176,22 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) ->
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop or settings["stop"] == "":
         raise UserError("stop: an empty string ends every text; leave it out")
-    return Request(prompt, params, new, eos_ids, stop)
+    constraint = make_constraint(target, settings)
+    return Request(prompt, params, new, eos_ids, stop, grammar=constraint)
+
+
+def make_constraint(target: Target, settings: dict[str, Any]) -> Constraint | None:
+    """What the text is held to, if to anything."""
+    given = [name for name in GRAMMARS if settings.get(name) is not None]
+    if not given:
+        return None
+    name = given[0]
+    # The grammar alone says where a text may end.
+    clashes = given[1:] + [other for other in ("min_new_tokens", "ignore_eos") if settings.get(other)]
+    if clashes:
+        raise UserError(f"{name} and {clashes[0]} do not go together; leave one out")
+    make = {"json_schema": target.grammars.json_schema, "regex": target.grammars.regex, "grammar": target.grammars.lark}
+    return make[name](settings[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,11 +205,7 @@ def read_jobs(args: argparse.Namespace, target: Target, settings: dict[str, Any]
         if not jobs:
             raise UserError(f"--prompt_file {args.prompt_file} has no prompt; write one on each line")
     elif args.prompt_text_file is not None:
-        data = read_bytes("prompt_text_file", args.prompt_text_file)
-        try:
-            text = decode(data)
-        except UserError as error:
-            raise UserError(f"--prompt_text_file {args.prompt_text_file}: {error}") from error
+        text = read_text("prompt_text_file", args.prompt_text_file)
         jobs = [make_job({"prompt": text}, args, target, settings)]
     elif not args.chat and (length := synthetic_length(args.prompt)):
         jobs = [synthetic_job(length, target, settings)]
@@ -234,6 +261,15 @@ def decode(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"it is not UTF-8 (byte {error.start + 1}); re-encode it") from error
+
+
+def read_text(flag: str, name: str) -> str:
+    """A file of UTF-8, or stdin."""
+    data = read_bytes(flag, name)
+    try:
+        return decode(data)
+    except UserError as error:
+        raise UserError(f"--{flag} {name}: {error}") from error
 
 
 def read_file(args: argparse.Namespace, target: Target, settings: dict[str, Any]) -> Iterator[Job]:
@@ -330,6 +366,8 @@ def make_job(own: dict[str, Any], args: argparse.Namespace, target: Target, sett
         variables = (args.template_vars or {}) | own.get("template_vars", {})
         text = target.tokenizer.apply_chat_template(messages, variables=variables)
     prompt = target.tokenizer.encode(text, add_special_tokens=messages is None)  # a rendered chat has its own
+    if not own.keys().isdisjoint(GRAMMARS):
+        settings = settings | dict.fromkeys(GRAMMARS)  # the line's takes the place of any other
     settings = settings | {name: value for name, value in own.items() if name in SETTINGS}
     return Job(make_request(target, prompt, settings), text, {"id": own["id"]} if "id" in own else {})
 

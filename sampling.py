@@ -1,4 +1,4 @@
-"""From logits to the next token: bias, penalties, banned words, temperature, top-k, top-p, min-p, greedy.
+"""From logits to the next token: grammars, bias, penalties, banned words, temperature, top-k, top-p, min-p, greedy.
 
     sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, device)
     sampler.set_row(0, SamplingParams(temperature=0.8, top_p=0.95, seed=1), prompt)
@@ -11,7 +11,7 @@ numbers agree as often as their distributions let them.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +134,11 @@ class Sampler(nn.Module):
         buffer("settings", batch_size, len(SETTINGS), dtype=torch.float32)
         buffer("integers", batch_size, len(INTEGERS), dtype=torch.int32)
         buffer("words", batch_size, *bad_words, dtype=torch.int64, fill=-1)  # aligned to the right
+        # The tokens that grammars allow: bit i % 32 of word i // 32 is token i's. The host writes it for every step.
+        buffer("mask", batch_size, -(-vocab_size // 32), dtype=torch.int32, fill=-1)
+        self.host_mask = self.mask
+        if self.mask.is_cuda:
+            self.host_mask = torch.full(self.mask.shape, -1, dtype=torch.int32, pin_memory=True)
         buffer("eos", vocab_size, dtype=torch.bool)
         self.eos[[token for token in self.eos_ids if token < vocab_size]] = True
         self.register_buffer("ids", torch.arange(vocab_size, dtype=torch.int32, device=device), persistent=False)
@@ -194,6 +199,23 @@ class Sampler(nn.Module):
             self.words[row] = torch.tensor(padded, dtype=torch.int64)
 
     @torch.no_grad()
+    def set_mask(self, row: int, fill: Callable[[Tensor], None] | None) -> None:
+        """What a row's next token may be: `fill` writes it, int32 [ceil(V / 32)] on the CPU; None is anything.
+
+        What the row drew by its last mask has to have been read: on CUDA a copy of that may be under way until then.
+        """
+        if self.plain:
+            if fill is not None:
+                raise ValueError("a mask in a sampler of plain rows")
+            return
+        if fill is None:
+            self.host_mask[row] = -1
+        else:
+            fill(self.host_mask[row])
+        if self.host_mask is not self.mask:
+            self.mask[row].copy_(self.host_mask[row], non_blocking=True)
+
+    @torch.no_grad()
     def begin(self, row: int, token: Tensor, position: int) -> None:
         """Appends a row's first new token, int64 [1, 1], to its prompt."""
         token, drawn = token[0].clamp(min=0), token[0] >= 0
@@ -232,7 +254,8 @@ class Sampler(nn.Module):
         for i in range(1, tokens.shape[1]):
             later = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= i
             counts = counts + ((tokens[:, i, None, None] == self.ids) & later)
-        scores = scores.float() + self._select("bias", rows)[:, None]
+        allowed = unpacked(self._select("mask", rows))[:, None, : scores.shape[-1]]
+        scores = torch.where(allowed, scores.float() + self._select("bias", rows)[:, None], -math.inf)
         seen = self._select("prompted", rows)[:, None] | (counts > 0)
         scores = torch.where(seen, torch.where(scores < 0, scores * repetition, scores / repetition), scores)
         scores = scores - torch.where(counts > 0, presence, 0.0) - frequency * counts
@@ -285,6 +308,11 @@ class Sampler(nn.Module):
         buffer, names = ("settings", SETTINGS) if name in SETTINGS else ("integers", INTEGERS)
         column = names.index(name)
         return self._select(buffer, rows)[:, column : column + 1]
+
+
+def unpacked(mask: Tensor) -> Tensor:
+    """int32 [..., N] -> bool [..., 32 N], the lowest bit of a word first."""
+    return ((mask[..., None] >> torch.arange(32, dtype=torch.int32, device=mask.device)) & 1).flatten(-2).bool()
 
 
 def possible(best: Tensor, token: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ LINES = [
     {"id": "c", "prompt": "x", "max_new_tokens": 3},
     {"id": "d", "prompt": "日本語 and 🙂", "top_k": 7, "seed": 1, "presence_penalty": 1.0},
     {"id": "e", "prompt": "for number, line in", "max_new_tokens": 25, "stop": ["e", "n"]},
+    {"id": "f", "prompt": "x", "temperature": 1.0, "seed": 3, "regex": "[a-z]{2,5}=[0-9a-f]{3,9}"},
 ]
 SAMPLED = "--temperature 0.8 --top_k 50 --top_p 0.95 --min_p 0.01 --repetition_penalty 1.2 --presence_penalty 0.5"
 SAMPLED += " --frequency_penalty -0.3 --logit_bias 9=2 20=-1 --bad_words the line --min_new_tokens 9 --seed 3"
