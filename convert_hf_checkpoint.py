@@ -72,20 +72,20 @@ def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> tor
     return torch.float32 if stored == {torch.float64} else stored.pop()
 
 
-def check_tokenizer(source: Path, config: ModelConfig) -> None:
+def check_tokenizer(source: Source, config: ModelConfig) -> None:
     """UserError when the tokenizer does not fit; warnings for what only some uses of the model need."""
-    if not any((source / name).is_file() for name in TOKENIZER_FILES):
-        log(f"warning: {source} has no tokenizer; put its files into the converted folder")
+    if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        log(source.told(f"warning: {source.folder} has no tokenizer; put its files into the converted folder"))
     else:
-        tokenizer = load_tokenizer(source, config.vocab_size)
+        tokenizer = load_tokenizer(source.folder, config.vocab_size)
         try:
             tokenizer.check_chat_template()
         except UserError as error:
-            log(f"warning: {error}")
+            log(f"warning: {source.told(error)}")
     try:
-        ids = checkpoint.load_generation_config(source)["eos_token_ids"]
+        ids = checkpoint.load_generation_config(source.folder)["eos_token_ids"]
     except UserError as error:
-        log(f"warning: {error}")
+        log(f"warning: {source.told(error)}")
         return
     if beyond := [i for i in ids if i >= config.vocab_size]:
         log(
@@ -128,7 +128,7 @@ def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard
     keep_quantized = source.method != "gguf" or dtype is None
     plan = plan_tensors(config, tensors, source.names, keep_quantized)
     dtype = dtype or choose_dtype(raw_config, plan)
-    check_tokenizer(source.folder, config)
+    check_tokenizer(source, config)
 
     stored, quantized = stored_tensors(config, plan, dtype)
     path = out.resolve()
@@ -455,7 +455,8 @@ def main() -> None:
         if args.revision is not None:
             raise UserError("--revision goes with --repo only; leave it out")
         folder, repo = cached(args.checkpoint_dir)
-        name = folder.resolve().stem if folder.is_file() else folder.resolve().name
+        # A file in the cache is a link to one that is named by its hash.
+        name = re.sub(r"-\d{5}-of-\d{5}$", "", folder.stem) if folder.is_file() else folder.resolve().name
         out = args.out or (repo_folder(repo) if repo else checkpoint.CHECKPOINTS / "local" / name)
     log(convert(folder, out, args.dtype and DTYPES[args.dtype], overwrite=args.overwrite, file=args.file))
 

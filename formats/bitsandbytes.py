@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Stored
+from formats.packed import Stored, check_finite
 from layout import Form
 from weights import CHUNK_BYTES, FLOATS
 
@@ -80,7 +80,7 @@ class RowWeight:
             yield self.levels.read(start, min(start + step, self.shape[0]))
 
     def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return finite(self.absmax.read(start, stop).float(), self.absmax_name) / 127
+        return check_finite(self.absmax.read(start, stop).float(), self.absmax_name) / 127
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,10 @@ class BlockWeight:
         absmax = self.floats("nested_absmax", outer, -(-last // size))
         block = torch.arange(first, last) // size - outer
         scales = self.floats("nested_quant_map").index_select(0, levels) * absmax[block]
-        return finite((scales.to(self.nested.dtype) + self.nested.offset).float(), f"{self.name}.absmax")
+        return check_finite((scales.to(self.nested.dtype) + self.nested.offset).float(), f"{self.name}.absmax")
 
     def floats(self, part: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return finite(self.parts[part].read(start, stop).float(), f"{self.name}.{part}")
-
-
-def finite(values: Tensor, name: str) -> Tensor:
-    """UserError when one of them is not."""
-    if not bool(values.isfinite().all()):
-        raise UserError(f"tensor {name!r} holds NaN or infinity; {AGAIN}")
-    return values
+        return check_finite(self.parts[part].read(start, stop).float(), f"{self.name}.{part}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from torch import Tensor
 from errors import UserError
 from formats.compressed_config import Scheme, find_scheme, outer, read_schemes, tell
 from formats.gptq_awq import sorted_inputs
-from formats.packed import Stored
+from formats.packed import Stored, check_finite
 from kernels.packing import FP4_VALUES, GROUPSIZES, pack_nibbles, unpack_nibbles
 from layout import MXFP4, Form
 from weights import CHUNK_BYTES, FLOATS
@@ -67,11 +67,6 @@ def unpack(words: Tensor, bits: int, count: int, gaps: bool = False) -> Tensor:
     values = torch.nn.functional.pad(values, (0, 1)).int()
     pairs = values[:, :-1] | values[:, 1:] << 8
     return (pairs.index_select(1, place // 8) >> (place % 8) & (2**bits - 1)).to(torch.uint8)
-
-
-def is_finite(values: Tensor) -> bool:
-    """That all are; isfinite() takes ten times as long."""
-    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def packed_size(count: int, bits: int, gaps: bool = False) -> int:
@@ -150,8 +145,8 @@ class Compressed:
             values -= (
                 spread(self.zeros(start, stop).float()) if "weight_zero_point" in self.tensors else self.scheme.middle
             )
-        elif self.scheme.bits == 8 and not is_finite(values):
-            raise self.damaged(self.stored, "holds NaN or infinity")
+        elif self.scheme.bits == 8:
+            check_finite(values, f"{self.name}.{self.stored}")
         return values.mul_(spread(scales))
 
     def read_part(self, part: str) -> Iterator[Tensor]:
@@ -202,8 +197,7 @@ class Compressed:
         """Of rows start:stop, [rows, groups]."""
         values = self.grid("weight_scale", start, stop)
         values = (values.view(POWERS) if values.dtype == torch.uint8 else values).to(self.scale_dtype)
-        if not is_finite(values):
-            raise self.damaged("weight_scale", "holds NaN or infinity")
+        check_finite(values, f"{self.name}.weight_scale")
         if "weight_global_scale" in self.tensors:
             whole = self.tensors["weight_global_scale"].read().float().reshape(())
             if not bool(whole.isfinite()) or not whole:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Stored
+from formats.packed import Stored, check_finite
 from weights import FLOATS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -61,7 +61,7 @@ class Fp8Weight:
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         first = start // rows
         scales = self.read_scales(first, -(-stop // rows)).repeat_interleave(rows, 0)[start - first * rows :]
-        weight = finite(self.levels.read(start, stop).float(), self.name)
+        weight = check_finite(self.levels.read(start, stop).float(), self.name)
         for i, part in enumerate(weight.split(columns, 1)):
             part.mul_(scales[: len(weight), i : i + 1])
         return weight
@@ -71,18 +71,11 @@ class Fp8Weight:
         scales = self.scales.read(first, last) if self.scales.shape else self.scales.read()
         if scales.dtype == torch.uint8:
             scales = scales.view(POWERS)
-        scales = finite(scales.float(), self.scales_name)
+        scales = check_finite(scales.float(), self.scales_name)
         return scales.reshape(-1, -(-self.shape[1] // self.block[1]))
 
     def read_part(self, part: str) -> Iterator[Tensor]:
         raise ValueError(f"{self.name} has no form of ours, and so no {part}")
-
-
-def finite(values: Tensor, name: str) -> Tensor:
-    """UserError when one of them is not."""
-    if not bool(values.isfinite().all()):
-        raise UserError(f"tensor {name!r} holds NaN or infinity; get the weights again")
-    return values
 
 
 def collapse(fields: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Stored | Fp8Weight]:

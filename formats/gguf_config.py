@@ -10,13 +10,13 @@ llama.cpp takes it to be. A key of the architecture that is not read here and ma
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from errors import UserError
 from families import FAMILIES, REASONS, Family, Names
+from formats.gguf import GgufFile
 from formats.gguf_families import (
     ARCHITECTURES,
     CLASSES,
@@ -30,22 +30,7 @@ from formats.gguf_families import (
     PARTS,
     Architecture,
 )
-
-
-class GgufTensor(Protocol):
-    """A tensor of the file, dequantized when it is read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
-class GgufFile(Protocol):
-    """An opened file; a stack of experts NAME_exps.weight is NAME_exps.0.weight, NAME_exps.1.weight ..."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
+from formats.packed import Packed, Stored
 
 
 class Keys:
@@ -164,7 +149,7 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     for token in ("bos", "eos"):
         fields[f"{token}_token_id"] = file.metadata.get(f"tokenizer.ggml.{token}_token_id")
     # What is not quantized keeps its type; quantized weights do not tell what the original had.
-    dtype = torch.bfloat16 if hasattr(embedding, "form") else embedding.dtype
+    dtype = torch.bfloat16 if isinstance(embedding, Packed) else embedding.dtype
     config = {
         "architectures": [CLASSES.get(model_type, model_type.title().replace("_", "") + "ForCausalLM")],
         "model_type": model_type,
@@ -176,7 +161,7 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], Names]:
     return config, names_of(architecture, family, tensors)
 
 
-def flags(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
+def flags(family: Family, tensors: Mapping[str, Stored]) -> dict[str, bool]:
     """The fields of the family that are true or false, of which the tensors of layer 0 tell."""
     found = {}
     for name, targets in family.reads.items():
@@ -265,7 +250,7 @@ def windows(keys: Keys, family: Family, layers: int, context: int) -> dict[str, 
     return {"sliding_window": window, "layer_types": types}
 
 
-def experts(keys: Keys, family: Family, tensors: Mapping[str, GgufTensor], fields: Mapping[str, Any]) -> dict[str, Any]:
+def experts(keys: Keys, family: Family, tensors: Mapping[str, Stored], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a mixture of experts."""
     known = family.experts
     width, shared = keys.integer("expert_feed_forward_length", 0), keys.integer("expert_shared_feed_forward_length", 0)
@@ -298,7 +283,7 @@ def experts(keys: Keys, family: Family, tensors: Mapping[str, GgufTensor], field
 
 
 def rope(
-    keys: Keys, family: Family, architecture: Architecture, tensors: Mapping[str, GgufTensor], fields: dict[str, Any]
+    keys: Keys, family: Family, architecture: Architecture, tensors: Mapping[str, Stored], fields: dict[str, Any]
 ) -> dict[str, Any]:
     """The base of RoPE, how much of a head it rotates, and how it is stretched."""
     theta, head_dim = float(keys.number("rope.freq_base", 10000.0)), fields["head_dim"]
@@ -332,7 +317,7 @@ def rope(
 
 
 def stretch(
-    keys: Keys, tensors: Mapping[str, GgufTensor], theta: float, rotated: int, context: int
+    keys: Keys, tensors: Mapping[str, Stored], theta: float, rotated: int, context: int
 ) -> dict[str, Any] | None:
     """`rope_scaling`: none, linear, yarn, or what the factors in tensors of the file mean."""
     kind = keys.value("rope.scaling.type") or "linear"
@@ -371,7 +356,7 @@ def stretch(
     return scaling if math.isclose(whole, usual, rel_tol=1e-6) else scaling | {"attention_factor": whole}
 
 
-def factors(tensors: Mapping[str, GgufTensor], name: str, count: int) -> list[float]:
+def factors(tensors: Mapping[str, Stored], name: str, count: int) -> list[float]:
     """What divides each frequency. UserError when the tensor does not hold `count` positive numbers."""
     if name not in tensors or tuple(tensors[name].shape) != (count,):
         raise UserError(f"tensor {name!r} is missing or does not hold {count} numbers; get the complete GGUF file")
@@ -412,7 +397,7 @@ def llama3(found: list[float], theta: float) -> dict[str, Any] | None:
 # The names
 
 
-def names_of(architecture: Architecture, family: Family, tensors: Mapping[str, GgufTensor]) -> Names:
+def names_of(architecture: Architecture, family: Family, tensors: Mapping[str, Stored]) -> Names:
     parts: dict[str, Sequence[str]] = dict(PARTS)
     for tensor, other in FORMS.items():
         if f"blk.0.{tensor}" in tensors:

@@ -76,7 +76,6 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """
     kind = str(metadata.get("tokenizer.ggml.model", "none"))
     if kind in ("none", "no_vocab"):
-        log("warning: the GGUF file holds no tokenizer; put the model's tokenizer.json beside the checkpoint")
         return {}
     if kind not in ("llama", "gpt2", "gemma4"):
         known = f" ({REFUSED[kind]})" if kind in REFUSED else ""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Packed, Stored
+from formats.packed import Packed, Stored, check_finite
 from kernels.packing import GROUPSIZES, dequantize, pack_nibbles, unpack_nibbles
 from layout import Form
 from weights import CHUNK_BYTES, FLOATS
@@ -208,9 +208,7 @@ class QuantizedLinear:
         if part == "zeros":
             values = unpack_zeros(self.tensors["qzeros"].read(), self.format)
         else:
-            values = self.tensors["scales"].read().t()
-            if not bool(values.isfinite().all()):
-                raise UserError(f"tensor '{self.name}.scales' holds NaN or infinity; get the weights again")
+            values = check_finite(self.tensors["scales"].read().t(), f"{self.name}.scales")
         inputs = self.shape[1]
         return values[:, torch.arange(0, inputs, self.groupsize) // full_groupsize(self.format, inputs)]
 

@@ -221,10 +221,12 @@ def choose_gguf(names: Iterable[str], where: object, file: str | None) -> list[s
     if file is not None:
         chosen = next((shards for shards in found.values() if file in shards), None)
         if chosen is None:
-            there = ", ".join(shards[0] for shards in found.values()) or "none"
-            raise UserError(f"{where} has no GGUF file {file!r} ({there}); name one of them as --file")
+            there = ", ".join(shards[0] for shards in found.values())
+            advice = f", but {there}; name one of them as --file" if there else "; leave --file out"
+            raise UserError(f"{where} has no GGUF file {file!r}{advice}")
         return [file, *(shard for shard in chosen if shard != file)]
-    if not found or any(fnmatch.filter(names, f"{form}*") for form in WEIGHT_FILES):
+    others = [name for name in names if "/" not in name]  # where alone other weights are looked for
+    if not found or any(fnmatch.filter(others, f"{form}*") for form in WEIGHT_FILES):
         return None
     if len(found) > 1:
         there = ", ".join(shards[0] for shards in found.values())

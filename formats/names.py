@@ -49,7 +49,7 @@ def text_names(tensors: Mapping[str, Source], names: Names) -> Mapping[str, Sour
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a tensor of the source has to go through; it is read whole, of stacked experts one after the other
+# What a tensor of the source has to go through: whole, of stacked experts one after the other, or in groups of rows
 
 
 def heads_apart(config: ModelConfig, tensor: Tensor) -> Tensor:
@@ -95,6 +95,7 @@ class Piece:
     tensor: Source
     transform: Callable[[Tensor], Tensor] | None = None
     stacked: bool = False  # experts, which are transformed one by one
+    group: int = 0  # so many rows may be transformed without the others; 0: none
     form: Form | None = None  # in which it stays quantized
 
     def read(self, kind: str) -> Iterable[Tensor]:
@@ -106,7 +107,8 @@ class Piece:
         if self.stacked:
             experts = (self.tensor.read(i, i + 1)[0] for i in range(self.tensor.shape[0]))
             return (self.transform(expert)[None].contiguous() for expert in experts)
-        return [self.transform(self.tensor.read()).contiguous()]
+        runs = slices(self.tensor, self.group or self.tensor.shape[0])
+        return (self.transform(rows).contiguous() for rows in runs)
 
     def read_part(self, kind: str) -> Iterable[Tensor]:
         parts = self.tensor.read_part(kind)
@@ -114,7 +116,8 @@ class Piece:
             return parts
         if self.stacked:  # packed experts have the outputs first already, which the transform is to bring there
             return (self.transform(expert[0].t())[None].contiguous() for expert in parts)
-        return [self.transform(torch.cat(list(parts))).contiguous()]  # an order of the rows, which is that of all parts
+        runs = regrouped(parts, self.group) if self.group else [torch.cat(list(parts))]
+        return (self.transform(rows).contiguous() for rows in runs)  # an order of the rows, which is that of all parts
 
 
 def settle_tie(
@@ -152,6 +155,7 @@ class Wanted:
     shape: tuple[int, ...]  # in the source
     transform: Callable[[Tensor], Tensor] | None = None
     stacked: bool = False
+    group: int = 0
 
 
 def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Names) -> Iterator[Wanted]:
@@ -182,8 +186,10 @@ def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Na
         turned = names.interleaved and (part == "attention.wqkv" and i < 2)
         if names.interleaved and part in ("attention.q_norm", "attention.k_norm") and len(shape) == 2:
             yield Wanted(stem, name, own_shape, lambda tensor: turn(tensor.flatten()).view(tensor.shape))
+        elif turned:
+            yield Wanted(stem, name, own_shape, turn, group=config.head_dim if len(stems) == 3 else 0)
         else:
-            yield Wanted(stem, name, own_shape, turn if turned else transform, stacked)
+            yield Wanted(stem, name, own_shape, transform, stacked)
 
 
 def with_rows(wanted: Wanted, tensors: Mapping[str, Source]) -> Wanted:
@@ -198,12 +204,12 @@ def check(wanted: Wanted, tensors: Mapping[str, Source]) -> None:
     """UserError when the tensor is missing, misshapen or no float."""
     name = wanted.name
     if name not in tensors:
-        raise UserError(f"tensor {name!r} is missing from the weights; config.json and weights do not match")
+        raise UserError(f"tensor {name!r} is missing from the weights; get all of them, or the config of these")
     found = tensors[name].shape
     if found != wanted.shape:
         raise UserError(
-            f"tensor {name!r} has the shape {list(found)} where config.json means {list(wanted.shape)};"
-            " get the config.json of these weights"
+            f"tensor {name!r} has the shape {list(found)} where the config means {list(wanted.shape)};"
+            " get the config of these weights"
         )
     if tensors[name].dtype not in (*FLOATS, torch.float64):
         raise UserError(f"tensor {name!r} is {tensors[name].dtype}, not a float; convert the unquantized model")
@@ -233,7 +239,7 @@ def plan_tensors(
         used |= {part.name for part in wanted}
         quantizable = keep_quantized and is_quantizable(ours.removesuffix(".weight"), shape)
         form = common_form([tensors[part.name] for part in wanted], len(shape) == 3) if quantizable else None
-        plan[ours] = [Piece(tensors[part.name], part.transform, part.stacked, form) for part in wanted]
+        plan[ours] = [Piece(tensors[part.name], part.transform, part.stacked, part.group, form) for part in wanted]
     for name, tensor in tensors.items():
         if name in used or IGNORED.fullmatch(name):
             continue
@@ -243,7 +249,7 @@ def plan_tensors(
             continue
         if config.tied and name == head:  # the same as the embedding, see settle_tie
             continue
-        raise UserError(f"tensor {name!r} is unexpected; config.json does not speak of it, get that of these weights")
+        raise UserError(f"tensor {name!r} is unexpected, the config says nothing of it; get that of these weights")
     return plan
 
 
@@ -270,9 +276,21 @@ def equal(a: Source, b: Source) -> bool:
     return a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(slices(a), slices(b), strict=True))
 
 
-def slices(tensor: Source) -> Iterator[Tensor]:
-    """The tensor in runs of rows of at most CHUNK_BYTES."""
+def slices(tensor: Source, group: int = 1) -> Iterator[Tensor]:
+    """The tensor in runs of rows of at most CHUNK_BYTES, or of one group of rows: none is cut."""
     rows = tensor.shape[0]
-    step = max(CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize), 1)
+    fitting = CHUNK_BYTES * rows // (torch.Size(tensor.shape).numel() * tensor.dtype.itemsize)
+    step = max(fitting // group, 1) * group
     for start in range(0, rows, step):
         yield tensor.read(start, min(start + step, rows))
+
+
+def regrouped(runs: Iterable[Tensor], group: int) -> Iterator[Tensor]:
+    """The same rows in runs of whole groups."""
+    rest: list[Tensor] = []
+    for run in runs:
+        rows = torch.cat((*rest, run))
+        whole = len(rows) // group * group
+        if whole:
+            yield rows[:whole]
+        rest = [rows[whole:]]

@@ -7,12 +7,14 @@
 What a weight consists of in the file, and under which names, only its reader knows.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from errors import UserError
 from layout import Form
 
 
@@ -42,3 +44,11 @@ class Packed(Protocol):
 
     def read_part(self, part: str) -> Iterator[Tensor]:
         """`weight`, `scales`, `zeros` or `order` as layout.quantized_shapes has them, in runs of rows."""
+
+
+def check_finite(values: Tensor, name: str) -> Tensor:
+    """The values. UserError, by the name of their tensor, when one is NaN or infinite."""
+    # NaN is both extremes; isfinite() takes ten times as long.
+    if values.numel() and not all(math.isfinite(extreme) for extreme in values.aminmax()):
+        raise UserError(f"tensor {name!r} holds NaN or infinity; get the weights again")
+    return values

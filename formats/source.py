@@ -39,6 +39,10 @@ class Source:
     tensors: Mapping[str, Tensors]
     method: str | None  # by which it is quantized
 
+    def told(self, message: object) -> str:
+        """The message with the GGUF file in the place of the folder that was made for it."""
+        return str(message).replace(str(self.folder), str(self.path)) if self.method == "gguf" else str(message)
+
 
 @contextmanager
 def open_source(path: Path, file: str | None = None) -> Iterator[Source]:
@@ -48,10 +52,12 @@ def open_source(path: Path, file: str | None = None) -> Iterator[Source]:
     if gguf is None:
         yield open_folder(path)
         return
-    # Its package is imported where it is needed: it takes 0.3 s.
-    from formats.gguf import open_gguf
-    from formats.gguf_config import config_of
-    from formats.gguf_tokenizer import tokenizer_files
+    try:  # here, as its package takes 0.3 s
+        from formats.gguf import open_gguf
+        from formats.gguf_config import config_of
+        from formats.gguf_tokenizer import tokenizer_files
+    except ModuleNotFoundError as error:
+        raise UserError(f"{gguf}: GGUF files need {error.name!r}; run `pip install -r requirements.txt`") from error
 
     opened = open_gguf(gguf)
     config, names = config_of(opened)
@@ -59,22 +65,25 @@ def open_source(path: Path, file: str | None = None) -> Iterator[Source]:
         files = tokenizer_files(opened.metadata) | {"config.json": json.dumps(config, indent=2).encode()}
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
+        source = Source(gguf, Path(folder), config, names, opened.tensors, "gguf")
+        del opened, files, data  # 50 MB of a large vocabulary
         try:
-            yield Source(gguf, Path(folder), config, names, opened.tensors, "gguf")
+            yield source
         except UserError as error:
-            raise UserError(str(error).replace(folder, str(gguf))) from error
+            raise UserError(source.told(error)) from error
 
 
 def find_gguf(path: Path, file: str | None) -> Path | None:
-    """The GGUF file that is meant: the path itself, or one in a folder that has no other weights, or is named."""
+    """The GGUF file that is meant: the path itself, or one in a folder that has no other weights, or is named. None
+    where it is no GGUF file. UserError where a file is named beside another."""
     if path.is_file():
         if file is not None:
-            raise UserError(f"--file names a GGUF file in a folder or repo, and {path} is a file; leave it out")
-        return path if path.suffix == ".gguf" else None
+            raise UserError(f"--file {file} is for a folder, and {path} is a file; leave one of the two out")
+        with open(path, "rb") as opened:  # ollama's have no suffix
+            return path if path.suffix == ".gguf" or opened.read(4) == b"GGUF" else None
     if not path.is_dir():
         return None
-    names = {str(entry.relative_to(path)) for entry in path.rglob("*.gguf")} if file else set()
-    names |= {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir()} | {str(entry.relative_to(path)) for entry in path.rglob("*.gguf")}
     chosen = choose_gguf(names, path, file)
     return path / chosen[0] if chosen else None
 

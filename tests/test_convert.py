@@ -444,7 +444,7 @@ def test_first_wrong_tensor_is_named(tmp_path):
 
     key = "model.layers.1.self_attn.k_proj.weight"
     refused({key: None, "model.norm.weight": None}, f"'{key}' is missing")
-    refused({key: torch.ones(64, 64)}, rf"'{key}' has the shape \[64, 64\] where config.json means \[32, 64\]")
+    refused({key: torch.ones(64, 64)}, rf"'{key}' has the shape \[64, 64\] where the config means \[32, 64\]")
     refused({"lm_head.weight": torch.ones(299, 64)}, r"'lm_head.weight' has the shape \[299, 64\].* \[300, 64\]")
     refused({key: torch.ones(32, 64, dtype=torch.int8)}, f"'{key}' is torch.int8, not a float")
     refused({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, r"'model.layers.2.mlp.up_proj.weight' is unexpected")

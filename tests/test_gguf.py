@@ -162,7 +162,7 @@ def test_scales_that_are_not_finite(tmp_path, kind, value):
         else:
             raw[1, at : at + 2] = [value & 255, value >> 8]
         tensor = open_gguf(write(tmp_path / "x.gguf", {"x.weight": (raw, kind)})).tensors["x.weight"]
-        refused = pytest.raises(UserError, match=r"tensor 'x\.weight' holds NaN or infinity; get the file again")
+        refused = pytest.raises(UserError, match=r"tensor 'x\.weight' holds NaN or infinity; get the weights again")
         with refused:
             tensor.read()
         assert tensor.read(0, 1).shape == (1, 512)

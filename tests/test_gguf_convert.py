@@ -21,6 +21,9 @@ from test_convert import error_line, run_script
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
+from formats.gguf import open_gguf
+from formats.hub import choose_gguf
+from formats.names import Piece
 from kernels.packing import dequantize as expand
 from kernels.packing import unpack_nibbles
 
@@ -197,6 +200,26 @@ def test_a_mixture_keeps_its_values(tmp_path):
     assert torch.equal(stored["tok_embeddings"], maker.floats["token_embd"].bfloat16())
 
 
+@pytest.mark.parametrize("run", [1, 70_000, 150_000])
+def test_heads_are_turned_in_runs_of_any_length(tmp_path, monkeypatch, run):
+    """q and k, quantized and as floats, are not read as a whole; no run cuts a head of 64 rows."""
+    path = Maker(MIXED).write(tmp_path / "mixed.gguf")
+    for dtype in (None, torch.float32):
+        with monkeypatch.context() as patched:
+            for module in ("names", "gguf"):
+                patched.setattr(f"formats.{module}.CHUNK_BYTES", run)
+            convert(path, tmp_path / f"runs-{dtype}", dtype)
+        convert(path, tmp_path / f"whole-{dtype}", dtype)
+        a, b = (load_file(tmp_path / f"{name}-{dtype}" / "model.safetensors") for name in ("runs", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    sizes = []
+    tensor = open_gguf(path).tensors["blk.0.attn_q.weight"]
+    piece = Piece(tensor, lambda rows: sizes.append(len(rows)) or rows, group=HEAD_DIM, form=tensor.form)
+    monkeypatch.setattr("formats.gguf.CHUNK_BYTES", run)
+    assert len(torch.cat(list(piece.read("weight")))) == HEADS * HEAD_DIM
+    assert all(size % HEAD_DIM == 0 for size in sizes) and max(sizes) <= 3 * HEAD_DIM
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_dtype_dequantizes_all(tmp_path, tied):
     maker = Maker(MIXED | {"output": "Q6_K"}, tied)
@@ -260,9 +283,9 @@ def test_folders_and_shards(tmp_path):
     assert len(list(folder.glob("two-0000?-of-00003.gguf"))) == 3
     with pytest.raises(UserError, match=r"several GGUF files \(one.gguf, two-00001-of-00003.gguf\); name one of them"):
         convert(folder, tmp_path / "out")
-    with pytest.raises(UserError, match=r"has no GGUF file 'three.gguf' \(one.gguf, two-00001"):
+    with pytest.raises(UserError, match=r"has no GGUF file 'three.gguf', but one.gguf, two-00001"):
         convert(folder, tmp_path / "out", file="three.gguf")
-    with pytest.raises(UserError, match=r"--file names a GGUF file in a folder or repo, and .*one.gguf is a file"):
+    with pytest.raises(UserError, match="--file three.gguf is for a folder, and .*one.gguf is a file"):
         convert(folder / "one.gguf", tmp_path / "out", file="three.gguf")
     for path in (folder, folder / "one.gguf"):
         with pytest.raises(UserError, match=f"{path} is not converted; run `python convert_hf_checkpoint.py"):
@@ -272,6 +295,50 @@ def test_folders_and_shards(tmp_path):
     (folder / "two-00003-of-00003.gguf").unlink()
     with pytest.raises(UserError, match=r"two-00003-of-00003.gguf is missing; .* one of 3 parts"):
         convert(folder, tmp_path / "out", file="two-00001-of-00003.gguf")
+
+
+def test_a_folder_below(tmp_path):
+    """The only GGUF file of a folder may lie in one below; other weights are looked for in the folder itself."""
+    maker = Maker(MIXED)
+    maker.write(tmp_path / "in" / "Q4" / "x.gguf")
+    (tmp_path / "in" / "original").mkdir()
+    (tmp_path / "in" / "original" / "consolidated.00.pth").touch()
+    assert convert(tmp_path / "in", tmp_path / "out").startswith("wrote ")
+    names = ["Q4/x.gguf", "original/consolidated.00.pth"]
+    assert choose_gguf(names, "org/name", None) == ["Q4/x.gguf"]
+    assert choose_gguf([*names, "model.safetensors", "config.json"], "org/name", None) is None
+    assert choose_gguf([*names, "model.safetensors", "config.json"], "org/name", "Q4/x.gguf") == ["Q4/x.gguf"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no GGUF file 'x.safetensors'; leave --file out"):
+        convert(tmp_path / "empty", tmp_path / "out", file="x.safetensors")
+
+
+def test_files_by_other_names(tmp_path):
+    """ollama's have a hash for a name, those in the hub's cache are links to such; a shard gives its model's name."""
+    blob = Maker(MIXED).write(tmp_path / "cache" / "sha256-0123")
+    (tmp_path / "name-Q4_0-00001-of-00001.gguf").symlink_to(blob)
+    assert convert(blob, tmp_path / "out").startswith("wrote ")
+    done = run_script("--checkpoint_dir", "name-Q4_0-00001-of-00001.gguf", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.startswith("wrote checkpoints/local/name-Q4_0: "), done.stderr
+    done = run_script("--checkpoint_dir", blob, "--file", "other.gguf", cwd=tmp_path)
+    assert "--file other.gguf is for a folder" in error_line(done)
+
+
+def test_no_tokenizer(tmp_path, capsys, monkeypatch):
+    """One warning, which names the file and not the folder that was made for it."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", lambda writer, name: None)
+    path = Maker(MIXED).write(tmp_path / "x.gguf")
+    convert(path, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert said == f"warning: {path} has no tokenizer; put its files into the converted folder\n"
+
+
+def test_without_the_package(tmp_path):
+    path = Maker(MIXED).write(tmp_path / "x.gguf")
+    (tmp_path / "gguf.py").write_text("raise ModuleNotFoundError(\"No module named 'gguf'\", name='gguf')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = run_script("--checkpoint_dir", path, "--out", tmp_path / "out", env=env)
+    assert "GGUF files need 'gguf'; run `pip install -r requirements.txt`" in error_line(done)
 
 
 def test_a_repo(tmp_path):

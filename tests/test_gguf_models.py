@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 from family_models import ENTRIES, HEAD_DIM, PUBLISHED, VOCAB, Entry, entry, make
+from gguf.quants import quantize
 from transformers import CONFIG_MAPPING
 
 from config import ModelConfig
@@ -442,6 +443,41 @@ def test_logits(written):
     expected = made.logits(text)
     error = (model(text, torch.arange(50)[None])[0] - expected).abs().max()
     assert error <= LIMIT * expected.abs().max()
+
+
+def test_layers_that_stay_quantized(written, tmp_path):
+    """They hold what is read of the same file as floats: heads turned, experts stacked, parts fused alike."""
+    case, made, file = written
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", case.architecture)
+    config = made.reference.config
+    add_keys(writer, case.architecture, getattr(config, "text_config", None) or config)
+    for key, value in case.keys.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_uint32
+        add(f"{case.architecture}.{key}", value)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for tensor in gguf.GGUFReader(file.path).tensors:
+        data = np.array(tensor.data)
+        layer = re.fullmatch(r"(blk\.\d+\.(attn|ffn)_(?!gate_inp|.*norm).*|token_embd|output)\.weight", tensor.name)
+        quantized = layer and data.ndim > 1 and data.shape[-1] % 32 == 0
+        data = quantize(data, kind) if quantized else data
+        writer.add_tensor(tensor.name, data, raw_dtype=kind if quantized else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    quantized = open_gguf(tmp_path / "model.gguf")
+    fields, names = config_of(quantized)
+    config = ModelConfig.from_hf(fields)
+    kept, floats = (plan_tensors(config, quantized.tensors, names, keep_quantized=keep) for keep in (True, False))
+    layers = [name for name in floats if kept[name][0].form is not None]
+    assert len(layers) >= 3 * config.n_layers
+    for name in layers:
+        levels, scales = (
+            torch.cat([rows.flatten(0, -2).float() for piece in kept[name] for rows in piece.read(part)])
+            for part in ("weight", "scales")
+        )
+        expected = torch.cat([rows.flatten(0, -2) for piece in floats[name] for rows in piece.read("weight")])
+        assert torch.equal(levels * scales.repeat_interleave(32, 1), expected), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
