@@ -305,7 +305,6 @@ def test_config_that_is_not_json(tmp_path, text):
         ({"hidden_act": "quick_gelu"}, "hidden_act"),
         ({"model_type": "mamba"}, "model_type"),
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),
     ],
 )

@@ -621,7 +621,6 @@ GEMMA, GPT_OSS, QWEN = "google/gemma-2-9b", "openai/gpt-oss-20b", "Qwen/Qwen3-30
         ("jingyaogong/MiniMind2-MoE", dict(n_shared_experts=2), "n_shared_experts"),
         (GPT_OSS, dict(swiglu_limit=-7.0), "swiglu_limit"),
         (GPT_OSS, dict(swiglu_limit="7"), "swiglu_limit"),
-        (GPT_OSS, dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
         (GPT_OSS, dict(hidden_act="gelu"), "hidden_act"),
         (GPT_OSS, dict(rope_scaling=dict(rope_type="yarn", truncate="no")), "truncate"),
     ],

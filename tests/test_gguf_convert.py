@@ -285,7 +285,7 @@ def test_folders_and_shards(tmp_path):
         convert(folder, tmp_path / "out")
     with pytest.raises(UserError, match=r"has no GGUF file 'three.gguf', but one.gguf, two-00001"):
         convert(folder, tmp_path / "out", file="three.gguf")
-    with pytest.raises(UserError, match="--file three.gguf is for a folder, and .*one.gguf is a file"):
+    with pytest.raises(UserError, match=r"--file three.gguf is for a folder, and .*one.gguf is a file"):
         convert(folder / "one.gguf", tmp_path / "out", file="three.gguf")
     for path in (folder, folder / "one.gguf"):
         with pytest.raises(UserError, match=f"{path} is not converted; run `python convert_hf_checkpoint.py"):

@@ -211,7 +211,6 @@ def valid(**fields):
         (dict(model_type=None), "model_type"),
         (dict(architectures=["LlamaForSequenceClassification"]), "architectures"),
         (dict(hidden_act="quick_gelu"), "hidden_act"),
-        (dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "short_factor"),
         (dict(rope_scaling=dict(rope_type="linear")), "factor"),
         (dict(rope_scaling=dict(rope_type="linear", factor=2.0, spiral=3)), "spiral"),
