@@ -19,7 +19,7 @@ from engine import Request
 from errors import UserError
 from grammar import Constraint, Matcher
 from messages import check_messages, check_tool_choice, check_tools, template_tools
-from prompts import SETTINGS, Target, default_settings, draw_seed, make_request
+from prompts import GRAMMARS, SETTINGS, Target, default_settings, draw_seed, make_request
 from tokenizer import Tokenizer
 from toolcalls import CallReader, detect_form, open_thinking, shown_ids, thinking_mark
 from toolgrammar import tool_grammar
@@ -187,11 +187,12 @@ def chat_work(body: ChatBody, model: Model) -> Work:
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if choice == "none":
         tools = []
-    mark = open_thinking(text)
+    constrained = any(settings[name] is not None for name in GRAMMARS)
+    mark = None if constrained else open_thinking(text)
     if tools:
         if model.form is None:
             raise UserError("tools: this model's chat template has no form of tool calls that is known here")
-        if is_constrained(settings):
+        if constrained:
             raise UserError("tools do not go together with a format of the answer; leave one out, or tool_choice none")
         thinking = thinking_mark(model.tokenizer.chat_template)
         parallel = body.parallel_tool_calls
@@ -310,10 +311,6 @@ def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted.json_schema is None:
         raise UserError("response_format.json_schema is missing; give it a schema")
     return wanted.json_schema.schema_
-
-
-def is_constrained(settings: dict[str, Any]) -> bool:
-    return any(settings[name] is not None for name in ("json_schema", "regex", "grammar"))
 
 
 def requests_of(

@@ -1,10 +1,12 @@
 """What /metrics tells Prometheus: counts, sizes and times, nothing of any text."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.types import Scope
 
 from service import Service
@@ -17,20 +19,33 @@ WHOLE = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 PER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
+class Load(Collector):
+    """What the service itself counts."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        service, stats = self.service, self.service.scheduler.stats
+        running = min(service.load, service.rows)
+        yield GaugeMetricFamily("brisk_requests_running", "Requests that have a row", running)
+        yield GaugeMetricFamily("brisk_requests_waiting", "Requests that wait for one", service.load - running)
+        yield CounterMetricFamily("brisk_requests_cancelled", "Requests whose clients left", service.cancelled)
+        yield CounterMetricFamily("brisk_prompt_tokens", "Tokens of prompts", stats.prompt_tokens)
+        yield CounterMetricFamily("brisk_cached_tokens", "Those that the cache held", stats.cached_tokens)
+        yield CounterMetricFamily("brisk_new_tokens", "Tokens generated", stats.new_tokens)
+        yield CounterMetricFamily("brisk_prefill_seconds", "Spent on prompts", stats.prefill_seconds)
+        yield CounterMetricFamily("brisk_decode_seconds", "Spent on decode steps", stats.decode_seconds)
+
+
 class Metrics:
     media_type = CONTENT_TYPE_LATEST
 
     def __init__(self, service: Service):
         registry = self.registry = CollectorRegistry()  # not the one that all of a process share
+        registry.register(Load(service))
         self.responses = Counter("brisk_http_responses", "HTTP responses", ("path", "status"), registry=registry)
-        self.prompt_tokens = Counter("brisk_prompt_tokens", "Tokens of prompts", registry=registry)
-        self.cached_tokens = Counter("brisk_cached_tokens", "Those that the cache held", registry=registry)
-        self.new_tokens = Counter("brisk_new_tokens", "Tokens generated", registry=registry)
-        self.ends = Counter("brisk_choices", "Choices that are finished", ("finish_reason",), registry=registry)
-        running = Gauge("brisk_requests_running", "Requests that have a row", registry=registry)
-        running.set_function(lambda: min(service.load, service.rows))
-        waiting = Gauge("brisk_requests_waiting", "Requests that wait for a row", registry=registry)
-        waiting.set_function(lambda: max(service.load - service.rows, 0))
+        self.finished = Counter("brisk_finished", "Choices that were finished", ("reason",), registry=registry)
 
         def seconds(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"brisk_{name}_seconds", text, buckets=buckets, registry=registry)
@@ -57,17 +72,14 @@ class Timer:
 
     def saw(self, answer: "Answer", indices: Iterable[int]) -> None:
         """New tokens of some choices, all that came together."""
-        now = time.perf_counter()
+        now, metrics = time.perf_counter(), self.metrics
         for index in indices:
-            choice, metrics = answer.choices[index], self.metrics
+            choice = answer.choices[index]
             if index not in self.first:
                 self.first[index] = now
                 metrics.first_token.observe(now - self.begun)
             if choice.finish_reason is not None:
-                metrics.ends.labels(choice.finish_reason).inc()
-                metrics.new_tokens.inc(choice.new_tokens)
-                metrics.prompt_tokens.inc(len(answer.work.requests[index].prompt))
-                metrics.cached_tokens.inc(choice.cached_tokens)
+                metrics.finished.labels(choice.finish_reason).inc()
                 metrics.whole.observe(now - self.begun)
                 if choice.new_tokens > 1:
                     metrics.per_token.observe((now - self.first[index]) / (choice.new_tokens - 1))

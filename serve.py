@@ -224,6 +224,7 @@ class HttpServer:
         self.server = uvicorn.Server(uvicorn.Config(app, **options))
         self.thread = threading.Thread(target=self._run, name="http", daemon=True)
         self.started = threading.Event()
+        self.failure: BaseException | None = None
 
     def start(self) -> None:
         """Returns when clients can connect."""
@@ -239,14 +240,18 @@ class HttpServer:
         self.service.stop(grace)
 
     def end(self) -> None:
-        """Waits until the clients have what they were sent, but not long."""
+        """Waits until the clients have what they were sent, but not long. Raises what ended the thread, if not we."""
         self.server.should_exit = True
         self.thread.join(LAST_WORDS)
+        if self.failure is not None:
+            raise self.failure
 
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=self.server.config.get_loop_factory()) as runner:
                 runner.run(self._serve())
+        except BaseException as error:
+            self.failure = error
         finally:
             self.started.set()
             self.service.stop(0)

@@ -86,6 +86,7 @@ class Service:
         self.capacity = self.rows + max_waiting
         self.loop: asyncio.AbstractEventLoop | None = None  # of HTTP, once that runs
         self.streams: set[Stream] = set()  # of the event loop's thread: those that are open
+        self.cancelled = 0  # requests whose clients went away
         self.refusal: Refused | None = None  # of what comes from now on
         self.commands: SimpleQueue[tuple[str, Stream | None, Set[int]]] = SimpleQueue()
         self.deadline: float | None = None  # once it is to end
@@ -119,6 +120,7 @@ class Service:
         stream.open -= ended
         if index is None:
             self.streams.discard(stream)
+            self.cancelled += len(ended)
         if ended:
             self.commands.put(("cancel", stream, ended))
 
