@@ -11,7 +11,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import NAMES, ChatBody, CompletionBody, ContextExceeded, DetokenizeBody
+from api import (
+    NAMES,
+    ChatBody,
+    CompletionBody,
+    ContextExceeded,
+    DetokenizeBody,
+    JsonSchema,
+    ResponseFormat,
+    StreamOptions,
+)
 from errors import UserError, log
 
 MAX_BODY = 8 << 20  # bytes
@@ -26,7 +35,8 @@ KINDS = {  # OpenAI's, of an error with a status
     503: "service_unavailable_error",
 }
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_AFTER)}}
-FIELDS = {*ChatBody.model_fields, *CompletionBody.model_fields, *DetokenizeBody.model_fields}
+BODIES = (ChatBody, CompletionBody, DetokenizeBody, StreamOptions, ResponseFormat, JsonSchema)
+FIELDS = {field.alias or name for body in BODIES for name, field in body.model_fields.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,6 +56,8 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 def user_error(error: UserError) -> JSONResponse:
     """Its message begins with what it is about, if that is a field of the body."""
     message = " ".join(str(error).split())
+    first, _, rest = message.partition(" ")
+    message = f"{NAMES.get(first, first)} {rest}"
     for name in ("max_new_tokens", "min_new_tokens"):
         message = message.replace(name, NAMES[name])
     subject = message.split(" ")[0].rstrip(":;,")
