@@ -28,6 +28,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128  # of a request
 COMPLETION_TOKENS = 16  # of /v1/completions, where max_tokens is absent
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # every token is compared with all of them
+MAX_BIASES = 1024
 NAMES = {  # ours -> a client's
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -292,7 +293,10 @@ def settings_of(body: SamplingBody, model: Model) -> dict[str, Any]:
     given["json_schema"] = schema_of(body.response_format) or body.guided_json
     if body.response_format is not None and body.response_format.type != "text" and body.guided_json is not None:
         raise UserError("response_format and guided_json do not go together; leave one out")
-    for name in body.logit_bias or {}:
+    biases = body.logit_bias or {}
+    if len(biases) > MAX_BIASES:
+        raise UserError(f"logit_bias has {len(biases)} entries, and at most {MAX_BIASES} are possible; give fewer")
+    for name in biases:
         if not (name.isascii() and name.isdigit() and len(name) < 10):
             raise UserError(f"logit_bias: {name[:20]!r} is not a token id; correct it")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -336,10 +340,14 @@ class ContextExceeded(UserError):
 
 
 class Started:
-    """A constraint whose matcher is made already, in the thread of the request and not in the one that computes."""
+    """A constraint whose matcher is made already, in the thread of the request and not in the one that computes. For
+    other ranks it is the constraint."""
 
     def __init__(self, constraint: Constraint):
-        self.matcher = constraint.start()
+        self.constraint, self.matcher = constraint, constraint.start()
+
+    def __reduce__(self) -> tuple:
+        return self.constraint.__reduce__()
 
     def start(self) -> Matcher:
         return self.matcher

@@ -149,7 +149,7 @@ async def parts_of(service: Service, stream: Stream, answer: Answer, timer: Time
         for index, own in by_index.items():
             parts += answer.put(index, own)
             if answer.choices[index].finish_reason is not None:
-                service.cancel(stream, index)  # it may be finished before its tokens end
+                service.finish(stream, index)  # it may be finished before its tokens end
         timer.saw(answer, by_index)
         if parts:
             yield parts

@@ -26,7 +26,7 @@ class Load(Collector):
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
-        service, stats = self.service, self.service.scheduler.stats
+        service, stats = self.service, self.service.computer.scheduler.stats
         running = min(service.load, service.rows)
         yield GaugeMetricFamily("brisk_requests_running", "Requests that have a row", running)
         yield GaugeMetricFamily("brisk_requests_waiting", "Requests that wait for one", service.load - running)

@@ -2,6 +2,7 @@
 
     python serve.py                                                            # the embedded demo model
     python serve.py --compile --checkpoint_path checkpoints/meta-llama/Llama-3.2-1B-Instruct --batch_size 8
+    torchrun --standalone --nproc_per_node 4 serve.py --compile --checkpoint_path ...          # a part on each GPU
 
 Any client of OpenAI's works with http://127.0.0.1:8000/v1, and http://127.0.0.1:8000/ is the page. The main thread
 computes, another one is the HTTP server: service.py is what stands between them. endpoints.py has the endpoints,
@@ -13,6 +14,7 @@ import errors  # first, so that Ctrl-C is quiet while torch is imported
 # isort: split
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -30,7 +32,7 @@ from fastapi import FastAPI
 from api import MAX_LOGPROBS, Model
 from arguments import add_model, add_threads, model_path
 from attention import DECODE_QUERIES
-from checkpoint import CHECKPOINTS, load_config, load_generation_config, load_model, weights_path
+from checkpoint import CHECKPOINTS, checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
 from endpoints import make_app
 from engine import PREFILL_LENGTHS, Engine, cache_bytes, resident_bytes
@@ -41,11 +43,12 @@ from generate import count_or_auto
 from kernels.build import cpu_library
 from prompts import Target, check_draft
 from scheduler import Scheduler
-from service import Service
+from service import Computer, Service
 from tokenizer import load_tokenizer
-from tp import Group, join
+from tp import BACKENDS, Group, join
 
 LENGTH = 8192  # of a conversation, where the model's context is longer and no other is asked for
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "api_key_file")  # what may differ between ranks
 PAGE = Path(__file__).parent / "web" / "index.html"
 LAST_WORDS = 5.0  # seconds in which clients may still take what has been said when the server ends
 KEEP_ALIVE = 75  # seconds for which a connection without a request stays open
@@ -74,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     add("--compile_prefill", action="store_true", help="compile the prefill as well")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
     add_threads(parser)
+    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     args = parser.parse_args()
     if args.speculate_k is not None:
@@ -108,10 +112,12 @@ def seconds(text: str) -> float:
 def main() -> None:
     args = parse_args()
     access = Access(read_keys(args), tuple(args.cors or ()))
-    with join(args.device, threads=args.threads) as group, listening(args.host, args.port) as listener:
-        if group.size > 1:
-            raise UserError("serve.py is for one process; start it without torchrun")
-        run(args, group, access, listener)
+    with join(args.device, args.backend, args.threads) as group:
+        if group.rank == 0:
+            with listening(args.host, args.port) as listener:
+                lead(args, group, access, listener)
+        else:
+            load(args, group)[0].follow()
 
 
 def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
@@ -137,16 +143,17 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(args: argparse.Namespace, group: Group, access: Access, listener: socket.socket) -> None:
+def lead(args: argparse.Namespace, group: Group, access: Access, listener: socket.socket) -> None:
     """Loads the model, and serves it until a signal ends that."""
-    engine, model = load(args, group)
-    scheduler = Scheduler(engine, model.tokenizer, args.prefill_chunk)
-    service = Service(scheduler, args.max_waiting, MAX_LOGPROBS)
+    computer, model = load(args, group)
+    service = Service(computer, args.max_waiting)
     server = HttpServer(make_app(service, model, access, PAGE), service, listener)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
-    host = args.host
-    if not access.keys and host not in ("127.0.0.1", "::1", "localhost"):
-        log(f"warning: anybody who reaches {host} can use this server; --api_key asks for a key")
+    if group.size == 1:  # the signal ends several ranks at once: see lifeline.py
+        signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
+    if not access.keys and args.host not in ("127.0.0.1", "::1", "localhost"):
+        log(f"warning: anybody who reaches {args.host} can use this server; --api_key asks for a key")
+    gc.collect()
+    gc.freeze()  # what there is by now stays: no collection has to look at it
     server.start()
     try:
         service.run()
@@ -154,8 +161,8 @@ def run(args: argparse.Namespace, group: Group, access: Access, listener: socket
         server.end()
 
 
-def load(args: argparse.Namespace, group: Group) -> tuple[Engine, Model]:
-    """The engine, warmed up, and what clients may know of its model."""
+def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
+    """What computes, warmed up, and what clients may know of its model."""
     begun = time.perf_counter()
     device = group.device
     path = weights_path(model_path(args))
@@ -169,16 +176,17 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Engine, Model]:
         context = min(context, load_config(paths[1].parent).context_length)
     if args.max_seq_length and args.max_seq_length > context:
         raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
+    group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
     length = args.max_seq_length or min(context, LENGTH)
     with ThreadPoolExecutor() as pool:  # as in generate.py
         there = device.type == "cpu" and os.path.exists(programs_folder())
         compiler = pool.submit(check_compiler) if args.compile_prefill or (args.compile and not there) else None
         kernels = pool.submit(cpu_library) if device.type == "cpu" else None
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        models = [load_model(path, device, dtype) for path in paths]
+        models = [load_model(path, device, dtype, group) for path in paths]
         for job in filter(None, (compiler, kernels)):
             job.result()
-    needed = sum(cache_bytes(model, args.batch_size, length) for model in models)
+    needed = group.sharing * sum(cache_bytes(model, args.batch_size, length) for model in models)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     draft = models[1] if args.draft_checkpoint_path else None
     engine = Engine(models[0], args.compile, args.compile_prefill, draft, args.speculate_k, args.prompt_lookup)
@@ -186,12 +194,17 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Engine, Model]:
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
     engine.setup(args.batch_size, length, eos_ids=eos_ids)
     size = sum(map(resident_bytes, models)) / 1e9
-    log(f"loaded {path.parent} ({size:.2f} GB, {device}) in {time.perf_counter() - begun:.1f} s")
+    where = f"{size:.2f} GB, {device}"
+    if group.size > 1:
+        where = f"{group.size} x {device.type} by {group.backend}, here {size:.2f} GB"
+    log(f"loaded {path.parent} ({where}) in {time.perf_counter() - begun:.1f} s")
     warm_up(engine)
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
     target = Target(tokenizer, config.vocab_size, eos_ids, length, "context" if length == context else "cache")
-    return engine, Model.of(name_of(path.parent), target, recommended, args.merge_system)
+    model = Model.of(name_of(path.parent), target, recommended, args.merge_system)
+    scheduler = Scheduler(engine, tokenizer, args.prefill_chunk)
+    return Computer(scheduler, group, MAX_LOGPROBS, lambda: target.grammars), model
 
 
 def warm_up(engine: Engine) -> None:

@@ -21,11 +21,15 @@ LINES = re.compile(
 
 
 class Server:
-    """`python serve.py ARGS...` on a free port. `code`: Python that runs before, in the same process."""
+    """`python serve.py ARGS...` on a free port. `code`: Python that runs before, in the same process; `ranks`: of a
+    torchrun; `clean`: nothing unexpected may be in the log."""
 
-    def __init__(self, *args, code="", clean=True):
+    def __init__(self, *args, code="", ranks=1, clean=True):
         script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import errors, serve\n{code}\nerrors.run(serve.main)"
         command = [sys.executable, "-c", script] if code else [sys.executable, str(ROOT / "serve.py")]
+        if ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            command[1:1] = launcher
         self.process = subprocess.Popen(
             [*command, "--port", "0", *map(str, args)],
             env={"OMP_NUM_THREADS": "1"} | dict(os.environ),

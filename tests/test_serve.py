@@ -628,7 +628,7 @@ def check_answer(server, path, body):
         assert error["message"] and error["type"] == "invalid_request_error"
 
 
-ANY = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+ANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @ANY
@@ -877,7 +877,28 @@ def test_a_port_that_is_taken(server, chat_folder):
         Server("--checkpoint_path", chat_folder, "--port", server.port)
 
 
-# ---------------------------------------------------------------- the demo, and load
+# ---------------------------------------------------------------- ranks, the demo, and load
+
+
+@pytest.mark.slow
+def test_ranks(chat_folder, reference, hf):
+    """Rank 0 answers, the other one follows: requests that come together, go, want this and that."""
+    with Server("--checkpoint_path", chat_folder, "--batch_size", 4, ranks=2, clean=False) as server:
+        client = server.client()
+        wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+        for _ in range(2):
+            leaving = server.open_stream(**endless(stream=True))
+            with ThreadPoolExecutor(6) as pool:
+                texts = [pool.submit(chat, client, max_tokens=12, **EXACT) for _ in range(4)]
+                scored = pool.submit(chat, client, max_tokens=12, logprobs=True, **EXACT)
+                person = pool.submit(chat, client, response_format=wanted, max_tokens=400, seed=1)
+                for answer in (*texts, scored):
+                    text = answer.result().choices[0].message.content
+                    assert text == expected_text(reference, hf, chat_ids(hf, HELLO), 12)
+            assert json.loads(person.result().choices[0].message.content)["name"] in ("Ada", "Grace")
+            leaving.close()
+            server.wait_until_idle()
+            time.sleep(0.5)  # idle
 
 
 def test_the_demo_with_no_argument():
