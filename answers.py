@@ -27,7 +27,7 @@ class Choice:
     cached_tokens: int = 0
     finish_reason: str | None = None
     is_begun: bool = False  # a part has been made
-    has_text: bool = False
+    lead: str | None = None  # of a completion: what the detokenizer has not written of the first token
     text: str = ""  # of a completion
     pieces: list[Piece] = field(default_factory=list)  # of a chat
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -155,11 +155,11 @@ class CompletionAnswer(Answer):
                 choice.pending.append(self.entry(index, token))
             if token.of_prompt:
                 continue
-            new = "" if self.work.drops_text else token.text
-            if new and not choice.has_text:
-                choice.has_text = True
-                new = (self.left_out(token) if request.grammar is None else "") + new
-            text += new
+            if choice.lead is None and request.grammar is None and token.id >= 0:
+                choice.lead = self.left_out(token)
+            if token.text and not self.work.drops_text:
+                text += (choice.lead or "") + token.text
+                choice.lead = ""
             choice.finish_reason = "length" if token.finish_reason and self.work.drops_text else token.finish_reason
         if choice.finish_reason == "stop" and not text and tokens[-1].id not in request.eos_ids:
             choice.pending = []  # tokens of a stop string
@@ -174,8 +174,10 @@ class CompletionAnswer(Answer):
         logprobs = None if self.work.logprobs is None else columns(entries)
         return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}]
 
-    def left_out(self, token: Token) -> str:
+    def left_out(self, token: Token) -> str | None:
         within, first = spellings(self.model.tokenizer, token.id)
+        if token.id in self.model.tokenizer.special_ids:
+            return None  # the text has not begun
         return within[: len(within) - len(first)].decode(errors="replace")
 
     def entry(self, index: int, token: Token) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def columns(entries: list[dict[str, Any]]) -> dict[str, list]:
     return {name: [entry[name] for entry in entries] for name in names}
 
 
-@functools.lru_cache(1 << 18)
+@functools.lru_cache(1 << 16)
 def spellings(tokenizer: Tokenizer, token_id: int) -> tuple[bytes, bytes]:
     """What a token writes within a text, and where one begins; of a special token its name."""
     token = tokenizer.backend.id_to_token(token_id)

@@ -176,7 +176,8 @@ class EventStream(StreamingResponse):
     """Server-sent events; what they come from ends with them, whoever ends them."""
 
     def __init__(self, service: Service, stream: Stream, content: AsyncIterator[bytes]):
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is for nginx
+        super().__init__(content, media_type="text/event-stream", headers=headers)
         self.service, self.stream = service, stream
 
     async def __call__(self, *args: Any) -> None:

@@ -11,12 +11,14 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Literal
 
+import pydantic
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, CONTEXT, TEXT, greedy
+from conftest import CHAT_TEMPLATE, CONTEXT, TEXT, greedy, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Server, events
@@ -314,6 +316,9 @@ def test_a_completion_goes_on_behind_a_space(metaspace_folder):
             chunks = events(data) if stream else [json.loads(data)]
             text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
             assert hf.decode(word) + text == hf.decode(word + other * 2)
+        begun = hf.decode(other * 2)[0]  # a stop string may begin there, so it is held back
+        held = {"prompt": word, "stop": [begun + "?", f" {begun}?"], **options}
+        assert server.post("/v1/completions", **held)[1]["choices"][0]["text"] == text
         said = chat(server.client(), **options).choices[0].message.content
         assert said == hf.decode(other * 2)
 
@@ -359,6 +364,22 @@ def test_json_schema(client, stream):
     assert person["name"] in ("Ada", "Grace") and 0 <= person["age"] <= 120 and reason == "stop"
 
 
+class Person(pydantic.BaseModel):
+    name: Literal["Ada", "Grace"]
+    age: Annotated[int, pydantic.Field(ge=0, le=120)]
+
+
+def test_the_clients_own_helpers(client):
+    """`parse` makes a schema of a class; `stream` gathers what comes."""
+    options = dict(model=MODEL, messages=HELLO, response_format=Person, seed=4, max_tokens=400)
+    answer = client.chat.completions.parse(**options)
+    assert answer.choices[0].message.parsed.name in ("Ada", "Grace")
+    with client.chat.completions.stream(**options) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+    assert "content.done" in kinds and kinds.count("content.delta") > 2
+
+
 def test_other_formats(server, client):
     answer = chat(client, response_format={"type": "json_object"}, seed=3, max_tokens=400)
     if answer.choices[0].finish_reason == "stop":
@@ -384,9 +405,7 @@ def tool_server(chat_folder):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_forced_tool_calls(tool_server, choice, stream):
     client = tool_server.client()
-    bounded = json.loads(json.dumps(TOOLS[0]))
-    bounded["function"]["parameters"]["properties"]["city"] = {"enum": ["Zürich", "東京"]}
-    answer = chat(client, tools=[bounded], tool_choice=choice, seed=2, max_tokens=400, stream=stream)
+    answer = chat(client, tools=[city_tool()], tool_choice=choice, seed=2, max_tokens=400, stream=stream)
     if stream:
         choices = [chunk.choices[0] for chunk in answer]
         calls = [call for choice in choices for call in choice.delta.tool_calls or []]
@@ -399,6 +418,37 @@ def test_forced_tool_calls(tool_server, choice, stream):
         assert message.tool_calls[0].function.name == "get_weather"
         arguments, reason = message.tool_calls[0].function.arguments, answer.choices[0].finish_reason
     assert json.loads(arguments)["city"] in ("Zürich", "東京") and reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_marks_that_are_special_tokens(chat_folder, tmp_path, stream):
+    """No detokenizer writes them, but the reader of calls has to see them."""
+    template = HERMES.replace("<think>", "<muse>")
+    folder = with_template(chat_folder, tmp_path / "marks", template)
+    make_tokenizer(folder, template, vocab_size=396)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    with Server("--checkpoint_path", folder, "--batch_size", 2) as server:
+        options = dict(tools=[city_tool()], tool_choice="required", parallel_tool_calls=False, max_tokens=400, seed=3)
+        answer = chat(server.client(), stream=stream, **options)
+        if stream:
+            calls = [call for chunk in answer for call in chunk.choices[0].delta.tool_calls or []]
+            arguments = "".join(call.function.arguments or "" for call in calls)
+        else:
+            message = answer.choices[0].message
+            assert message.content is None and answer.choices[0].finish_reason == "tool_calls"
+            [call] = message.tool_calls
+            arguments = call.function.arguments
+        assert json.loads(arguments)["city"] in ("Zürich", "東京")
+
+
+def city_tool():
+    """Whose arguments a random model comes to an end of."""
+    tool = json.loads(json.dumps(TOOLS[0]))
+    tool["function"]["parameters"]["properties"]["city"] = {"enum": ["Zürich", "東京"]}
+    return tool
 
 
 def test_calls_that_the_model_writes_by_itself(tool_server):
@@ -899,6 +949,22 @@ def test_ranks(chat_folder, reference, hf):
             leaving.close()
             server.wait_until_idle()
             time.sleep(0.5)  # idle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--compile",), ("--prompt_lookup", "--speculate_k", 3)], ids=["compiled", "proposed"]
+)
+def test_other_steps(chat_folder, reference, hf, flags):
+    """Compiled ones, with and without log-probabilities; some of several tokens."""
+    with Server("--checkpoint_path", chat_folder, "--batch_size", 2, *flags) as server:
+        client = server.client()
+        with ThreadPoolExecutor(3) as pool:
+            several = [{"logprobs": True}, {}, {"n": 2}] * 3
+            for answer in pool.map(lambda options: chat(client, max_tokens=24, **EXACT, **options), several):
+                for choice in answer.choices:
+                    assert choice.message.content == expected_text(reference, hf, chat_ids(hf, HELLO), 24)
+                    assert choice.logprobs is None or len(choice.logprobs.content) == answer.usage.completion_tokens
 
 
 def test_the_demo_with_no_argument():
