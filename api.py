@@ -26,7 +26,8 @@ from toolgrammar import tool_grammar
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128  # of a request
-COMPLETION_TOKENS = 16  # of /v1/completions, where max_tokens is absent
+# Where max_tokens is absent: of /v1/completions, and of a chat that a model without a chat template finds no end of.
+COMPLETION_TOKENS, PLAIN_TOKENS = 16, 200
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # every token is compared with all of them
 MAX_BIASES = 1024
 NAMES = {  # ours -> a client's
@@ -186,6 +187,8 @@ def chat_work(body: ChatBody, model: Model) -> Work:
     text, prompt = render(body, model, tools, choice)
     settings = settings_of(body, model)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if wanted is None and not model.tokenizer.has_chat_template:
+        wanted = PLAIN_TOKENS
     if choice == "none":
         tools = []
     constrained = any(settings[name] is not None for name in GRAMMARS)

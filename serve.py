@@ -19,6 +19,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,7 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
         signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
     if not access.keys and args.host not in ("127.0.0.1", "::1", "localhost"):
         log(f"warning: anybody who reaches {args.host} can use this server; --api_key asks for a key")
+    sys.setswitchinterval(0.001)  # seconds that the thread that computes waits for another one's Python
     gc.collect()
     gc.freeze()  # what there is by now stays: no collection has to look at it
     server.start()

@@ -24,6 +24,10 @@ from hypothesis import strategies as st
 from serving import Server, events
 from tool_templates import HERMES, TOOLS
 
+from api import ChatBody, Model, chat_work
+from prompts import Target
+from tokenizer import load_tokenizer
+
 openai = pytest.importorskip("openai")
 
 MODEL = "any"
@@ -472,6 +476,33 @@ def test_broken_json_in_the_history(tool_server):
     turns = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
     status, body = tool_server.post("/v1/chat/completions", messages=turns)
     assert status == 400 and body["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
+
+
+# ---------------------------------------------------------------- defaults
+
+
+@pytest.mark.parametrize(
+    "recommended, expected",
+    [
+        ({}, (1.0, 1.0, 0, 1.0)),
+        ({"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}, (1.0, 1.0, 0, 1.1)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}, (0.6, 0.9, 20, 1.0)),
+    ],
+)
+def test_defaults(chat_folder, recommended, expected):
+    """generation_config.json, as generate.py takes it; then OpenAI's."""
+    target = Target(load_tokenizer(chat_folder), 400, frozenset({1}), CONTEXT, "context")
+    model = Model.of("model", target, recommended)
+
+    def work(**fields):
+        return chat_work(ChatBody.model_validate({"messages": HELLO} | fields), model)
+
+    [request] = work().requests
+    params = request.params
+    assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == expected
+    assert request.max_new_tokens == CONTEXT - len(request.prompt)
+    [request] = work(temperature=0, top_p=0.5, max_completion_tokens=7).requests
+    assert (request.params.temperature, request.params.top_p, request.max_new_tokens) == (0, 0.5, 7)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -971,6 +1002,7 @@ def test_the_demo_with_no_argument():
     with Server() as server:
         client = server.client()
         answer = client.completions.create(model=MODEL, prompt="def read_lines(path):", temperature=0, max_tokens=30)
+        assert chat(client).usage.completion_tokens <= 200
         said = chat(client, max_tokens=30, **EXACT)  # it has no chat template: the text goes on
         assert said.choices[0].message.content == answer.choices[0].text != ""
         texts = {client.completions.create(model=MODEL, prompt="import", seed=i).choices[0].text for i in range(3)}
