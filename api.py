@@ -139,30 +139,29 @@ class DetokenizeBody(Body):
 
 @dataclass
 class Model:
-    """What is served, and how it is by default. `form`: of its tool calls."""
+    """What is served, see make_model."""
 
     name: str
     target: Target
-    settings: dict[str, Any]
-    merges_system: bool = False
-    form: str | None = None
-    marks: dict[int, str] = field(default_factory=dict)  # special tokens that a reader of answers has to see
-
-    @classmethod
-    def of(cls, name: str, target: Target, recommended: dict[str, Any], merges_system: bool = False) -> "Model":
-        """recommended: of generation_config.json."""
-        none = argparse.Namespace(**dict.fromkeys(SETTINGS), num_beams=1)
-        settings = default_settings(none, recommended)
-        if settings["temperature"] is None:
-            settings["temperature"] = 1.0
-        tokenizer = target.tokenizer
-        form = detect_form(tokenizer.chat_template)
-        marks = {i: tokenizer.backend.id_to_token(i) for i in shown_ids(tokenizer, form)}
-        return cls(name, target, settings, merges_system, form, marks)
+    settings: dict[str, Any]  # where a client gives none
+    merges_system: bool  # into the user's first message
+    form: str | None  # of its tool calls
+    marks: dict[int, str]  # special tokens that a reader of answers has to see
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.target.tokenizer
+
+
+def make_model(name: str, target: Target, recommended: dict[str, Any], merges_system: bool = False) -> Model:
+    """recommended: of generation_config.json."""
+    settings = default_settings(argparse.Namespace(**dict.fromkeys(SETTINGS), num_beams=1), recommended)
+    if settings["temperature"] is None:
+        settings["temperature"] = 1.0
+    tokenizer = target.tokenizer
+    form = detect_form(tokenizer.chat_template)
+    marks = {token_id: tokenizer.backend.id_to_token(token_id) for token_id in shown_ids(tokenizer, form)}
+    return Model(name, target, settings, merges_system, form, marks)
 
 
 @dataclass
@@ -178,7 +177,7 @@ class Work:
 
 def chat_work(body: ChatBody, model: Model) -> Work:
     """UserError, as from completion_work, for what makes no sense, or does not fit."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise UserError("top_logprobs needs logprobs; set that to true")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise UserError("max_tokens and max_completion_tokens do not go together; leave the first one out")
@@ -203,7 +202,12 @@ def chat_work(body: ChatBody, model: Model) -> Work:
         settings["grammar"] = tool_grammar(
             tools, choice, model.form, model.tokenizer, parallel=parallel, thinking=thinking, open_mark=mark
         )
-    requests = requests_of(prompt, wanted, settings, body.n, model.target)
+    try:
+        requests = requests_of(prompt, wanted, settings, body.n, model.target)
+    except UserError as error:
+        if tools and str(error).startswith("grammar "):
+            raise UserError(f"tools: their {error}") from error
+        raise
     readers = [CallReader(model.form, tools, open_mark=mark, parallel=body.parallel_tool_calls) for _ in requests]
     return Work(requests, (body.top_logprobs or 0) if body.logprobs else None, readers)
 
@@ -293,9 +297,10 @@ def settings_of(body: SamplingBody, model: Model) -> dict[str, Any]:
     """A body's settings by our names, the model's where it has none."""
     given = {name: getattr(body, NAMES.get(name, name), None) for name in SETTINGS}
     given["max_new_tokens"] = None  # comes with the prompt
-    given["json_schema"] = schema_of(body.response_format) or body.guided_json
-    if body.response_format is not None and body.response_format.type != "text" and body.guided_json is not None:
+    schema = schema_of(body.response_format)
+    if schema is not None and body.guided_json is not None:
         raise UserError("response_format and guided_json do not go together; leave one out")
+    given["json_schema"] = body.guided_json if schema is None else schema
     biases = body.logit_bias or {}
     if len(biases) > MAX_BIASES:
         raise UserError(f"logit_bias has {len(biases)} entries, and at most {MAX_BIASES} are possible; give fewer")

@@ -144,7 +144,8 @@ class Front:
         except Exception as error:
             # The message could hold what a client sent.
             frames = "".join(traceback.format_tb(error.__traceback__))
-            log(f"bug: {type(error).__name__} in {scope['method']} of an endpoint\n{frames}")
+            path = getattr(scope.get("route"), "path", "a path that is none of ours")
+            log(f"bug: {type(error).__name__} at {path}\n{frames}")
             if status:
                 raise
             await error_response(500, "the server has a bug, which its log tells of")(scope, receive, counted_send)

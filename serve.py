@@ -30,7 +30,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from api import MAX_LOGPROBS, Model
+from api import MAX_LOGPROBS, Model, make_model
 from arguments import add_model, add_threads, model_path
 from attention import DECODE_QUERIES
 from checkpoint import CHECKPOINTS, checksum, load_config, load_generation_config, load_model, weights_path
@@ -204,7 +204,7 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
     target = Target(tokenizer, config.vocab_size, eos_ids, length, "context" if length == context else "cache")
-    model = Model.of(name_of(path.parent), target, recommended, args.merge_system)
+    model = make_model(name_of(path.parent), target, recommended, args.merge_system)
     scheduler = Scheduler(engine, tokenizer, args.prefill_chunk)
     return Computer(scheduler, group, MAX_LOGPROBS, lambda: target.grammars), model
 

@@ -132,10 +132,10 @@ class Stream:
         """What has come since the last call, at least one token, each with the index of its request; nothing at the
         end. Raises Refused where the rest will not come."""
         while not self.ready:
-            if self.error is not None:
-                raise self.error.again()
             if not self.open:
                 return []
+            if self.error is not None:
+                raise self.error.again()
             self.changed.clear()
             await self.changed.wait()
         tokens = list(self.ready)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from serving import Server, events
 from tool_templates import HERMES, TOOLS
 
-from api import ChatBody, Model, chat_work
+from api import ChatBody, chat_work, make_model
 from prompts import Target
 from tokenizer import load_tokenizer
 
@@ -392,6 +392,9 @@ def test_other_formats(server, client):
     for field, wanted in (("guided_regex", "(yes|no){2}"), ("guided_grammar", 'start: ("yes" | "no")~2')):
         done = client.completions.create(model=MODEL, prompt="x", max_tokens=20, extra_body={field: wanted})
         assert re.fullmatch("(yes|no){2}", done.choices[0].text) and done.choices[0].finish_reason == "stop"
+    anything = {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}
+    said = chat(client, response_format=anything, seed=1, max_tokens=400, logit_bias={"1": 100}).choices[0]
+    assert said.finish_reason == "length" or json.loads(said.message.content) is not None
     assert chat(client, response_format={"type": "text"}, max_tokens=2).choices[0].message.content
     status, body = server.post("/v1/completions", prompt="x", guided_grammar="nonsense: [")
     assert status == 400 and "grammar" in body["error"]["message"]
@@ -471,6 +474,16 @@ def test_calls_that_the_model_writes_by_itself(tool_server):
     assert answer.choices[0].message.reasoning_content == "Now what?"
 
 
+def test_tools_that_cannot_be_enforced(tool_server):
+    tool = city_tool()
+    tool["function"] |= {"strict": True, "parameters": {"type": "object", "properties": {"a": {"type": "nonsense"}}}}
+    status, body = tool_server.post("/v1/chat/completions", messages=HELLO, tools=[tool], tool_choice="required")
+    assert status == 400 and body["error"]["param"] == "tools", body
+    wanted = {"response_format": {"type": "json_object"}, "tools": TOOLS}
+    status, body = tool_server.post("/v1/chat/completions", messages=HELLO, **wanted)
+    assert status == 400 and body["error"]["param"] == "tools"
+
+
 def test_broken_json_in_the_history(tool_server):
     call = {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": '}}
     turns = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -492,7 +505,7 @@ def test_broken_json_in_the_history(tool_server):
 def test_defaults(chat_folder, recommended, expected):
     """generation_config.json, as generate.py takes it; then OpenAI's."""
     target = Target(load_tokenizer(chat_folder), 400, frozenset({1}), CONTEXT, "context")
-    model = Model.of("model", target, recommended)
+    model = make_model("model", target, recommended)
 
     def work(**fields):
         return chat_work(ChatBody.model_validate({"messages": HELLO} | fields), model)
@@ -541,6 +554,7 @@ REFUSED = {
     "surrogates": ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
     "tools": ({"tools": TOOLS}, "tools"),
     "tool_choice": ({"tool_choice": "required"}, "tool_choice"),
+    "biases": ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
     "response_format": ({"response_format": {"type": "xml"}}, "response_format.type"),
     "json_schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     "schema": (
@@ -951,6 +965,23 @@ def test_the_thread_that_computes_dies(chat_folder):
         assert server.post("/v1/chat/completions", messages=HELLO)[0] == 500
         assert server.wait(20) == 1
         assert "RuntimeError: the device is on fire" in server.log and "Traceback" in server.log
+
+
+BROKEN = """
+import endpoints
+def chat_work(body, model):
+    raise ZeroDivisionError(str(body.messages))
+endpoints.chat_work = chat_work
+"""
+
+
+def test_a_bug_here(chat_folder):
+    """The client is told, and the log, which nothing of the client's gets into."""
+    with Server("--checkpoint_path", chat_folder, code=BROKEN, clean=False) as server:
+        status, body = server.post("/v1/chat/completions", messages=HELLO)
+        assert status == 500 and body["error"]["type"] == "server_error"
+        assert server.get("/health")[0] == 200
+        assert "ZeroDivisionError at /v1/chat/completions" in server.log and "read_lines" not in server.log
 
 
 def test_a_port_that_is_taken(server, chat_folder):
