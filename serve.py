@@ -5,8 +5,9 @@
     torchrun --standalone --nproc_per_node 4 serve.py --compile --checkpoint_path ...          # a part on each GPU
 
 Any client of OpenAI's works with http://127.0.0.1:8000/v1, and http://127.0.0.1:8000/ is the page. The main thread
-computes, another one is the HTTP server: service.py is what stands between them. endpoints.py has the endpoints,
-front.py what all requests pass, api.py what a client may ask for, answers.py what it is told.
+computes, another one is the HTTP server; what stands between them is in server/: service.py has the queues between the
+two, endpoints.py the endpoints, front.py what all requests pass, api.py what a client may ask for, answers.py what it
+is told.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
@@ -30,21 +31,21 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from api import MAX_LOGPROBS, Model, make_model
 from arguments import add_model, add_threads, model_path
 from attention import DECODE_QUERIES
 from checkpoint import CHECKPOINTS, checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
-from endpoints import make_app
 from engine import PREFILL_LENGTHS, Engine, cache_bytes, resident_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
-from front import Access
 from generate import count_or_auto
 from kernels.build import cpu_library
 from prompts import Target, check_draft
 from scheduler import Scheduler
-from service import Computer, Service
+from server.api import MAX_LOGPROBS, Model, make_model
+from server.endpoints import make_app
+from server.front import Access
+from server.service import Computer, Service
 from tokenizer import load_tokenizer
 from tp import BACKENDS, Group, join
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from json_scanner import JsonScanner
+from server.json_scanner import JsonScanner
 
 OBJECTS = st.dictionaries(
     st.text(max_size=5),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tool_templates import HERMES, LLAMA3, MISTRAL, TEMPLATES, TOOLS
 
 from errors import UserError
-from messages import check_messages, check_tool_choice, check_tools, template_tools
+from server.messages import check_messages, check_tool_choice, check_tools, template_tools
 from templates import render_chat
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from serving import Server, events
 from tool_templates import HERMES, TOOLS
 
-from api import ChatBody, chat_work, make_model
 from prompts import Target
+from server.api import ChatBody, chat_work, make_model
 from tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai")
@@ -968,7 +968,7 @@ def test_the_thread_that_computes_dies(chat_folder):
 
 
 BROKEN = """
-import endpoints
+from server import endpoints
 def chat_work(body, model):
     raise ZeroDivisionError(str(body.messages))
 endpoints.chat_work = chat_work

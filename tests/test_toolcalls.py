@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tool_templates import LLAMA3, TEMPLATES, TOOLS, written
 
-from templates import render_chat
-from tokenizer import Tokenizer
-from toolcalls import (
+from server.toolcalls import (
     Arguments,
     CallDropped,
     CallReader,
@@ -25,6 +23,8 @@ from toolcalls import (
     shown_ids,
     thinking_mark,
 )
+from templates import render_chat
+from tokenizer import Tokenizer
 
 FORMS = list(TEMPLATES)
 WEATHER = ("get_weather", '{"city": "Zürich", "days": 3}')

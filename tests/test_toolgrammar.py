@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 from tool_templates import TEMPLATES, TOOLS, written
 
+from server.toolcalls import CallReader, message, shown_ids
+from server.toolgrammar import tool_grammar
 from tokenizer import BYTE_OF, Tokenizer
-from toolcalls import CallReader, message, shown_ids
-from toolgrammar import tool_grammar
 
 llguidance = pytest.importorskip("llguidance")
 

@@ -8,8 +8,8 @@ import json
 import re
 from typing import Any
 
+from server.toolcalls import MARKS, THINKING
 from tokenizer import Tokenizer
-from toolcalls import MARKS, THINKING
 
 
 def tool_grammar(

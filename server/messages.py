@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from errors import UserError
-from toolcalls import NAME
+from server.toolcalls import NAME
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = {  # beside "role" and "content"

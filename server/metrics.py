@@ -9,10 +9,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
-from service import Service
+from server.service import Service
 
 if TYPE_CHECKING:
-    from answers import Answer
+    from server.answers import Answer
 
 FIRST_TOKEN = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)  # seconds
 WHOLE = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)

@@ -18,8 +18,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from answers import Answer, ChatAnswer, CompletionAnswer
-from api import (
+from errors import UserError
+from scheduler import Token
+from server.answers import Answer, ChatAnswer, CompletionAnswer
+from server.api import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -30,11 +32,9 @@ from api import (
     completion_work,
     token_ids,
 )
-from errors import UserError
-from front import Access, Front, error_body, error_response, user_error, validation_error
-from metrics import Metrics, Timer
-from scheduler import Token
-from service import Refused, Service, Stream
+from server.front import Access, Front, error_body, error_response, user_error, validation_error
+from server.metrics import Metrics, Timer
+from server.service import Refused, Service, Stream
 
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",

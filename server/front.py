@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import (
+from errors import UserError, log
+from server.api import (
     NAMES,
     ChatBody,
     CompletionBody,
@@ -21,7 +22,6 @@ from api import (
     ResponseFormat,
     StreamOptions,
 )
-from errors import UserError, log
 
 MAX_BODY = 8 << 20  # bytes
 KEYLESS = ("/", "/health", "/docs", "/openapi.json", "/docs/oauth2-redirect")  # nothing of a model or a client is there

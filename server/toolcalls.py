@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from json_scanner import SPACE, JsonScanner
+from server.json_scanner import SPACE, JsonScanner
 from tokenizer import Tokenizer
 
 MARKS = {  # the first opens a call

@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from api import Model, Work
 from grammar import spelled
 from scheduler import Token
+from server.api import Model, Work
+from server.toolcalls import Piece, delta, message
 from tokenizer import Tokenizer
-from toolcalls import Piece, delta, message
 
 
 @dataclass

@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from engine import Request
 from errors import UserError
 from grammar import Constraint, Matcher
-from messages import check_messages, check_tool_choice, check_tools, template_tools
 from prompts import GRAMMARS, SETTINGS, Target, default_settings, draw_seed, make_request
+from server.messages import check_messages, check_tool_choice, check_tools, template_tools
+from server.toolcalls import CallReader, detect_form, open_thinking, shown_ids, thinking_mark
+from server.toolgrammar import tool_grammar
 from tokenizer import Tokenizer
-from toolcalls import CallReader, detect_form, open_thinking, shown_ids, thinking_mark
-from toolgrammar import tool_grammar
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128  # of a request
