@@ -312,7 +312,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
     log(f"loaded {path.parent} ({where or f'{size:.2f} GB, {device}'}) in {time.perf_counter() - begun:.1f} s")
     if (args.compile or args.compile_prefill) and not beams:  # beam search has a step of its own
         log("warming up ... (the first time, this compiles)")
-        seconds = engine.warm_up(None if args.interactive else longest)
+        constrained = any(request.grammar is not None for request in requests)
+        seconds = engine.warm_up(None if args.interactive else longest, constrained)
         log(f"warmed up in {seconds:.1f} s")
     checksums = list(map(checksum, paths)) if args.prompt_cache else []
     if args.prompt_cache and args.prompt_cache.exists():

@@ -70,7 +70,12 @@ def parse_args() -> argparse.Namespace:
     keys.add_argument("--api_key", metavar="KEY", help="what clients have to send; default: nothing")
     keys.add_argument("--api_key_file", type=Path, metavar="FILE", help="the same, one key a line")
     add("--cors", nargs="+", metavar="ORIGIN", help="web sites whose pages may use the server; * is any")
-    add("--grace", type=seconds, default=30.0, help="seconds that requests have to finish in after SIGTERM")
+    add(
+        "--grace",
+        type=seconds,
+        default=25.0,
+        help="seconds for requests to end in after SIGTERM; torchrun waits 30",
+    )
     add("--merge_system", action="store_true", help="system messages become part of the user's first one")
     add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
     add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
@@ -119,7 +124,9 @@ def main() -> None:
             with listening(args.host, args.port) as listener:
                 lead(args, group, access, listener)
         else:
-            load(args, group)[0].follow()
+            computer, _ = load(args, group)
+            signal.signal(signal.SIGTERM, lambda *_: None)  # rank 0 says when to end
+            computer.follow()
 
 
 def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
@@ -150,8 +157,7 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
     computer, model = load(args, group)
     service = Service(computer, args.max_waiting)
     server = HttpServer(make_app(service, model, access, PAGE), service, listener)
-    if group.size == 1:  # the signal ends several ranks at once: see lifeline.py
-        signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
     if not access.keys and args.host not in ("127.0.0.1", "::1", "localhost"):
         log(f"warning: anybody who reaches {args.host} can use this server; --api_key asks for a key")
     sys.setswitchinterval(0.001)  # seconds that the thread that computes waits for another one's Python
@@ -215,9 +221,9 @@ def warm_up(engine: Engine) -> None:
     if not engine.compiles_steps and not engine.fixed_lengths:
         return
     log("warming up ... (the first time, this compiles)")
-    spent = engine.warm_up()
+    spent = engine.warm_up(constrained=True)
     engine.logprobs = MAX_LOGPROBS
-    spent += engine.warm_up()
+    spent += engine.warm_up(constrained=True)
     engine.logprobs = None
     log(f"warmed up in {spent:.1f} s")
 
