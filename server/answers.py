@@ -97,7 +97,7 @@ class ChatAnswer(Answer):
             self.count(choice, token)
             if self.has_entry(index, token):
                 choice.pending.append(self.entry(token, is_first=choice.new_tokens == 1))
-            pieces += reader.put(token.text + self.model.marks.get(token.id, ""))
+            pieces += reader.put(token.text)
             choice.finish_reason = token.finish_reason
             if token.finish_reason or reader.finished:  # the only call that may be
                 pieces += reader.finish()

@@ -146,7 +146,7 @@ class Model:
     settings: dict[str, Any]  # where a client gives none
     merges_system: bool  # into the user's first message
     form: str | None  # of its tool calls
-    marks: dict[int, str]  # special tokens that a reader of answers has to see
+    shown_ids: frozenset[int]  # special tokens that a reader of answers has to see
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -160,8 +160,7 @@ def make_model(name: str, target: Target, recommended: dict[str, Any], merges_sy
         settings["temperature"] = 1.0
     tokenizer = target.tokenizer
     form = detect_form(tokenizer.chat_template)
-    marks = {token_id: tokenizer.backend.id_to_token(token_id) for token_id in shown_ids(tokenizer, form)}
-    return Model(name, target, settings, merges_system, form, marks)
+    return Model(name, target, settings, merges_system, form, shown_ids(tokenizer, form))
 
 
 @dataclass
@@ -208,6 +207,7 @@ def chat_work(body: ChatBody, model: Model) -> Work:
         if tools and str(error).startswith("grammar "):
             raise UserError(f"tools: their {error}") from error
         raise
+    requests = [replace(request, shown_ids=model.shown_ids) for request in requests]
     readers = [CallReader(model.form, tools, open_mark=mark, parallel=body.parallel_tool_calls) for _ in requests]
     return Work(requests, (body.top_logprobs or 0) if body.logprobs else None, readers)
 

@@ -14,7 +14,7 @@ The forms, as the models' templates write them:
     mistral       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]
     mistral_args  [TOOL_CALLS]f[ARGS]{...}
 
-A mark may be a special token, which is not written as text: StreamingDetokenizer writes those of `shown_ids`.
+A mark may be a special token, which is no text: StreamingDetokenizer writes those of `shown_ids` all the same.
 """
 
 import json

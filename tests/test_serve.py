@@ -215,6 +215,15 @@ def test_stop_strings(client, stream):
     assert (text, reason) == (whole[: whole.index(stop)], "stop")
 
 
+def test_a_special_token_as_stop_string(client):
+    """It is no part of the text, in which it could be found."""
+    options = dict(stop=["no such text", "<s>"], logit_bias={"0": 1e9}, max_tokens=9, logprobs=True)
+    choice = chat(client, extra_body={"ignore_eos": True}, **options).choices[0]
+    assert (choice.message.content, choice.finish_reason, choice.logprobs.content) == ("", "stop", [])
+    done = client.completions.create(model=MODEL, prompt="x", stop="<s>", logit_bias={"0": 1e9}, echo=True)
+    assert (done.choices[0].text, done.choices[0].finish_reason) == ("x", "stop")
+
+
 # ---------------------------------------------------------------- log-probabilities
 
 
@@ -1011,6 +1020,12 @@ def test_ranks(chat_folder, reference, hf):
             leaving.close()
             server.wait_until_idle()
             time.sleep(0.5)  # idle
+        connection = server.open_stream(**endless(stream=True, max_tokens=300))
+        data = connection.recv(10000)
+        server.process.send_signal(signal.SIGTERM)  # torchrun hands it on to all
+        while part := connection.recv(1 << 20):
+            data += part
+        assert data.count(b"data: ") > 100 and b'"finish_reason":"length"' in data and b"[DONE]" in data
 
 
 @pytest.mark.slow
