@@ -166,9 +166,7 @@ def measure_serving(folder: Path, rounds: int, device: torch.device) -> dict[str
         for _ in range(rounds):
             result["generate"].append(generate_rate(folder, device))
             result["one"].append(server.ask(prompt(256), 128, **server.forced).rate)
-            log(
-                f"round {number + 1}: one client {result['one'][-1]:.2f} tok/s, generate.py {result['generate'][-1]:.2f}"
-            )
+            log(f"one client {result['one'][-1]:.2f} tok/s, generate.py {result['generate'][-1]:.2f}")
         for _ in range(rounds):
             said = prompt(2000)
             result["first_turn"].append(server.ask(said, 32, **server.forced).first)
