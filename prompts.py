@@ -176,8 +176,9 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) ->
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop or settings["stop"] == "":
         raise UserError("stop: an empty string ends every text; leave it out")
-    # Special tokens are not part of the text, where they could be found.
-    eos_ids |= target.tokenizer.special_ids & {target.tokenizer.backend.token_to_id(text) for text in stop}
+    if stop:  # special tokens are not part of the text, where they could be found
+        name = target.tokenizer.backend.id_to_token
+        eos_ids |= {token_id for token_id in target.tokenizer.special_ids if name(token_id) in stop}
     return Request(prompt, params, new, eos_ids, stop, grammar=make_constraint(target, settings))
 
 

@@ -134,6 +134,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
+        """Whether no request waits or runs."""
         return not self.waiting and not any(self.rows)
 
     def add(self, request: Request) -> int:

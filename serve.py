@@ -15,6 +15,7 @@ import errors  # first, so that Ctrl-C is quiet while torch is imported
 # isort: split
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -22,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from fastapi import FastAPI
 from arguments import add_device, add_model, add_speed
 from attention import DECODE_QUERIES
 from checkpoint import CHECKPOINTS, checksum, load_generation_config
-from engine import PREFILL_LENGTHS, Engine, cache_bytes
+from engine import Engine, cache_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
 from generate import described, find_models, load_models
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=count, default=8, help="requests that run at once")
     add("--max_waiting", type=number, default=128, help="requests that may wait for them; then clients are sent away")
     add("--max_seq_length", type=count, help=f"of a prompt and its answer; default: the context, at most {LENGTH}")
-    add("--prefill_chunk", type=count, default=PREFILL_LENGTHS[-1], help="tokens of a prompt between two decode steps")
+    add("--prefill_chunk", type=count, default=64, help="tokens of a prompt between two decode steps")
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument("--api_key", metavar="KEY", help="what clients have to send; default: nothing")
     keys.add_argument("--api_key_file", type=Path, metavar="FILE", help="the same, one key a line")
@@ -117,7 +119,7 @@ def main() -> None:
 
 
 def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """The keys that clients may have. UserError where there is none among those that were given."""
+    """The keys that clients may use, none where none were asked for. UserError for empty ones."""
     if args.api_key_file is None:
         keys = [] if args.api_key is None else [args.api_key.strip()]
     else:
@@ -128,15 +130,22 @@ def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket at the address, which listens once uvicorn has it: before, clients are refused at once."""
-    try:
+    """A socket at the address, which does not listen yet: while the model loads, clients are refused at once."""
+    with refused_address(host, port):
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+    return listener
+
+
+@contextlib.contextmanager
+def refused_address(host: str, port: int) -> Iterator[None]:
+    """An OSError inside is a UserError about the address."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
-    return listener
 
 
 def lead(args: argparse.Namespace, group: Group, access: Access, listener: socket.socket) -> None:
@@ -150,6 +159,8 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
     sys.setswitchinterval(0.001)  # seconds that the thread that computes waits for another one's Python
     gc.collect()
     gc.freeze()  # what there is by now stays: no collection has to look at it
+    with refused_address(args.host, args.port):
+        listener.listen()  # another server may have loaded at the same time
     server.start()
     try:
         service.run()
@@ -158,7 +169,7 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
 
 
 def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
-    """What computes, warmed up, and what clients may know of its model."""
+    """The computer, warmed up, and its model as clients see it."""
     begun = time.perf_counter()
     paths, config, tokenizer, context = find_models(args)
     tokenizer.check_chat_template()
@@ -184,7 +195,7 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles all steps there are, those with log-probabilities as well."""
+    """Compiles all steps that may be needed, with log-probabilities and without."""
     if not engine.compiles_steps and not engine.fixed_lengths:
         return
     log("warming up ... (the first time, this compiles)")
@@ -196,7 +207,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def name_of(folder: Path) -> str:
-    """ORG/NAME of what was converted, otherwise the folder's own name: nothing else of its path."""
+    """What clients call the model: ORG/NAME if it was converted, otherwise its folder, without the path to it."""
     folder, checkpoints = folder.resolve(), CHECKPOINTS.resolve()
     return folder.relative_to(checkpoints).as_posix() if folder.is_relative_to(checkpoints) else folder.name
 
@@ -229,7 +240,7 @@ class HttpServer:
         self.service.stop(grace)
 
     def end(self) -> None:
-        """Waits until the clients have what they were sent, but not long. Raises what ended the thread, if not we."""
+        """Gives clients a moment to read what they were sent. Raises what ended the thread, if it failed."""
         self.server.should_exit = True
         self.thread.join(LAST_WORDS)
         if self.failure is not None:

@@ -10,10 +10,12 @@ absent. What is absent is as generation_config.json says, or else as OpenAI has 
 """
 
 import argparse
+import itertools
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from typing_extensions import TypeAliasType
 
 from engine import Request
 from errors import UserError
@@ -30,6 +32,12 @@ MAX_CHOICES = 128  # of a request
 COMPLETION_TOKENS, PLAIN_TOKENS = 16, 200
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # every token is compared with all of them
 MAX_BIASES = 1024
+MAX_FIELDS = 100  # more than there are
+# Otherwise pydantic would list all that is wrong in millions of entries. (These annotations cannot be in a union.)
+Texts = TypeAliasType("Texts", Annotated[list[str], FailFast()])
+Ids = TypeAliasType("Ids", Annotated[list[int], FailFast()])
+Prompts = TypeAliasType("Prompts", Annotated[list[Ids], FailFast()])
+Biases = TypeAliasType("Biases", Annotated[dict[str, float], FailFast()])
 NAMES = {  # ours -> a client's
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -47,15 +55,23 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+        """The fields that are not null; of very many, which cannot all be known, some."""
+        if not isinstance(data, dict):
+            return data
+        given = ((name, value) for name, value in data.items() if value is not None)
+        return dict(itertools.islice(given, MAX_FIELDS))
 
 
 class StreamOptions(Body):
+    """Obfuscation pads the events of a stream, so that their sizes say nothing."""
+
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(Body):
+    """A schema; what it is called changes nothing, and it is always strict."""
+
     name: str = ""
     description: str = ""
     schema_: dict[str, Any] = Field({}, alias="schema")
@@ -63,6 +79,8 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
+    """What the answer has to be."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -79,10 +97,10 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     min_tokens: int | None = None
     ignore_eos: bool = False
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: int | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
@@ -93,7 +111,7 @@ class SamplingBody(Body):
     guided_grammar: str | None = None
     # Nothing here depends on these.
     user: str = ""
-    metadata: dict[str, str] = {}
+    metadata: Annotated[dict[str, str], FailFast()] = {}
     safety_identifier: str = ""
     prompt_cache_key: str = ""
     service_tier: Literal["auto", "default"] = "auto"
@@ -111,19 +129,21 @@ class ChatBody(SamplingBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: Annotated[list[Literal["text"]], FailFast()] = ["text"]
 
 
 class CompletionBody(SamplingBody):
     """A body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] = 1
 
 
 class TokenizeBody(Body):
+    """A body of /tokenize: a prompt, or a chat as it would be rendered."""
+
     model: str = ""
     prompt: str | None = None
     messages: list[Any] | None = None
@@ -133,13 +153,15 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
+    """A body of /detokenize."""
+
     model: str = ""
-    tokens: list[int]
+    tokens: Ids
 
 
 @dataclass
 class Model:
-    """What is served, see make_model."""
+    """What is served; make_model makes one."""
 
     name: str
     target: Target
@@ -150,11 +172,12 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The target's."""
         return self.target.tokenizer
 
 
 def make_model(name: str, target: Target, recommended: dict[str, Any], merges_system: bool = False) -> Model:
-    """recommended: of generation_config.json."""
+    """The model that clients see. `recommended`: what its generation_config.json says."""
     settings = default_settings(argparse.Namespace(**dict.fromkeys(SETTINGS), num_beams=1), recommended)
     if settings["temperature"] is None:
         settings["temperature"] = 1.0
@@ -175,7 +198,7 @@ class Work:
 
 
 def chat_work(body: ChatBody, model: Model) -> Work:
-    """UserError, as from completion_work, for what makes no sense, or does not fit."""
+    """What a chat asks for. UserError for what makes no sense, or does not fit."""
     if body.top_logprobs and not body.logprobs:
         raise UserError("top_logprobs needs logprobs; set that to true")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -213,9 +236,10 @@ def chat_work(body: ChatBody, model: Model) -> Work:
 
 
 def completion_work(body: CompletionBody, model: Model) -> Work:
+    """What a completion asks for. UserError for what makes no sense, or does not fit."""
     settings = settings_of(body, model)
     wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    drops_text = wanted == 0 and body.echo  # as is asked for to have a prompt's log-probabilities
+    drops_text = wanted == 0 and body.echo  # which asks for the prompt's log-probabilities alone
     requests, echoed = [], []
     prompts = prompts_of(body.prompt)
     if len(prompts) * body.n > MAX_CHOICES:
@@ -260,7 +284,7 @@ def token_ids(body: TokenizeBody, model: Model) -> list[int]:
 
 
 def merged_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without a system's: what it said stands at the beginning of the user's first one."""
+    """The messages without system messages: what those say stands at the beginning of the user's first one."""
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:
@@ -280,6 +304,7 @@ def prompts_of(prompt: str | list) -> list[str | list[int]]:
 
 
 def prompt_ids(prompt: str | list[int], model: Model) -> list[int]:
+    """The tokens of one of the prompts. UserError for ids that the model lacks."""
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     check_ids("prompt", prompt, model)
@@ -287,6 +312,7 @@ def prompt_ids(prompt: str | list[int], model: Model) -> list[int]:
 
 
 def check_ids(name: str, ids: list[int], model: Model) -> None:
+    """UserError that names the field, where an id is none of the model's."""
     size = model.target.vocab_size
     unknown = next((i for i in ids if not 0 <= i < size), None)
     if unknown is not None:
@@ -316,6 +342,7 @@ def settings_of(body: SamplingBody, model: Model) -> dict[str, Any]:
 
 
 def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema that a response_format means, None where it means text."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
@@ -328,7 +355,7 @@ def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
 def requests_of(
     prompt: list[int], wanted: int | None, settings: dict[str, Any], n: int, target: Target
 ) -> list[Request]:
-    """n requests with one seed after the other, for at most `wanted` new tokens, or those that there is room for."""
+    """n requests, whose seeds follow one another, for `wanted` new tokens, or as many as there is room for."""
     room = target.limit - len(prompt)
     if room < 1:
         raise ContextExceeded(
@@ -348,8 +375,8 @@ class ContextExceeded(UserError):
 
 
 class Started:
-    """A constraint whose matcher is made already, in the thread of the request and not in the one that computes. For
-    other ranks it is the constraint."""
+    """A constraint whose matcher is made already, in the thread of the request and not in the one that computes. Other
+    ranks get the constraint itself."""
 
     def __init__(self, constraint: Constraint):
         self.constraint, self.matcher = constraint, constraint.start()
@@ -358,4 +385,5 @@ class Started:
         return self.constraint.__reduce__()
 
     def start(self) -> Matcher:
+        """The matcher; a Started is for one text."""
         return self.matcher

@@ -44,16 +44,22 @@ LONGEST_HEAD = 160
 
 @dataclass(frozen=True)
 class Content:
+    """A part of the answer's text."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Reasoning:
+    """A part of what the model says between the marks of reasoning."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class CallStart:
+    """The beginning of a call."""
+
     index: int  # 0, 1, ... within the answer
     id: str
     name: str
@@ -108,6 +114,7 @@ def shown_ids(tokenizer: Tokenizer, form: str | None) -> frozenset[int]:
 
 
 def random_id() -> str:
+    """The id of a new call."""
     return f"call_{secrets.token_hex(12)}"
 
 
