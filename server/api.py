@@ -33,7 +33,7 @@ COMPLETION_TOKENS, PLAIN_TOKENS = 16, 200
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # every token is compared with all of them
 MAX_BIASES = 1024
 MAX_FIELDS = 100  # more than there are
-# Otherwise pydantic would list all that is wrong in millions of entries. (These annotations cannot be in a union.)
+# Pydantic would list all that is wrong in millions of entries. (Python cannot hash the annotations, which unions want.)
 Texts = TypeAliasType("Texts", Annotated[list[str], FailFast()])
 Ids = TypeAliasType("Ids", Annotated[list[int], FailFast()])
 Prompts = TypeAliasType("Prompts", Annotated[list[Ids], FailFast()])

@@ -1221,13 +1221,14 @@ def set_up(page, **values):
 def test_a_conversation_with_a_model(real_page, real):
     page = real_page
     set_up(page, max_tokens=24, temperature=0)
-    send(page, "def read_lines(path):")
+    question = 'def read_lines(path):\n    """Yields the lines of a text file that are not empty."""'
+    send(page, question)
     finished(page)
     expect(facts(page)).to_have_text(
         re.compile(r"^[\d.]+ tokens/s · \d+\.\d\d s to the first token · prompt \d+( \(\d+ cached\))?, answer 24\b.*$")
     )
     said = answers(page).text_content()
-    body = {"messages": [user("def read_lines(path):")], "max_tokens": 24, "temperature": 0}
+    body = {"messages": [user(question)], "max_tokens": 24, "temperature": 0}
     direct = real.post("/v1/chat/completions", **body)[1]["choices"][0]["message"]["content"]
     assert said and "".join(said.split()) == "".join(direct.split())
     page.locator(".answer").first.hover()
@@ -1237,6 +1238,7 @@ def test_a_conversation_with_a_model(real_page, real):
     send(page, "    with open(path) as file:")
     finished(page)
     expect(answers(page)).to_have_count(2)
+    expect(facts(page)).to_contain_text(" cached)")
     before = page.locator("#messages").inner_html()
     reload(page)
     assert page.locator("#messages").inner_html() == before

@@ -73,9 +73,8 @@ def metaspace_folder(chat_folder):
 @pytest.fixture(scope="module")
 def narrow(metaspace_folder):
     """With one place, for the request that runs and for the one that waits."""
-    with Server(
-        "--checkpoint_path", metaspace_folder, "--batch_size", 1, "--max_waiting", 1, "--merge_system"
-    ) as server:
+    flags = ("--batch_size", 1, "--max_waiting", 1, "--merge_system")
+    with Server("--checkpoint_path", metaspace_folder, *flags) as server:
         yield server
 
 
