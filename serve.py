@@ -33,7 +33,7 @@ from fastapi import FastAPI
 from arguments import add_device, add_model, add_speed
 from attention import DECODE_QUERIES
 from checkpoint import CHECKPOINTS, checksum, load_generation_config
-from engine import PREFILL_LENGTHS, Engine, cache_bytes
+from engine import Engine, cache_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
 from generate import described, find_models, load_models
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=count, default=8, help="requests that run at once")
     add("--max_waiting", type=number, default=128, help="requests that may wait for them; then clients are sent away")
     add("--max_seq_length", type=count, help=f"of a prompt and its answer; default: the context, at most {LENGTH}")
-    add("--prefill_chunk", type=count, default=PREFILL_LENGTHS[-1], help="tokens of a prompt between two decode steps")
+    add("--prefill_chunk", type=count, default=64, help="tokens of a prompt between two decode steps")
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument("--api_key", metavar="KEY", help="what clients have to send; default: nothing")
     keys.add_argument("--api_key_file", type=Path, metavar="FILE", help="the same, one key a line")

@@ -81,7 +81,7 @@ def drive(engine, reference, tokenizer, seed, chunk, overlaps=False):
 
     def interrupting(*args, **others):
         result = run(*args, **others)
-        if draw.random() < (2 + min(chunk, 30)) / 150:
+        if draw.random() < min(chunk + 5, 30) / 200:
             raise KeyboardInterrupt
         return result
 
