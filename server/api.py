@@ -169,6 +169,7 @@ class Model:
     merges_system: bool  # into the user's first message
     form: str | None  # of its tool calls
     shown_ids: frozenset[int]  # special tokens that a reader of answers has to see
+    most_characters: int  # of a prompt: all of its tokens would be the longest
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -183,7 +184,8 @@ def make_model(name: str, target: Target, recommended: dict[str, Any], merges_sy
         settings["temperature"] = 1.0
     tokenizer = target.tokenizer
     form = detect_form(tokenizer.chat_template)
-    return Model(name, target, settings, merges_system, form, shown_ids(tokenizer, form))
+    most_characters = target.limit * max(map(len, tokenizer.backend.get_vocab()))
+    return Model(name, target, settings, merges_system, form, shown_ids(tokenizer, form), most_characters)
 
 
 @dataclass
@@ -264,13 +266,13 @@ def render(
     if model.merges_system:
         messages = merged_system(messages)
     if not model.tokenizer.has_chat_template:
-        if tools:
+        if tools and choice != "none":
             raise UserError("tools: this model has no chat template for them; leave them out")
         text = "\n".join(message["content"] for message in messages)
-        return text, model.tokenizer.encode(text)
+        return text, encode(text, model)
     variables = body.chat_template_kwargs | {"tools": template_tools(tools, choice)}
     text = model.tokenizer.apply_chat_template(messages, variables=variables)
-    return text, model.tokenizer.encode(text, add_special_tokens=False)
+    return text, encode(text, model, add_special_tokens=False)
 
 
 def token_ids(body: TokenizeBody, model: Model) -> list[int]:
@@ -306,9 +308,19 @@ def prompts_of(prompt: str | list) -> list[str | list[int]]:
 def prompt_ids(prompt: str | list[int], model: Model) -> list[int]:
     """The tokens of one of the prompts. UserError for ids that the model lacks."""
     if isinstance(prompt, str):
-        return model.tokenizer.encode(prompt)
+        return encode(prompt, model)
     check_ids("prompt", prompt, model)
     return prompt
+
+
+def encode(text: str, model: Model, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a prompt. ContextExceeded for megabytes that cannot fit: to count their tokens would take long."""
+    if len(text) > model.most_characters:
+        raise ContextExceeded(
+            f"the prompt has {len(text)} characters, more than the {model.target.limit} tokens of the "
+            f"{model.target.limited_by} can hold; shorten the prompt"
+        )
+    return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def check_ids(name: str, ids: list[int], model: Model) -> None:

@@ -493,6 +493,17 @@ def test_calls_that_the_model_writes_by_itself(tool_server):
     assert answer.choices[0].message.reasoning_content == "Now what?"
 
 
+def test_tools_that_may_not_be_used(server):
+    """Matter to no template."""
+    options = dict(messages=HELLO, max_tokens=4, temperature=0)
+    texts = []
+    for tools in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        status, body = server.post("/v1/chat/completions", **options, **tools)
+        assert status == 200
+        texts.append(body["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1]
+
+
 def test_tools_that_cannot_be_enforced(tool_server):
     tool = city_tool()
     tool["function"] |= {"strict": True, "parameters": {"type": "object", "properties": {"a": {"type": "nonsense"}}}}
@@ -611,6 +622,16 @@ def test_a_prompt_that_is_too_long(client):
     with pytest.raises(openai.BadRequestError, match=rf"\d{{4}} tokens.*{CONTEXT}") as caught:
         chat(client, [{"role": "user", "content": "x = 1\n" * 3000}])
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_of_megabytes_costs_little(server):
+    begun = time.perf_counter()
+    text = "a b " * 1_900_000
+    bodies = {"chat/completions": {"messages": [{"role": "user", "content": text}]}, "completions": {"prompt": text}}
+    for path, body in bodies.items():
+        status, answer = server.post(f"/v1/{path}", **body)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+    assert time.perf_counter() - begun < 5
 
 
 BODIES = {
