@@ -1067,7 +1067,7 @@ def test_ranks(chat_folder, reference, hf):
 def test_compiled_steps_that_propose(chat_folder, reference, hf):
     """With and without log-probabilities, and with a grammar, where nothing is proposed."""
     flags = ("--compile", "--prompt_lookup", "--speculate_k", 3, "--grace", 0.2)
-    with Server("--checkpoint_path", chat_folder, "--batch_size", 2, *flags) as server:
+    with Server("--checkpoint_path", chat_folder, "--batch_size", 1, *flags) as server:  # each number of rows compiles
         client = server.client()
         with ThreadPoolExecutor(4) as pool:
             several = [{"logprobs": True}, {}, {"n": 2}] * 3
