@@ -183,7 +183,7 @@ LORA = re.compile(
     r"(?:\.default)?(?:\.weight)?"
 )
 TOKENS = re.compile(r"(?P<module>.*?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
-WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.|$)(?:\.default(?=\.))?")
+WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.|$)(?:\.default(?=\.))?")
 
 
 class Reader:
@@ -207,6 +207,8 @@ class Reader:
                 raise self.error(name, "is no part of a plain LoRA; merge it with peft, and convert the result")
             else:
                 plain = WRAPPERS.sub("", name)
+                if plain in self.whole:
+                    raise self.error(name, "is there twice, in a wrapper and without; save the adapter again")
                 self.whole[plain] = tensor
                 if name.endswith(".base_layer.weight"):
                     self.copies.add(plain)
@@ -255,10 +257,12 @@ class Reader:
             saved.pop(f"{OUTPUT}.weight", None)
             rows.pop(f"{OUTPUT}.weight", None)
         rank = max((delta.a.shape[0] for parts in deltas.values() for delta in parts), default=0)
-        return Adapter(
-            name, base, rank, dict(deltas), dict(saved), frozenset(frozen & saved.keys()), rows,
-            self.config.vocab_size, tied,
-        )  # fmt: skip
+        ordered = {
+            ours: sorted(parts, key=lambda delta: (delta.expert or 0, delta.start)) for ours, parts in deltas.items()
+        }
+        whole = {ours: dict(sorted(pieces.items())) for ours, pieces in saved.items()}
+        kept = frozenset(frozen & saved.keys())
+        return Adapter(name, base, rank, ordered, whole, kept, rows, self.config.vocab_size, tied)
 
     def place(self, source: str) -> Place:
         if source not in self.places:

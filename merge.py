@@ -5,9 +5,8 @@
 
 In float32, W + weight * scale * B @ A in PEFT's order of operations, and rounded once to the dtype that is stored: what
 PEFT's merge_and_unload makes of a base in float32, cast after it. Of a base in bfloat16 it makes the same, but that it
-rounds what it adds to an embedding or to stacked experts, and rounds after each adapter where there are several. Two
-sums are made in another order than there, and may differ in float32's last bits: the norms of DoRA where a layer is
-stored as [in, out] (GPT-2), and those of the columns of an embedding.
+rounds what it adds to an embedding or to stacked experts, and rounds after each adapter, where there are several. A sum
+is made in another order than there, and may differ in the last bits of float32: DoRA's norms of an embedding's columns.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from torch import Tensor
 from config import ModelConfig
 from errors import UserError, log
 from formats.hub import CONFIG_FILES, TOKENIZER_FILES
-from formats.names import Piece
+from formats.names import Piece, swaps
 from formats.source import Source
 from lora import EMBEDDING, OUTPUT, Adapter, Delta
 from model import expected_shapes
@@ -117,7 +116,10 @@ class Merged(Piece):
             elif norms is not None:
                 rows[part] = (delta.magnitude / norms) * (rows[part] + update)
             else:
-                norm = torch.linalg.norm(base[part] + update, dim=1)  # of the base as it was, whatever is merged before
+                total = base[part] + update  # of the base as it was, whatever is merged before
+                if swaps(self.transform):  # the order of a sum follows the memory, in which the inputs lie apart there
+                    total = total.t().contiguous().t()
+                norm = torch.linalg.norm(total, dim=1)
                 factor = delta.magnitude[low - start : high - start] / norm
                 rows[part] = factor[:, None] * (rows[part] + update)
         for ids, values in self.token_rows:

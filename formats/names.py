@@ -98,6 +98,10 @@ TRANSFORMS = {function.__name__: function for function in FUNCTIONS}
 SWAPPING = (transposed, gate_and_up_by_turns)  # whose weights have the inputs first
 
 
+def swaps(transform: Callable[[Tensor], Tensor] | None) -> bool:
+    return getattr(transform, "func", None) in SWAPPING
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows of one of our tensors: a tensor of the source, or the parts of a packed one."""
@@ -170,8 +174,7 @@ class Wanted:
         """What belongs to the outputs of its layer, or of one of the experts in it, [out, ...] -> in our order."""
         if self.transform is None:
             return rows
-        swapped = rows.ndim == 2 and getattr(self.transform, "func", None) in SWAPPING
-        return self.transform(rows.t() if swapped else rows)
+        return self.transform(rows.t() if rows.ndim == 2 and swaps(self.transform) else rows)
 
 
 def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Names) -> Iterator[Wanted]:
