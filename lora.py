@@ -25,7 +25,7 @@ from config_fields import FieldReader, text_fields
 from errors import UserError, log
 from families import FAMILIES
 from files import read_json, refuse_lfs_pointer
-from formats.hub import ADAPTER_FILES, download_adapter
+from formats.hub import ADAPTER_FILES, cached, download_adapter
 from formats.names import Piece, Place, equal, places, text_names
 from formats.packed import Stored, check_finite
 from formats.pickled import PickledFiles
@@ -42,20 +42,22 @@ REFUSED = {
 }  # fmt: skip
 # Values of init_lora_weights by which training began with another base: with what it took from that already in A and B.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PATTERN = r"(.*\.)?({})$"  # of the keys of rank_pattern and alpha_pattern: they fit the end of a name
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to some rows of a layer: scale * b @ a. Of embeddings these are the rows of tokens."""
+    """What is added to some rows of a layer: scale * b @ a. Of embeddings these are the rows of tokens.
+
+    With a magnitude (DoRA) the rows are then scaled to these norms; of an embedding the columns are.
+    """
 
     a: Tensor  # float32 [r, in]
     b: Tensor  # float32 [rows, r]
     scale: float
     start: int  # the first of these rows in the layer, or in an expert's part of it
     expert: int | None = None
-    magnitude: Tensor | None = (
-        None  # DoRA: the norms of these rows, float32 [rows]; of an embedding of its columns [in]
-    )
+    magnitude: Tensor | None = None  # float32 [rows], of an embedding [in]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Adapter:
     rank: int  # the largest
     deltas: dict[str, list[Delta]]  # our layer -> what is added to it
     saved: dict[str, dict[int, Piece]]  # our tensor -> its first row (experts' one after the other) -> what replaces it
-    # Of these tensors the base was saved along, as PEFT does where an embedding is adapted: they were not trained.
+    # Of these PEFT saved the base's own along, as it does where an embedding is adapted: they were not trained.
     frozen: frozenset[str]
     token_rows: dict[str, tuple[Tensor, Tensor]]  # our tensor -> ids int64 [n], and their rows float32 [n, dim]
     vocab_size: int  # with this adapter
@@ -85,19 +87,20 @@ def read_adapter(path: Path | str, fields: dict[str, Any], base: str | None = No
     missing, not supported, or does not fit the base.
     """
     folder = find_adapter(path)
+    name = cached(folder)[1] or str(folder.resolve())
     read = FieldReader(read_json(folder / CONFIG), f"{folder / CONFIG}")
     check_config(read)
     tensors = open_tensors(folder)
     trained_on = read.value("base_model_name_or_path")
     trained_on = trained_on if isinstance(trained_on, str) else None
-    if base and trained_on and model_name(base) != model_name(trained_on):
+    if base and trained_on and last_part(base).lower() != last_part(trained_on).lower():
         log(f"warning: {folder} was trained on {trained_on}, not on {base}; check that they are the same model")
-    return Reader(folder, read, tensors, fields).adapter(model_name(str(path)), trained_on)
+    return Reader(folder, read, tensors, fields).adapter(last_part(name), trained_on)
 
 
-def model_name(path: str) -> str:
-    """The last part of a path or ORG/NAME, in lower case."""
-    return path.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+def last_part(path: str) -> str:
+    """Of a path, also one of Windows, or ORG/NAME."""
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +112,7 @@ def find_adapter(path: Path | str) -> Path:
     folder = Path(path)
     if folder.is_file() and folder.name in (CONFIG, *WEIGHTS):
         folder = folder.parent
+    folder = cached(folder)[0]
     if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         folder = download_adapter(str(path))
     if not folder.is_dir():
@@ -170,8 +174,8 @@ def check_config(read: FieldReader) -> None:
             inner = FieldReader({key: value}, f"{read.where}: {name}")
             _ = inner.integer(key, maximum=2**16) if name == "rank_pattern" else inner.number(key)
             try:
-                re.compile(key)
-            except re.error as error:
+                re.compile(PATTERN.format(key))
+            except (re.error, OverflowError, RecursionError) as error:
                 raise inner.error(key, f"is no regular expression ({error}); correct it") from error
 
 
@@ -183,7 +187,8 @@ LORA = re.compile(
     r"(?:\.default)?(?:\.weight)?"
 )
 TOKENS = re.compile(r"(?P<module>.*?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
-WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.|$)(?:\.default(?=\.))?")
+COPIES = r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.|$)"
+WRAPPERS = re.compile(rf"{COPIES}|\.modules_to_save(\.default)?(?=\.|$)")
 
 
 class Reader:
@@ -191,27 +196,24 @@ class Reader:
 
     def __init__(self, folder: Path, read: FieldReader, tensors: Mapping[str, Stored], fields: dict[str, Any]):
         self.folder, self.read = folder, read
-        self.names = FAMILIES[text_fields(fields)["model_type"]].names
         self.base = ModelConfig.from_hf(fields)
+        self.names = FAMILIES[text_fields(fields)["model_type"]].names
         tensors = text_names(tensors, self.names)
         self.pairs: dict[str, dict[str, Stored]] = defaultdict(dict)  # by module; those of experts are nested
         self.token_rows: dict[str, Stored] = {}
         self.whole: dict[str, Stored] = {}
         self.copies: set[str] = set()
-        for name, tensor in tensors.items():
+        for name in sorted(tensors, key=preference, reverse=True):
             if found := LORA.fullmatch(name):
-                self.pairs[found["module"]][found["kind"]] = tensor
+                self.pairs[found["module"]][found["kind"]] = tensors[name]
             elif found := TOKENS.fullmatch(name):
-                self.token_rows[found["module"]] = tensor
+                self.token_rows[found["module"]] = tensors[name]
             elif ".lora_" in name:
                 raise self.error(name, "is no part of a plain LoRA; merge it with peft, and convert the result")
             else:
                 plain = WRAPPERS.sub("", name)
-                if plain in self.whole:
-                    raise self.error(name, "is there twice, in a wrapper and without; save the adapter again")
-                self.whole[plain] = tensor
-                if name.endswith(".base_layer.weight"):
-                    self.copies.add(plain)
+                self.whole[plain] = tensors[name]
+                (self.copies.add if preference(name) == 2 else self.copies.discard)(plain)
         self.config = replace(self.base, vocab_size=self.vocab_size(), tied=False)
         self.places = places(self.config, self.names)
 
@@ -287,56 +289,58 @@ class Reader:
                 raise self.error(f"{module}.{kind}", f"has the shape {list(parts[kind].shape)}, not that of a matrix")
         a, b = (check_finite(parts[kind].read().float(), f"{module}.{kind}", self.folder) for kind in kinds)
         magnitude = parts.get("lora_magnitude_vector")
-        magnitude = None if magnitude is None else magnitude.read().float().flatten()
+        if magnitude is not None:
+            magnitude = check_finite(magnitude.read().float().flatten(), f"{module}.lora_magnitude_vector", self.folder)
         if embedded:  # [r, tokens] and [dim, r]
             a, b = b.t().contiguous(), a.t().contiguous()
-        found = [self.places[name] for name in candidates(target) if name in self.places]
+        found = [name for name in candidates(target) if name in self.places]
         if not found:
-            raise self.error(
-                f"{module}.{kinds[0]}", "adapts nothing that the base has; take the base it was trained on"
-            )
-        place = next((place for place in found if (b.shape[0], a.shape[1]) == (place.rows, place.inputs)), found[0])
-        if (b.shape[0], a.shape[1]) != (place.rows, place.inputs):
+            raise self.error(f"{module}.{kinds[0]}", "adapts nothing that the base has; take the base of this adapter")
+        shape = b.shape[0], a.shape[1]
+        fitting = (name for name in found if shape == (self.places[name].rows, self.places[name].inputs))
+        adapted = next(fitting, found[0])
+        place = self.places[adapted]
+        if shape != (place.rows, place.inputs):
             raise self.error(
                 f"{module}.{kinds[0]}",
-                f"and {kinds[1]} adapt a layer of {a.shape[1]} inputs and {b.shape[0]} outputs, the base's has"
+                f"and {kinds[1]} adapt a layer of {shape[1]} inputs and {shape[0]} outputs, the base's has"
                 f" {place.inputs} and {place.rows}",
             )
         experts = place.experts or 1
         if a.shape[0] != b.shape[1] or a.shape[0] % experts:
             raise self.error(f"{module}.{kinds[0]}", f"has the rank {a.shape[0]}, {kinds[1]} {b.shape[1]}")
         rank = a.shape[0] // experts
-        scale = self.scale(place.wanted.name.removesuffix(".weight"), rank)
-        columns = embedded or place.ours == f"{EMBEDDING}.weight"
+        scale = self.scale(adapted, rank)
         if magnitude is not None:
-            expected = place.inputs if columns else place.rows
+            expected = place.inputs if embedded else place.rows
             if place.experts or len(magnitude) != expected:
                 raise self.error(f"{module}.lora_magnitude_vector", f"has {len(magnitude)} elements, not {expected}")
-            magnitude = magnitude if columns else place.wanted.in_our_order(magnitude).contiguous()
+            magnitude = magnitude if embedded else place.wanted.in_our_order(magnitude).contiguous()
         ours = place.ours.removesuffix(".weight")
         if not place.experts:
             b = place.wanted.in_our_order(b).contiguous()
             yield ours, Delta(a, b, scale, place.start, place.expert, magnitude)
             return
-        # The ranks of an expert lie together in A, and those of all experts by turns in B.
-        for expert, (own_a, own_b) in enumerate(
-            zip(a.split(rank), b.unflatten(1, (rank, experts)).unbind(2), strict=True)
-        ):
-            yield ours, Delta(own_a.clone(), place.wanted.in_our_order(own_b).contiguous(), scale, place.start, expert)
+        # The ranks of an expert lie together in A, and by turns with those of the others in B.
+        pairs = zip(a.split(rank), b.unflatten(1, (rank, experts)).unbind(2), strict=True)
+        for expert, (own_a, own_b) in enumerate(pairs):
+            yield ours, Delta(own_a, place.wanted.in_our_order(own_b).contiguous(), scale, place.start, expert)
 
-    def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) (rsLoRA), of a module. UserError when the config has another rank."""
-        wanted = int(self.pattern("rank_pattern", module, self.read.integer("r", default=8)))
+    def scale(self, weight: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) (rsLoRA), for a weight. UserError when the config has another rank."""
+        wanted = int(self.pattern("rank_pattern", weight, self.read.integer("r", default=8)))
         if wanted != rank:
-            raise self.error(module, f"has the rank {rank}, adapter_config.json says {wanted}")
-        alpha = self.pattern("alpha_pattern", module, self.read.number("lora_alpha", default=8))
+            raise self.error(weight, f"is adapted with the rank {rank}, adapter_config.json says {wanted}")
+        alpha = self.pattern("alpha_pattern", weight, self.read.number("lora_alpha", default=8))
         return alpha / math.sqrt(rank) if self.read.flag("use_rslora") else alpha / rank
 
-    def pattern(self, field: str, module: str, default: float) -> float:
-        """What the first regular expression says that fits a module's name, or its end behind a dot."""
-        patterns = self.read.value(field, {})
-        found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        return next(found, default)
+    def pattern(self, field: str, weight: str, default: float) -> float:
+        """What the first regular expression says that fits the name of a weight or of its module, or an end of it."""
+        names = (weight.removesuffix(".weight"), weight)
+        for key, value in self.read.value(field, {}).items():
+            if any(re.match(PATTERN.format(key), name) for name in names):
+                return value
+        return default
 
     # -----------------------------------------------------------------------------------------------------------------
     # Embeddings
@@ -346,9 +350,14 @@ class Reader:
         field = self.read.value("trainable_token_indices")
         for module, tensor in self.token_rows.items():
             place = self.place(f"{module}.weight")
+            if place.ours not in (f"{EMBEDDING}.weight", f"{OUTPUT}.weight"):
+                raise self.error(module, "has trained tokens, but is no embedding")
             ids = field
             if isinstance(field, dict):
-                ids = next((ids for key, ids in field.items() if f".{module}".endswith(f".{key}")), None)
+                fitting = [ids for key, ids in field.items() if f".{module}".endswith(f".{key}")]
+                if not fitting and self.base.tied:  # those of the embedding
+                    fitting = list(field.values())
+                ids = fitting[0] if fitting else None
             limit, dim = place.wanted.shape
             if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < limit for i in ids):
                 raise self.read.error("trainable_token_indices", f"does not list tokens of {module!r} below {limit}")
@@ -382,6 +391,12 @@ class Reader:
             and (embedding not in saved or equal(saved[embedding][0].tensor, saved[output][0].tensor))
             and (embedding not in rows or all(map(torch.equal, rows[embedding], rows[output])))
         )
+
+
+def preference(name: str) -> int:
+    """Which of several tensors of one name counts: the least. Of a resized vocabulary PEFT saves all wrappers of an
+    embedding: what was trained, once more as modules_to_save, and the base's."""
+    return 2 if re.search(COPIES, name) else 1 if WRAPPERS.search(name) else 0
 
 
 def candidates(module: str) -> Iterator[str]:

@@ -146,8 +146,8 @@ def merge(config: ModelConfig, plan: Plan, adapters: Weighted) -> tuple[ModelCon
     result: Plan = {}
     for ours, shape in expected_shapes(merged).items():
         pieces = plan[ours if ours in plan else f"{EMBEDDING}.weight"]  # an output that had no matrix of its own
-        for adapter, _ in adapters:
-            pieces = replace_pieces(pieces, adapter.saved.get(name_in(adapter, ours, config), {}), ours, shape)
+        for adapter in replacing(adapters, ours, config, merged.vocab_size):
+            pieces = replace_pieces(pieces, adapter.saved[name_in(adapter, ours, config)], ours, shape)
         result[ours] = add_deltas(pieces, ours, shape, adapters, config)
     return merged, result
 
@@ -156,6 +156,18 @@ def name_in(adapter: Adapter, ours: str, base: ModelConfig) -> str:
     """By which name an adapter has what is for one of our tensors: where it keeps a tied base tied, the embedding."""
     follows = ours == f"{OUTPUT}.weight" and base.tied and adapter.tied
     return f"{EMBEDDING}.weight" if follows else ours
+
+
+def replacing(adapters: Weighted, ours: str, base: ModelConfig, vocab_size: int) -> list[Adapter]:
+    """The adapters that have rows of a tensor whole: first those that only have the base's, in this vocabulary."""
+    trained, frozen = [], []
+    for adapter, _ in adapters:
+        name = name_in(adapter, ours, base)
+        if name in adapter.frozen and adapter.vocab_size == vocab_size:
+            frozen.append(adapter)
+        elif name in adapter.saved.keys() - adapter.frozen:
+            trained.append(adapter)
+    return frozen + trained
 
 
 def replace_pieces(pieces: list[Piece], saved: Mapping[int, Piece], ours: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -181,7 +193,7 @@ def add_deltas(
         layer, _, kind = name.rpartition(".")
         for delta in adapter.deltas.get(layer, []) if kind == "weight" else []:
             start = delta.start + (delta.expert or 0) * shape[1] if len(shape) == 3 else delta.start
-            if delta.magnitude is not None and layer == EMBEDDING:
+            if delta.magnitude is not None and layer.endswith("_embeddings"):
                 of_columns.add(len(deltas))
             deltas.append((start, replace(delta, scale=delta.scale * weight)))
         if name in adapter.token_rows:
