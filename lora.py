@@ -94,7 +94,7 @@ def read_adapter(path: Path | str, fields: dict[str, Any], base: str | None = No
     trained_on = read.value("base_model_name_or_path")
     trained_on = trained_on if isinstance(trained_on, str) else None
     if base and trained_on and last_part(base).lower() != last_part(trained_on).lower():
-        log(f"warning: {folder} was trained on {trained_on}, not on {base}; check that they are the same model")
+        log(f"warning: {folder} was trained on {trained_on!r}, not on {base!r}; check that they are the same model")
     return Reader(folder, read, tensors, fields).adapter(last_part(name), trained_on)
 
 
@@ -171,12 +171,13 @@ def check_config(read: FieldReader) -> None:
         if not isinstance(pattern, dict):
             raise read.error(name, "is not an object")
         for key, value in pattern.items():
-            inner = FieldReader({key: value}, f"{read.where}: {name}")
-            _ = inner.integer(key, maximum=2**16) if name == "rank_pattern" else inner.number(key)
+            shown = repr(key)
+            inner = FieldReader({shown: value}, f"{read.where}: {name}")
+            _ = inner.integer(shown, maximum=2**16) if name == "rank_pattern" else inner.number(shown)
             try:
                 re.compile(PATTERN.format(key))
             except (re.error, OverflowError, RecursionError) as error:
-                raise inner.error(key, f"is no regular expression ({error}); correct it") from error
+                raise inner.error(shown, f"is no regular expression ({error}); correct it") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
