@@ -232,7 +232,7 @@ def test_quantized_base(tmp_path):
     adapter = train(floats, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=EXPERTS)
     message = convert(made.folder, tmp_path / "out", adapters=[(str(adapter), 1.0)])
     assert "parameters, float32, " in message
-    assert re.search(r"; as floats now: feed_forward\.experts\.w13 \(mxfp4\)", message), message
+    assert re.search(r"; as floats now: feed_forward\.experts\.w13 \(MXFP4\)", message), message
     merged = load_peft(floats, adapter).merge_and_unload()
     assert_same(read_all(tmp_path / "out"), converted(merged, floats, tmp_path / "peft", torch.float32))
 
@@ -394,7 +394,7 @@ def read_for(pair, adapter, base=None):
         ({"use_rslora": "yes"}, "use_rslora: 'yes' is neither true nor false"),
         (
             {"rank_pattern": {"q_proj": 3}},
-            "'model.layers.0.self_attn.q_proj' has the rank 4, adapter_config.json says 3",
+            "'model.layers.0.self_attn.q_proj.weight' is adapted with the rank 4, adapter_config.json says 3",
         ),
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern: .*is no regular expression"),
         ({"alpha_pattern": {"(?i)q_proj": 3}}, "alpha_pattern: .*is no regular expression"),
@@ -470,7 +470,7 @@ def test_another_base(pair, tmp_path, capsys):
     read_for(pair, adapter, "other/tiny-llama")
     assert capsys.readouterr().err == ""
     read_for(pair, adapter, "other/llama")
-    assert "was trained on org/Tiny-Llama, not on other/llama" in capsys.readouterr().err
+    assert "was trained on 'org/Tiny-Llama', not on 'other/llama'" in capsys.readouterr().err
     qwen = base_of("qwen3", tmp_path)
     with pytest.raises(UserError, match=r"tensor 'model\.layers\.0\.self_attn.q_proj.lora_A' and lora_B adapt a layer"):
         convert(qwen, tmp_path / "out", adapters=[(str(adapter), 1.0)])
@@ -511,7 +511,7 @@ def test_any_config(pair, tmp_path, data):
     try:
         read_for(pair, changed(pair, tmp_path, fields), "org/llama")
     except UserError as error:
-        assert "\n" not in str(error) or "\n" in json.dumps(fields)
+        assert "\n" not in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
