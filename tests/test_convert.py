@@ -821,7 +821,7 @@ def test_killed_between_the_renames(tmp_path):
     (tmp_path / ".out.converting").mkdir()
     (tmp_path / ".out.converting" / "half").touch()
     with pytest.raises(RuntimeError):
-        convert_hf_checkpoint.replace_folder(tmp_path / "out", fail)
+        convert_hf_checkpoint.replace_folder(tmp_path / "out", convert_hf_checkpoint.check_replaceable, fail)
     same(tmp_path / "out", fused(model.state_dict(), tied=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
@@ -839,7 +839,7 @@ def test_two_conversions_at_a_time(tmp_path):
             convert(tmp_path / "in", tmp_path / "out")
         (folder / "x").touch()
 
-    convert_hf_checkpoint.replace_folder(tmp_path / "out", write)
+    convert_hf_checkpoint.replace_folder(tmp_path / "out", convert_hf_checkpoint.check_replaceable, write)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
 
 
