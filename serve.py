@@ -31,7 +31,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from arguments import add_model, add_threads, model_path
+from arguments import add_adapters, add_model, add_threads, model_path, named_adapters
 from attention import DECODE_QUERIES
 from checkpoint import CHECKPOINTS, checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
@@ -40,6 +40,7 @@ from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
 from generate import count_or_auto
 from kernels.build import cpu_library
+from lora_layers import Adapters, read_adapters
 from prompts import Target, check_draft
 from scheduler import Scheduler
 from server.api import MAX_LOGPROBS, Model, make_model
@@ -50,7 +51,7 @@ from tokenizer import load_tokenizer
 from tp import BACKENDS, Group, join
 
 LENGTH = 8192  # of a conversation, where the model's context is longer and no other is asked for
-ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "api_key_file")  # what may differ between ranks
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "adapters", "api_key_file")  # what may differ between ranks
 PAGE = Path(__file__).parent / "web" / "index.html"
 LAST_WORDS = 5.0  # seconds in which clients may still take what has been said when the server ends
 KEEP_ALIVE = 75  # seconds for which a connection without a request stays open
@@ -60,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Serve a checkpoint behind OpenAI's API.")
     add = parser.add_argument
     add_model(parser)
+    add_adapters(parser, "--adapters", "NAME=PATH", 'a request chooses by `model`: "BASE:NAME"')
     add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: all of this machine's")
     add("--port", type=port, default=8000, help="0 takes a free one")
     add("--batch_size", type=count, default=8, help="requests that run at once")
@@ -82,6 +84,7 @@ def parse_args() -> argparse.Namespace:
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     args = parser.parse_args()
+    args.adapters, _ = named_adapters(args.adapters)
     if args.speculate_k is not None:
         if not 0 <= args.speculate_k < DECODE_QUERIES:
             raise UserError(f"--speculate_k {args.speculate_k} is out of range; it must be below {DECODE_QUERIES}")
@@ -180,6 +183,7 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     if args.max_seq_length and args.max_seq_length > context:
         raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
+    adapters = read_adapters(args.adapters, path.parent)
     length = args.max_seq_length or min(context, LENGTH)
     with ThreadPoolExecutor() as pool:  # as in generate.py
         there = device.type == "cpu" and os.path.exists(programs_folder())
@@ -192,7 +196,10 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     needed = group.sharing * sum(cache_bytes(model, args.batch_size, length) for model in models)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     draft = models[1] if args.draft_checkpoint_path else None
-    engine = Engine(models[0], args.compile, args.compile_prefill, draft, args.speculate_k, args.prompt_lookup)
+    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
+    del adapters  # whose matrices are float32
+    speculation = draft, args.speculate_k, args.prompt_lookup
+    engine = Engine(models[0], args.compile, args.compile_prefill, *speculation, inserted)
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
     engine.setup(args.batch_size, length, eos_ids=eos_ids)
@@ -204,7 +211,8 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     warm_up(engine)
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
-    target = Target(tokenizer, config.vocab_size, eos_ids, length, "context" if length == context else "cache")
+    limited_by = "context" if length == context else "cache"
+    target = Target(tokenizer, config.vocab_size, eos_ids, length, limited_by, tuple(inserted.names))
     model = make_model(name_of(path.parent), target, recommended, args.merge_system)
     scheduler = Scheduler(engine, tokenizer, args.prefill_chunk)
     return Computer(scheduler, group, MAX_LOGPROBS, lambda: target.grammars), model

@@ -21,6 +21,7 @@ from server.api import (
     JsonSchema,
     ResponseFormat,
     StreamOptions,
+    UnknownModel,
 )
 
 MAX_BODY = 8 << 20  # bytes
@@ -56,6 +57,8 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 def user_error(error: UserError) -> JSONResponse:
     """Its message begins with what it is about, if that is a field of the body."""
     message = " ".join(str(error).split())
+    if isinstance(error, UnknownModel):
+        return error_response(404, message, "model", "model_not_found")
     first, _, rest = message.partition(" ")
     message = f"{NAMES.get(first, first)} {rest}"
     for name in ("max_new_tokens", "min_new_tokens"):
