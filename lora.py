@@ -27,9 +27,9 @@ from families import FAMILIES
 from files import read_json, refuse_lfs_pointer
 from formats.hub import ADAPTER_FILES, cached, download_adapter
 from formats.names import Piece, Place, equal, places, text_names
-from formats.packed import Stored, check_finite
+from formats.packed import Stored
 from formats.pickled import PickledFiles
-from weights import FLOATS, read_header
+from weights import FLOATS, check_finite, read_header
 
 CONFIG, *WEIGHTS = ADAPTER_FILES
 EMBEDDING, OUTPUT = "tok_embeddings", "output"
@@ -229,10 +229,16 @@ class Reader:
         if not new:
             return self.base.vocab_size
         name, size = next(iter(new.items()))
+        embedding, output = heads
+        if self.base.tied and output in self.copies and embedding not in self.whole:  # PEFT saved their matrix once
+            self.whole[embedding], sizes[embedding] = self.whole[output], size
+            self.copies.add(embedding)
         missing = [head for head in heads if sizes.get(head) != size]
-        if missing and not (self.base.tied and missing == heads[1:] and heads[1] not in sizes):
+        if missing and not (self.base.tied and missing == [output] and output not in sizes):
             raise self.error(
-                name, f"has {size} rows where the base has {self.base.vocab_size}, but {missing[0]!r} has not"
+                name,
+                f"has {size} rows where the base has {self.base.vocab_size}, but {missing[0]!r} has not; train it"
+                " again with both in modules_to_save, or merge it with peft where it was trained",
             )
         return size
 
