@@ -271,14 +271,14 @@ def run(args: argparse.Namespace, group: Group) -> None:
 
     begun = time.perf_counter()
     models = load_models(args, paths, [group, ALONE if args.draft_tp else group])
+    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
+    del adapters  # whose matrices are float32
     check_memory(
         group.sharing * sum(cache_bytes(model, batch_size, max_seq_length) for model in models),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",
         device,
     )
     draft = models[1] if args.draft_checkpoint_path else None
-    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
-    del adapters  # whose matrices are float32
     speculation = draft, args.speculate_k, args.prompt_lookup
     engine = Engine(models[0], args.compile, args.compile_prefill, *speculation, inserted)
     words = [request.params.bad_words for request in requests]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from errors import UserError
-from files import read_json
+from files import check_memory, read_json
 from kernels.lora import RANKS, add_low_rank, pack_a, pack_b
 from kernels.packing import allocate
 from model import Linear, Transformer, expected_shapes
@@ -39,14 +39,28 @@ MERGE = "merge it into the model: python convert_hf_checkpoint.py --adapter"
 Parts = tuple[tuple[int, int], ...]  # the outputs (first, end) of a layer that each pair of matrices adds to
 
 
+class Room(NamedTuple):
+    """What one adapter may add to a layer."""
+
+    inputs: int
+    rank: int
+    parts: Parts
+
+    @property
+    def numbers(self) -> int:
+        """In its matrices."""
+        return self.rank * sum(self.inputs + end - begin for begin, end in self.parts)
+
+
 class LowRank(nn.Module):
     """y + scale B A x, with A, B and scale of the adapter that each row of the batch has."""
 
-    def __init__(self, count: int, rank: int, in_features: int, parts: Parts, like: Tensor):
-        """Room for `count` adapters of at most this rank, whose matrices have the dtype and the device of `like`."""
+    def __init__(self, count: int, room: Room, like: Tensor):
+        """Room for `count` adapters, whose matrices have the dtype and the device of `like`."""
         super().__init__()
-        self.rank, self.in_features, self.parts = -(-rank // RANKS) * RANKS, in_features, parts
+        self.rank, self.in_features, self.parts = room.rank, room.inputs, room.parts
         self.packed = like.device.type == "cpu"
+        parts = self.parts
         a, b = self._matrices(torch.zeros(len(parts), 0, 0), [torch.zeros(end - begin, 0) for begin, end in parts])
         self.register_buffer("a", allocate((count, *a.shape), like.dtype, like.device), persistent=False)
         self.register_buffer("b", allocate((count, *b.shape), like.dtype, like.device), persistent=False)
@@ -121,21 +135,11 @@ class Adapters:
         self._used: list[int] = []
         self._slices = group.slices(config, groupsizes(model))
         found = {name: self._cut(name, adapter) for name, adapter in adapters.items()}
-        parts_of: dict[str, set[tuple[int, int]]] = {}
-        inputs: dict[str, int] = {}
-        ranks: dict[str, int] = {}  # by kinds of layers, so that those of a kind are compiled once
-        for layers in found.values():
-            for layer, parts in layers.items():
-                for part, delta in parts.items():
-                    rank, inputs[layer] = delta.a.shape
-                    ranks[kind_of(layer)] = max(rank, ranks.get(kind_of(layer), 0))
-                    parts_of.setdefault(layer, set()).add(part)
-        for layer, parts in parts_of.items():
-            ordered = tuple(sorted(parts))
-            if any(before[1] > after[0] for before, after in pairwise(ordered)):
-                raise UserError(f"the adapters cut {layer} in ways that do not go together; {MERGE} PATH")
-            like = model.tok_embeddings.weight
-            self.layers[layer] = LowRank(len(adapters), ranks[kind_of(layer)], inputs[layer], ordered, like)
+        rooms, like = plan(found), model.tok_embeddings.weight
+        numbers = sum(room.numbers for room in rooms.values()) * len(adapters)
+        check_memory(group.sharing * numbers * like.itemsize, "the room for the adapters", like.device)
+        for layer, room in rooms.items():
+            self.layers[layer] = LowRank(len(adapters), room, like)
             insert(model, layer, self.layers[layer])
         for slot, name in enumerate(adapters):
             self.names[name] = slot
@@ -187,23 +191,26 @@ class Adapters:
 
     def _check(self, name: str, adapter: "Adapter") -> None:
         """UserError for an adapter that can only be merged."""
-        problem = None
+        if problem := self._problem(adapter):
+            raise UserError(f"adapter {name!r} {problem}: that cannot be chosen at run time; {MERGE} PATH")
+
+    def _problem(self, adapter: "Adapter") -> str | None:
+        """What an adapter does that is not done beside the layers."""
         if adapter.is_dora:
-            problem = "is a DoRA, which scales whole weights"
-        elif adapter.vocab_size != self.config.vocab_size:
-            problem = f"has a vocabulary of {adapter.vocab_size}, not {self.config.vocab_size}"
-        elif adapter.token_rows:
-            problem = f"has trained tokens in {next(iter(adapter.token_rows))}"
+            return "is a DoRA, which scales whole weights"
+        if adapter.vocab_size != self.config.vocab_size:
+            return f"has a vocabulary of {adapter.vocab_size}, not {self.config.vocab_size}"
+        if adapter.token_rows:
+            return f"has trained tokens in {next(iter(adapter.token_rows))}"
         for layer in adapter.deltas:
             if layer in ("tok_embeddings", "pos_embeddings"):
-                problem = problem or f"adds to the embedding {layer}"
-            elif ".experts." in layer or layer.endswith(".router"):
-                problem = problem or f"adds to {layer}, of a mixture of experts"
+                return f"adds to the embedding {layer}"
+            if ".experts." in layer or layer.endswith(".router"):
+                return f"adds to {layer}, of a mixture of experts"
         for tensor, pieces in adapter.saved.items():
-            if problem is None and tensor not in adapter.frozen and not self._has(tensor, pieces):
-                problem = f"replaces {tensor}"
-        if problem is not None:
-            raise UserError(f"adapter {name!r} {problem}: that cannot be chosen at run time; {MERGE} PATH")
+            if tensor not in adapter.frozen and not self._has(tensor, pieces):
+                return f"replaces {tensor}"
+        return None
 
     def _has(self, name: str, pieces: Mapping[int, "Piece"]) -> bool:
         """Whether the model's tensor of this name holds the same: embeddings are saved along where one is adapted."""
@@ -241,6 +248,26 @@ class Adapters:
         return cut
 
 
+def plan(found: Mapping[str, Mapping[str, Mapping[tuple[int, int], "Delta"]]]) -> dict[str, Room]:
+    """The room in each layer for any of these adapters, as `_cut` has cut them. UserError where parts overlap."""
+    parts: dict[str, set[tuple[int, int]]] = {}
+    inputs: dict[str, int] = {}
+    ranks: dict[str, int] = {}  # by kinds of layers, so that those of a kind are compiled once
+    for layers in found.values():
+        for layer, deltas in layers.items():
+            parts.setdefault(layer, set()).update(deltas)
+            for delta in deltas.values():
+                rank, inputs[layer] = delta.a.shape
+                ranks[kind_of(layer)] = max(rank, ranks.get(kind_of(layer), 0))
+    rooms = {}
+    for layer in parts:
+        ordered = tuple(sorted(parts[layer]))
+        if any(before[1] > after[0] for before, after in pairwise(ordered)):
+            raise UserError(f"the adapters cut {layer} in ways that do not go together; {MERGE} PATH")
+        rooms[layer] = Room(inputs[layer], -(-ranks[kind_of(layer)] // RANKS) * RANKS, ordered)
+    return rooms
+
+
 def rows_of(numbers: Tensor, begin: int, end: int, b: Tensor) -> tuple[int, int, Tensor]:
     """Of a layer whose outputs have these numbers in the whole one, -1 for padding, those from `begin` to `end`: their
     place (first, end) and their rows of `b`, zeros for padding."""
@@ -273,7 +300,8 @@ def kind_of(layer: str) -> str:
 def insert(model: Transformer, layer: str, low_rank: LowRank) -> None:
     """Has a layer of a model add a low-rank part to its output."""
     if layer == "output" and model.output is None:  # the logits only: the embedding stays as it is
-        model.output = Linear(*reversed(model.tok_embeddings.weight.shape))
+        with torch.device("meta"):
+            model.output = Linear(*reversed(model.tok_embeddings.weight.shape))
         model.output.weight = model.tok_embeddings.weight
     parent, _, child = layer.rpartition(".")
     module = model.get_submodule(layer)
@@ -293,11 +321,11 @@ def groupsizes(model: Transformer) -> dict[str, int]:
 
 
 def identity(adapter: "Adapter", scale: float) -> str:
-    """A short hash of an adapter and its scale: of the beginning of each matrix."""
+    """A short hash of what an adapter adds, with this scale."""
     digest = hashlib.sha256(repr(scale).encode())
     for layer, deltas in sorted(adapter.deltas.items()):
         for delta in deltas:
             digest.update(f"{layer} {delta.start} {delta.scale} {delta.a.shape} {delta.b.shape}".encode())
             for matrix in (delta.a, delta.b):
-                digest.update(bytes(matrix.flatten()[:256].float().view(torch.uint8).tolist()))
+                digest.update(matrix.contiguous().numpy())
     return digest.hexdigest()[:12]

@@ -181,11 +181,11 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     adapters = read_adapters(args.adapters, path.parent)
     length = args.max_seq_length or min(context, LENGTH)
     models = load_models(args, paths, [group, group])
+    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
+    del adapters  # whose matrices are float32
     needed = group.sharing * sum(cache_bytes(model, args.batch_size, length) for model in models)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", group.device)
     draft = models[1] if args.draft_checkpoint_path else None
-    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
-    del adapters  # whose matrices are float32
     speculation = draft, args.speculate_k, args.prompt_lookup
     engine = Engine(models[0], args.compile, args.compile_prefill, *speculation, inserted)
     recommended = load_generation_config(path.parent)

@@ -185,10 +185,10 @@ class Model:
         return self.name if adapter is None else f"{self.name}:{adapter}"
 
     def adapter(self, name: str) -> str | None:
-        """Which one a client's name for the model means. UnknownModel where that has a colon, and no adapter of ours
-        behind it."""
-        adapter = name.rpartition(":")[2]
-        if name == self.name or ":" not in name:
+        """Which one a client's name for the model means. UnknownModel for BASE:NAME without an adapter of that name;
+        where there are no adapters, a colon may be part of any other name than the model's own."""
+        base, _, adapter = name.rpartition(":")
+        if name == self.name or not base or not (self.target.adapters or base == self.name):
             return None
         if adapter not in self.target.adapters:
             raise UnknownModel(f"model {name[:80]!r} does not exist; there is {', '.join(self.names)}")

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, assert_refused, make_tokenizer, parse
+from conftest import CHAT_TEMPLATE, TEXT, assert_refused, make_tokenizer, parse
 from fake_hub import SHA, FakeHub
 from family_models import make
 from hypothesis import HealthCheck, given, settings
@@ -656,5 +656,7 @@ def test_exports_of_llama_factory(tmp_path, convert_script, script):
         assert done.code == 0, done.err
         assert re.search(r"int4-g32 \(gptq\)" if name == "gptq" else "parameters, float32", done.err)
         chat(script, tmp_path / "checkpoints" / "local" / name)
-    quantized = quantize.quantize(tmp_path / "checkpoints" / "local" / "merged", "int4")
-    chat(script, quantized)
+    (tmp_path / "calibration.txt").write_text(TEXT * 3)
+    for mode in ("int4", "int4-gptq"):
+        folder = tmp_path / "checkpoints" / "local" / "merged"
+        chat(script, quantize.quantize(folder, mode, calibration=tmp_path / "calibration.txt"))

@@ -20,6 +20,7 @@ from family_models import make
 from hypothesis import given
 from ranks_worker import run_tasks
 from serving import Server
+from test_eval import requests as harness_requests
 from test_families import assert_close, convert_made, ids, positions
 from test_kernels import DTYPES, activations, few, library, op  # noqa: F401
 
@@ -30,8 +31,9 @@ from benchmarks.models import quantize_model
 from checkpoint import load_config, load_model
 from engine import Engine, Request
 from errors import UserError
-from lora_layers import AdaptedLinear, Adapters, read_adapters
+from lora_layers import AdaptedLinear, Adapters, identity, read_adapters
 from prompt_cache import load_row, save_row
+from quantize import quantize
 from tokenizer import load_tokenizer
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -239,6 +241,20 @@ def test_what_does_not_fit_a_slot(llama):
     assert adapters.identity("some") == before
 
 
+def test_room_for_adapters_is_checked_first(llama, monkeypatch):
+    model = load_model(llama.folder)
+    monkeypatch.setattr("files.free_memory", lambda: 100_000)
+    with pytest.raises(UserError, match=r"the room for the adapters needs 0\.\d MB, 0\.1 MB are free"):
+        llama.adapters(model, *KINDS)
+
+
+def test_an_identity_is_of_all_numbers(llama):
+    adapter = llama.read("wide")["wide"]
+    before = identity(adapter, 1.0)
+    adapter.deltas["output"][0].b[-1, -1] += 1
+    assert identity(adapter, 1.0) != before
+
+
 def test_without_adapters_nothing_changes(llama):
     """The layers of a model are those that they were, so its graph is."""
     model = load_model(llama.folder)
@@ -402,13 +418,14 @@ def run(script, made: Tuned, *args):
     return script("--checkpoint_path", made.folder, "--max_new_tokens", 8, "--json", *args)
 
 
-def texts(made: Tuned, *names: str | None) -> list[list[int]]:
-    """The tokens after a prompt by each of the adapters."""
+def texts(made: Tuned, *names: str | None, model=None) -> list[list[int]]:
+    """The tokens after a prompt by each of the adapters; by default by peft as well."""
     prompt = made.tokenizer.encode("def read")
     wanted = [Request(prompt, GREEDY, 8, frozenset({1}), adapter=name) for name in names]
-    engine = set_up(made.engine(), wanted, max_seq_length=1024)
+    engine = set_up(made.engine(model=model), wanted, max_seq_length=1024)
     rows = ids_of(run_rows(engine, made.tokenizer, wanted))
-    made.check(wanted, rows)
+    if model is None:
+        made.check(wanted, rows)
     return rows
 
 
@@ -478,6 +495,21 @@ def test_eval(llama, monkeypatch, capsys):
     assert results["wide"] != results[None]
 
 
+def test_tasks(llama):
+    """lm-eval's requests, answered with the adapter, one after the other."""
+    model = load_model(llama.folder)
+    lm = evaluation.harness_model(model, llama.tokenizer, 2, 64, frozenset(), llama.adapters(model, "wide"))
+    context, continuation = llama.tokenizer.encode("def read"), ids(5)
+    for _ in range(2):
+        [(found, _)] = lm._loglikelihood_tokens([(None, context, continuation)])
+        logits = llama.logits("wide", context + continuation)[len(context) - 1 : -1]
+        assert found == pytest.approx(
+            -F.cross_entropy(logits, torch.tensor(continuation), reduction="sum").item(), abs=1e-3
+        )
+        [text] = lm.generate_until(harness_requests("generate_until", [("def read", {"max_gen_toks": 8})]))
+        assert text == llama.tokenizer.decode(texts(llama, "wide")[0])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -503,16 +535,20 @@ def test_what_can_only_be_merged(tmp_path, llama, options, words):
 
 
 def test_two_ranks(tuned, tmp_path):
-    """Parts that are matrices of their own, and fused ones; widths that the ranks do not divide."""
+    """Parts that are matrices of their own, and fused ones; widths that the ranks do not divide; quantized layers."""
     tasks, expected = [], []
-    for family in ("llama", "phi3"):
-        made, lines = tuned(family, intermediate_size=91, **SMALL), tmp_path / f"{family}.jsonl"
+    for family, width in (("phi3", 91), ("llama", 96)):
+        made, lines = tuned(family, intermediate_size=width, **SMALL), tmp_path / f"{family}.jsonl"
         choices = [{"prompt": "def read", "adapter": name or ""} for name in NAMES]
         lines.write_text("".join(json.dumps(choice) + "\n" for choice in choices))
         args = ["--checkpoint_path", made.folder, "--prompt_file", lines, "--batch_size", 4, "--max_new_tokens", 8]
         args += ["--json", "--adapter", *(f"{name}={made.paths[name]}" for name in KINDS)]
         tasks.append(["cli", [list(map(str, args))]])
         expected.append(texts(made, *NAMES))
+    quantized = load_model(quantize(made.folder, "int8", 32), dtype=torch.float32)
+    args[1:2] = [made.folder / "model_int8-g32.safetensors", "--dtype", "float32"]
+    tasks.append(["cli", [list(map(str, args))]])
+    expected.append(texts(made, *NAMES, model=quantized))
     ranks = run_tasks(2, tmp_path, tasks)
     assert [[json.loads(line)["tokens"] for line in text.splitlines()] for text in ranks[0]] == expected
 
