@@ -121,7 +121,7 @@ def convert(
     """
     folders = [(find_adapter(name), weight) for name, weight in adapters]
     with open_source(path, file) as source, contextlib.ExitStack() as stack:
-        if out.exists() and out.samefile(source.folder):
+        if out.resolve().exists() and out.resolve().samefile(source.folder):
             raise UserError(f"--out {out} is the source itself; name another folder")
         if folders:
             source = stack.enter_context(adapted(source, [folder for folder, _ in folders]))

@@ -586,8 +586,8 @@ def test_what_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*merge_and_unload"),
-        (["adapter_model.bin"], "a LoRA adapter.*; merge"),
+        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*; name it as --adapter"),
+        (["adapter_model.bin"], "a LoRA adapter.*; name it as --adapter"),
         (["model_index.json", "unet/model.safetensors"], "a diffusers pipeline .*; take a language model"),
         (["mmproj-q8_0.gguf", "config.json"], "a projector of pictures.*; name the GGUF file of the language model"),
         (["onnx/model.onnx", "config.json"], "ONNX weights.*safetensors"),
@@ -662,7 +662,7 @@ def test_warnings(tmp_path, capfd):
     (line,) = warnings({"generation_config.json": {"eos_token_id": "</s>"}})
     assert re.match("warning: .*generation_config.json: eos_token_id: .*correct it", line)
     (line,) = warnings({"adapter_config.json": {}})
-    assert re.match("warning: the LoRA adapter in .* is not applied; merge it", line)
+    assert re.match("warning: the LoRA adapter in .* is not applied; name it as --adapter", line)
     (line,) = warnings({"config.json": fields | {"is_llama_config": True, "swirl": 3, "eddy": None}})
     assert re.match("warning: config.json: swirl: this field is unknown", line)
 
