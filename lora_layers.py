@@ -61,7 +61,7 @@ class LowRank(nn.Module):
         self.rank, self.in_features, self.parts = room.rank, room.inputs, room.parts
         self.packed = like.device.type == "cpu"
         parts = self.parts
-        a, b = self._matrices(torch.zeros(len(parts), 0, 0), [torch.zeros(end - begin, 0) for begin, end in parts])
+        a, b = self._matrices({})
         self.register_buffer("a", allocate((count, *a.shape), like.dtype, like.device), persistent=False)
         self.register_buffer("b", allocate((count, *b.shape), like.dtype, like.device), persistent=False)
         # A part that an adapter lacks has a scale of 0.
@@ -79,21 +79,20 @@ class LowRank(nn.Module):
 
     def put(self, slot: int, found: Mapping[tuple[int, int], "Delta"]) -> None:
         """Fills a slot with the matrices of each part; those that are not there add nothing."""
+        for buffer, matrices in zip((self.a, self.b), self._matrices(found), strict=True):
+            buffer[slot] = matrices.to(buffer.dtype)
+        scales = [found[part].scale if part in found else 0.0 for part in self.parts]
+        self.scales[slot] = torch.tensor(scales)
+
+    def _matrices(self, found: Mapping[tuple[int, int], "Delta"]) -> tuple[Tensor, Tensor]:
+        """A of all parts [parts, r, in] and B of each [out, r] as the device reads them, zeros for what is missing."""
         a = torch.zeros(len(self.parts), self.rank, self.in_features)
         b = [torch.zeros(end - begin, self.rank) for begin, end in self.parts]
         for i, part in enumerate(self.parts):
             if part in found:
                 a[i, : len(found[part].a)] = found[part].a
                 b[i][:, : len(found[part].a)] = found[part].b
-        for buffer, matrices in zip((self.a, self.b), self._matrices(a, b), strict=True):
-            buffer[slot] = matrices.to(buffer.dtype)
-        scales = [found[part].scale if part in found else 0.0 for part in self.parts]
-        self.scales[slot] = torch.tensor(scales)
-
-    def _matrices(self, a: Tensor, b: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """A of all parts [parts, r, in] and B of each [out, r] as the device reads them, r and in padded."""
-        a = F.pad(a, (0, self.in_features - a.shape[-1], 0, self.rank - a.shape[-2]))
-        columns = torch.cat([F.pad(part, (0, self.rank - part.shape[-1])) for part in b])
+        columns = torch.cat(b)
         return (pack_a(a), pack_b(columns, self.parts)) if self.packed else (a, columns)
 
     @property

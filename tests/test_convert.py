@@ -586,7 +586,10 @@ def test_what_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*; name it as --adapter"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
+            "a LoRA adapter .*; name it as --adapter",
+        ),
         (["adapter_model.bin"], "a LoRA adapter.*; name it as --adapter"),
         (["model_index.json", "unet/model.safetensors"], "a diffusers pipeline .*; take a language model"),
         (["mmproj-q8_0.gguf", "config.json"], "a projector of pictures.*; name the GGUF file of the language model"),
