@@ -1,12 +1,15 @@
-"""What the command lines of several scripts share: which model, where and how it computes.
+"""What the command lines of several scripts share: which model and adapters, where and how it computes.
 
 add_model(parser)                       # --checkpoint_path, --repo, --revision
+add_adapters(parser, "--adapter", ...)  # --adapter, --adapter_scale
 add_device(parser)                      # --device, --threads, --backend, --dtype
 add_speed(parser)                       # a draft, --compile and so on
 path = model_path(parser.parse_args())  # converts what --repo names on its first use
 """
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint import DEMO
@@ -20,6 +23,47 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--checkpoint_path", type=Path, help=where)
     source.add_argument("--repo", metavar="ORG/NAME", help="a model on the Hugging Face hub, converted on first use")
     parser.add_argument("--revision", help="of --repo: a branch, tag or commit; default: its main branch")
+
+
+def add_adapters(parser: argparse.ArgumentParser, flag: str, form: str, more: str) -> None:
+    """`flag` takes several adapters, each of this form."""
+    parser.add_argument(
+        flag, dest="adapters", nargs="+", action="extend", default=[], metavar=form,
+        help=f"LoRA adapters that PEFT has written, folders or ORG/NAME; {more}; default: none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter_scale", type=factor, default=1.0, metavar="S", help="how much they count; default: 1"
+    )
+
+
+def factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number such as 0.5")
+    return value
+
+
+def named_adapters(specs: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """What --adapter says, [NAME=]PATH ... -> the paths by their names, and the name of the one that was given none:
+    its folder's. UserError for names that are empty, or the same."""
+    paths: dict[str, str] = {}
+    default = None
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals or "/" in name or Path(spec).exists():
+            name, path = Path(spec).resolve().name if Path(spec).exists() else Path(spec).name, spec
+            if default is not None:
+                raise UserError(f"of several adapters one may be without a name; write NAME={spec}")
+            default = name
+        if not name or not path or ":" in name:
+            raise UserError(f"{spec[:80]!r} is not NAME=PATH, with a name that has no colon; correct it")
+        if name in paths:
+            raise UserError(f"two adapters are called {name!r}; write OTHER={path}")
+        paths[name] = path
+    return paths, default
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

@@ -81,6 +81,7 @@ def beam_search(engine: Engine, request: Request, beams: BeamParams) -> list[Hyp
     for row in range(N):
         sampler.set_row(row, request.params, prompt)
     engine.take(request, [0])
+    engine.adapters.use([0] * N)
     logits = model.logits(engine.prefill(0, request)[None, -1:])
     engine.forget()  # what rows hold is no longer told by what they were given
     token = torch.tensor([prompt[-1:]], device=device)

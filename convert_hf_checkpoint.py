@@ -3,6 +3,7 @@
     python convert_hf_checkpoint.py --repo meta-llama/Llama-3.2-1B            -> checkpoints/meta-llama/Llama-3.2-1B/
     python convert_hf_checkpoint.py --repo ORG/NAME-GGUF --file X-Q4_K_M.gguf -> checkpoints/ORG/NAME-GGUF/
     python convert_hf_checkpoint.py --checkpoint_dir path/to/folder           -> checkpoints/local/folder/
+    ... --adapter PATH_OR_REPO[=WEIGHT] ...                                   -> checkpoints/local/NAME+ADAPTER/
     ... [--revision R] [--out DIR] [--dtype bfloat16|float16|float32] [--overwrite]
     python convert_hf_checkpoint.py --families                                -> the families of models that can be run
 
@@ -10,24 +11,24 @@ Reads model.safetensors, pytorch_model.bin (both also in shards), MiniMind's .pt
 --checkpoint_dir may name. What others quantized keeps its values: what our int4, int8 and mxfp4 hold exactly stays
 quantized, the rest is dequantized to --dtype, and the last line says which. A GGUF file is dequantized as a whole where
 --dtype is given. Works tensor by tensor, in a temporary folder that takes the place of an older checkpoint at the end:
-a kill leaves the old checkpoint, or none, never a mix. Converted again, a model keeps what was quantized from it;
+a kill leaves the old checkpoint, or none, never a mix. With adapters (LoRA, DoRA) all weights become floats: merged in
+float32, see merge.py, and stored in the dtype of the base. Converted again, a model keeps what was quantized from it;
 another model, one whose tensors differ from those that are there, is replaced with --overwrite only.
 """
 
 import errors  # first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
+import contextlib
 import copy
 import fcntl
 import functools
 import json
 import math
-import os
 import re
 import shlex
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ from arguments import add_threads
 from config import ModelConfig
 from errors import ArgumentParser, UserError, log
 from families import FAMILIES, WRAPPERS
-from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
+from files import check_disk, gb, link_or_copy, read_json, replace_folder, write_atomically
 from formats.hub import CONFIG_FILES, TOKENIZER_FILES, cached, download
 from formats.names import Piece, plan_tensors, settle_tie
 from formats.packed import Packed, slices
 from formats.source import Source, open_source
 from layout import FORMAT, VERSION, Form, quantized_shapes
+from lora import find_adapter, read_adapter
+from merge import adapted, merge, merged_name, weighted_path
 from tokenizer import load_tokenizer
 from weights import read_header, read_index, read_safetensors
 from writer import write_safetensors
@@ -105,35 +108,54 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     file: str | None = None,
+    adapters: Sequence[tuple[str, float]] = (),
+    base: str | None = None,
 ) -> str:
     """Converts a folder, a .pth or a GGUF file (also the `file` in a folder) to the checkpoint folder `out` and returns
-    a line of what was written.
+    a line of what was written. LoRA `adapters`, paths or repos with their weights, are merged in; `base`, what people
+    call the source, is compared with what they were trained on.
 
     Weights that are in `out` already stay, with what was quantized from them. UserError before anything is written when
     the source is incomplete or unsupported, the disk too small, or `out` something else than a checkpoint of ours, or
     that of another model and not to `overwrite`.
     """
-    with open_source(path, file) as source:
-        return write_checkpoint(source, out, dtype, shard_bytes, overwrite)
+    folders = [(find_adapter(name), weight) for name, weight in adapters]
+    with open_source(path, file) as source, contextlib.ExitStack() as stack:
+        if out.resolve().exists() and out.resolve().samefile(source.folder):
+            raise UserError(f"--out {out} is the source itself; name another folder")
+        if folders:
+            source = stack.enter_context(adapted(source, [folder for folder, _ in folders]))
+        return write_checkpoint(source, out, dtype, shard_bytes, overwrite, folders, base)
 
 
-def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard_bytes: int, overwrite: bool) -> str:
+def write_checkpoint(
+    source: Source,
+    out: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    overwrite: bool,
+    adapters: Sequence[tuple[Path, float]],
+    base: str | None,
+) -> str:
     """See convert."""
     declared = ModelConfig.from_hf(source.config)
     config, tensors = settle_tie(declared, source.tensors, source.names)
     raw_config = copy.deepcopy(source.config)
+    own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
     if config.tied != declared.tied:
-        own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
         own["tie_word_embeddings"] = config.tied
-    keep_quantized = source.method != "gguf" or dtype is None
+    keep_quantized = not adapters and (source.method != "gguf" or dtype is None)
     plan = plan_tensors(config, tensors, source.names, keep_quantized)
     dtype = dtype or choose_dtype(raw_config, plan)
+    if adapters:
+        tied, vocab_size = config.tied, config.vocab_size
+        config, plan = merge(config, plan, [(read_adapter(path, raw_config, base), by) for path, by in adapters])
+        own |= {"tie_word_embeddings": config.tied} if config.tied != tied else {}
+        own |= {"vocab_size": config.vocab_size} if config.vocab_size != vocab_size else {}
     check_tokenizer(source, config)
 
     stored, quantized = stored_tensors(config, plan, dtype)
     path = out.resolve()
-    if path.exists() and path.samefile(source.folder):
-        raise UserError(f"--out {out} is the source itself; name another folder")
     dtype_name = str(dtype).removeprefix("torch.")
     metadata = {"format": FORMAT, "version": VERSION, "dtype": dtype_name}
     if quantized:
@@ -160,7 +182,7 @@ def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard
         if replaced := [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if kept and differ(path, folder, name)]:
             log(f"warning: {', '.join(replaced)} in {out} differed from the source, and is now as there")
 
-    replace_folder(path, write)
+    replace_folder(path, check_replaceable, write)
     counted = [pieces for name, pieces in plan.items() if not (config.tied and name == "output.weight")]
     parameters = sum(math.prod(piece.tensor.shape) for pieces in counted for piece in pieces)
     forms = ", ".join(dict.fromkeys(form.name for form in quantized.values()))
@@ -325,45 +347,6 @@ def differ(old: Path, new: Path, name: str) -> bool:
     return not (new / name).is_file() or (old / name).read_bytes() != (new / name).read_bytes()
 
 
-def link_or_copy(path: Path, new: Path) -> None:
-    try:
-        os.link(path, new)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, new)
-
-
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary folder, then puts it in the place of `path`. UserError when that holds what is not
-    a checkpoint of ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = path.with_name(f".{path.name}.converting"), path.with_name(f".{path.name}.old")
-    lock = lock_temporary(temporary, is_folder=True)
-    try:
-        if old.exists():  # left by a killed run, between the renames below or after them
-            if path.exists():
-                shutil.rmtree(old)
-            else:
-                os.rename(old, path)
-        check_replaceable(path)
-        for left in temporary.iterdir():
-            left.unlink()
-        write(temporary)
-        sync_folder(temporary)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        sync_folder(path.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
 def check_replaceable(path: Path) -> None:
     """UserError unless `path` is free, an empty folder, or holds nothing but a checkpoint of ours."""
     if not path.exists():
@@ -433,7 +416,14 @@ def main() -> None:
         help="which of the GGUF files of --repo or --checkpoint_dir; default: the only one, where there are no others",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of --repo; default: main")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoints/ORG/NAME, checkpoints/local/DIR")
+    parser.add_argument(
+        "--adapter", type=weighted_path, action="append", default=[], metavar="PATH[=WEIGHT]", dest="adapters",
+        help="merge a LoRA adapter in, a folder or ORG/NAME; may be given several times; default: none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="default: checkpoints/ORG/NAME, checkpoints/local/DIR; with adapters checkpoints/local/NAME+ADAPTER",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="default: as it is stored; given, it dequantizes a GGUF file")
     parser.add_argument(
         "--overwrite", action="store_true",
@@ -448,17 +438,22 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.repo is not None:
-        out = args.out or repo_folder(args.repo)
-        check_replaceable(out.resolve())  # before gigabytes are fetched
-        folder = download(args.repo, args.revision, args.file)
+        name, default, folder = args.repo, repo_folder(args.repo), None
     else:
         if args.revision is not None:
             raise UserError("--revision goes with --repo only; leave it out")
         folder, repo = cached(args.checkpoint_dir)
         # A file in the cache is a link to one that is named by its hash.
-        name = re.sub(r"-\d{5}-of-\d{5}$", "", folder.stem) if folder.is_file() else folder.resolve().name
-        out = args.out or (repo_folder(repo) if repo else checkpoint.CHECKPOINTS / "local" / name)
-    log(convert(folder, out, args.dtype and DTYPES[args.dtype], overwrite=args.overwrite, file=args.file))
+        name = repo or (re.sub(r"-\d{5}-of-\d{5}$", "", folder.stem) if folder.is_file() else folder.resolve().name)
+        default = repo_folder(repo) if repo else checkpoint.CHECKPOINTS / "local" / name
+    if args.adapters:
+        default = checkpoint.CHECKPOINTS / "local" / merged_name(name, args.adapters)
+    out = args.out or default
+    if folder is None:
+        check_replaceable(out.resolve())  # before gigabytes are fetched
+        folder = download(args.repo, args.revision, args.file)
+    dtype = args.dtype and DTYPES[args.dtype]
+    log(convert(folder, out, dtype, overwrite=args.overwrite, file=args.file, adapters=args.adapters, base=name))
 
 
 if __name__ == "__main__":

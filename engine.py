@@ -31,6 +31,7 @@ from compiled import CompiledFunction, fresh, kernels_together, prepare_compiler
 from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from kernels.experts import Int4Experts, Int8Experts
+from lora_layers import Adapters, LowRank
 from model import Experts, Transformer, cache_slots
 from prefix import Places
 from sampling import Sampler, SamplingParams, logprobs
@@ -56,6 +57,7 @@ class Request:
     shown_ids: frozenset[int] = frozenset()  # special tokens that are part of the text, by their names
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
     grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
+    adapter: str | None = None  # the name of one of the engine's adapters
 
 
 @dataclass
@@ -153,9 +155,12 @@ class Engine:
         draft: Transformer | None = None,
         speculate_k: int | None = None,
         prompt_lookup: bool = False,
+        adapters: Adapters | None = None,
     ):
-        """`speculate_k` tokens are proposed a step; None chooses by what was accepted and how long steps take."""
+        """`speculate_k` tokens are proposed a step; None chooses by what was accepted and how long steps take.
+        `adapters`: those that were put into the model."""
         self.model, self.draft, self.lookup = model, draft, prompt_lookup
+        self.adapters = Adapters(model, model.config, {}) if adapters is None else adapters
         # Under tensor parallelism every rank has an engine, and all do the same with it.
         self.group = ALONE if model.vocabulary is None else model.vocabulary.group
         self.device = model.tok_embeddings.weight.device
@@ -229,7 +234,8 @@ class Engine:
                 self._hidden[model] = torch.compile(fresh(model.hidden), fullgraph=True, dynamic=False)
         vocab_size = self.model.config.vocab_size
         self.sampler = Sampler(batch_size, vocab_size, max_seq_length, eos_ids, self.device, plain, bad_words)
-        self.sampler.park(slice(None))
+        self.adapters.setup(batch_size)
+        self.park(slice(None))
         self.row_counts = [1 << i for i in range((batch_size - 1).bit_length())] + [batch_size]  # of a compiled step
         self._rows: tuple[list[int], Tensor | None] | None = None  # of the last step
         self.logprobs = logprobs
@@ -254,7 +260,8 @@ class Engine:
     def take(self, request: Request, free: Sequence[int]) -> int:
         """Gives one of the free rows to a request -> the row. What any row holds of the prompt is in it then: the first
         tokens, those of `places[row]`. To echo, all have to be run."""
-        row, source, shared = self.places.choose([] if request.echo else request.prompt, free)
+        adapter = self.adapters.identity(request.adapter)
+        row, source, shared = self.places.choose([] if request.echo else request.prompt, free, adapter)
         place = self.places[row]
         if shared == 0:
             place.written = 0
@@ -263,9 +270,15 @@ class Engine:
             self.copy_row(source, row, 0, shared)
             place.written = self.places[source].written
         place.tokens, place.drafted = request.prompt[:shared], max(shared - CATCH_UP, 0)
-        place.prompt_length = len(request.prompt)
+        place.prompt_length, place.adapter = len(request.prompt), adapter
+        self.adapters.give(row, request.adapter)
         self.places.touch(row)
         return row
+
+    def park(self, row: int | slice) -> None:
+        """Steps change nothing of a row from now on."""
+        self.sampler.park(row)
+        self.adapters.park(row)
 
     @torch.no_grad()
     def prefill(self, row: int, request: Request, most: int | None = None) -> Tensor:
@@ -275,6 +288,7 @@ class Engine:
         begin = min(len(place.tokens), len(prompt) - 1)  # the last one is run again after a Ctrl-C
         end = len(prompt) if most is None else min(begin + most, len(prompt))
         place.written = max(place.written, end)
+        self.adapters.use([row])
         hidden = self._run(self.model, row, prompt, begin, end, request.echo)
         if self.draft is not None:
             self._run(self.draft, row, prompt, min(place.drafted, end - 1), end, every=False)
@@ -318,6 +332,7 @@ class Engine:
         rows = torch.tensor([row], device=self.device)
         token = torch.tensor([prompt[-1:]], device=self.device)
         input_pos = torch.tensor([[len(prompt) - 1]], device=self.device)
+        self.adapters.use([row])
         logits = self.model.logits(hidden[None])
         drawn = self.sampler(logits, token, input_pos, rows)
         self.sampler.begin(row, drawn, len(prompt))
@@ -354,6 +369,7 @@ class Engine:
         if self._rows is None or self._rows[0] != rows:
             self._rows = rows, None if rows == every else torch.tensor(rows, device=self.device)
         index, key_pos = self._rows[1], self.begin_step(length)
+        self.adapters.use(rows)
         if self.draft is not None:
             # It has to see the tokens of steps that did not ask it: before it proposes again, and before they are more
             # than one catch_up runs.
@@ -420,7 +436,7 @@ class Engine:
                     times.append(time.perf_counter())
                 fastest = min(end - begin for begin, end in itertools.pairwise(times))
                 self.pace.seconds[count, k] = self.group.from_rank_0(lambda seconds=fastest: seconds)
-        self.sampler.park(slice(None))
+        self.park(slice(None))
         self.forget()
         return time.perf_counter() - begun
 
@@ -430,9 +446,13 @@ class Engine:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that a decode step of one row reads: of experts the chosen ones, and not an embedding of which
-    it reads a row a token."""
-    unread = 0 if model.output is None else model.tok_embeddings.weight.nbytes
+    """Bytes of weights that a decode step of one row reads: of experts the chosen ones, of adapters one, and not an
+    embedding of which it reads a row a token."""
+    tied = model.output is None or any(weight is model.tok_embeddings.weight for weight in model.output.parameters())
+    unread = 0 if tied else model.tok_embeddings.weight.nbytes
+    for layer in model.modules():
+        if isinstance(layer, LowRank):
+            unread += layer.weight_bytes - layer.weight_bytes // len(layer.a)
     if model.pos_embeddings is not None:
         unread += model.pos_embeddings.weight.nbytes
     experts = model.config.experts
@@ -444,8 +464,8 @@ def weight_bytes(model: Transformer) -> int:
 
 def resident_bytes(module: nn.Module) -> int:
     """Bytes of all weights."""
-    quantized = sum(layer.weight_bytes for layer in module.modules() if isinstance(layer, QUANTIZED))
-    return sum(tensor.nbytes for tensor in module.parameters()) + quantized
+    others = sum(layer.weight_bytes for layer in module.modules() if isinstance(layer, (*QUANTIZED, LowRank)))
+    return sum(tensor.nbytes for tensor in module.parameters()) + others
 
 
 def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:

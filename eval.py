@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from arguments import add_device, add_model, model_path
+from arguments import add_adapters, add_device, add_model, model_path, named_adapters
 from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Request, cache_bytes
 from errors import ArgumentParser, UserError
 from files import check_memory, read_text
+from lora_layers import Adapters, read_adapters
 from model import Transformer
 from sampling import SamplingParams
 from scheduler import generate
@@ -38,7 +39,7 @@ from tp import Group, join
 
 MAX_WINDOW = 2048  # tokens, where --max_seq_length does not say and the model's context is longer
 LOGIT_ROWS = 256  # positions whose logits are in memory at a time
-ELSEWHERE = ("checkpoint_path", "perplexity", "task_path")  # may be on another machine
+ELSEWHERE = ("checkpoint_path", "adapters", "perplexity", "task_path")  # may be on another machine
 NEW_TOKENS = 256  # at most, where a task does not say
 
 Row = tuple[list[int], list[int]]  # inputs, and targets: the tokens that follow the last of the inputs
@@ -61,7 +62,7 @@ def score(model: Transformer, rows: list[Row]) -> list[tuple[float, bool]]:
         total, greedy = 0.0, True
         wanted = torch.tensor(targets, dtype=torch.long, device=device).split(LOGIT_ROWS)
         for part, ids in zip(x[len(inputs) - len(targets) : len(inputs)].split(LOGIT_ROWS), wanted, strict=True):
-            logits = model.logits(part).float()
+            logits = model.logits(part[None])[0].float()
             total -= F.cross_entropy(logits, ids, reduction="sum").item()
             greedy = greedy and bool((logits.argmax(-1) == ids).all())
         results.append((total, greedy))
@@ -118,12 +119,20 @@ class HarnessMethods:
     """What lm-eval's TemplateLM asks of a model, see `harness_model`: requests in, log-likelihoods or text out."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, batch_size: int, max_seq_length: int, eos_ids: frozenset[int]
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        max_seq_length: int,
+        eos_ids: frozenset[int],
+        adapters: Adapters | None = None,
     ):
         super().__init__()
         if tokenizer.bos_id is None and not eos_ids:
             raise UserError("this model names neither a bos nor an eos token, and lm-eval needs one to begin with")
-        self.engine, self.tokens, self.batch_size, self.eos_ids = Engine(model), tokenizer, batch_size, eos_ids
+        self.tokens, self.batch_size, self.eos_ids = tokenizer, batch_size, eos_ids
+        self.engine = Engine(model, adapters=adapters)
+        self.adapter = next(iter(self.engine.adapters.names), None)
         self.engine.setup(batch_size, max_seq_length)
 
     @property
@@ -167,6 +176,8 @@ class HarnessMethods:
             rows.append(((context + continuation)[:-1][-limit:], continuation))
         model = self.engine.model
         self.engine.forget()  # `score` uses the caches as well
+        self.engine.adapters.give(0, self.adapter)
+        self.engine.adapters.use([0] * self.batch_size)
         return self.in_batches(rows, lambda row: len(row[0]), lambda batch: score(model, batch), "log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -207,18 +218,24 @@ class HarnessMethods:
             params = SamplingParams(temperature=settings.get("temperature", 1.0), **chosen)
         # A prompt that is empty begins like any text; one that is too long loses its beginning.
         ids = self.tok_encode(prompt)[-room:] or [self.prefix_token_id]
-        return Request(ids, params, new, self.eos_ids, stop)
+        return Request(ids, params, new, self.eos_ids, stop, adapter=self.adapter)
 
 
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval knows them all
 
 
 def harness_model(
-    model: Transformer, tokenizer: Tokenizer, batch_size: int, max_seq_length: int, eos_ids: frozenset[int]
+    model: Transformer,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_seq_length: int,
+    eos_ids: frozenset[int],
+    adapters: Adapters | None = None,
 ):
-    """The model as an `lm_eval.api.model.TemplateLM`. UserError when lm-eval is not installed."""
+    """The model, with the first of the adapters, as an `lm_eval.api.model.TemplateLM`. UserError when lm-eval is not
+    installed."""
     return type("GptBrisk", (HarnessMethods, import_harness().api.model.TemplateLM), {})(
-        model, tokenizer, batch_size, max_seq_length, eos_ids
+        model, tokenizer, batch_size, max_seq_length, eos_ids, adapters
     )
 
 
@@ -264,6 +281,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Evaluate a checkpoint.")
     add = parser.add_argument
     add_model(parser)
+    add_adapters(parser, "--adapter", "PATH", "one, to be evaluated with the model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--perplexity", type=Path, metavar="FILE", help="a UTF-8 text")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, also separated by commas")
@@ -286,6 +304,9 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name} goes with {'--perplexity' if args.tasks else '--tasks'}; leave it out")
     if args.perplexity and args.batch_size > 1:
         raise UserError("--batch_size goes with --tasks; leave it out")
+    args.adapters, _ = named_adapters(args.adapters)
+    if len(args.adapters) > 1:
+        raise UserError("--adapter: one is evaluated at a time; give one")
     return args
 
 
@@ -301,6 +322,7 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     group.check_flags(args, ELSEWHERE, lambda: [checksum(path)])
     config = load_config(path.parent)
     tokenizer = load_tokenizer(path.parent, config.vocab_size)
+    adapters = read_adapters(args.adapters, path.parent)
     length = args.max_seq_length or min(config.context_length, MAX_WINDOW)
     if length > config.context_length:
         raise UserError(f"--max_seq_length {length} is more than the model's context of {config.context_length} tokens")
@@ -316,11 +338,12 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
         text = group.from_rank_0(lambda: read_text(args.perplexity))
 
     model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None, group)
+    inserted = Adapters(model, config, adapters, args.adapter_scale, group)
     needed = group.sharing * cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     if args.tasks:
         eos_ids = frozenset([*load_generation_config(path.parent)["eos_token_ids"], *tokenizer.eos_ids])
-        lm = harness_model(model, tokenizer, args.batch_size, length, eos_ids)
+        lm = harness_model(model, tokenizer, args.batch_size, length, eos_ids, inserted)
         lm_eval = import_harness()
         results = lm_eval.simple_evaluate(
             lm,
@@ -337,6 +360,8 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
             print(json.dumps(kept, default=str) if args.json else lm_eval.utils.make_table(results))
     else:
         model.setup_caches(args.batch_size, length)
+        inserted.give(0, next(iter(inserted.names), None))
+        inserted.use([0])
         result = perplexity(model, tokenizer, text, length, stride)
         if args.json:
             print(json.dumps(result))

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -125,6 +125,44 @@ def write_atomically(path: Path | str) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def link_or_copy(path: Path, new: Path) -> None:
+    try:
+        os.link(path, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, new)
+
+
+def replace_folder(path: Path, check: Callable[[Path], None], write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary folder, then puts it in the place of `path`, which `check` may refuse."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = path.with_name(f".{path.name}.converting"), path.with_name(f".{path.name}.old")
+    lock = lock_temporary(temporary, is_folder=True)
+    try:
+        if old.exists():  # left by a killed run, between the renames below or after them
+            if path.exists():
+                shutil.rmtree(old)
+            else:
+                os.rename(old, path)
+        check(path)
+        for left in temporary.iterdir():
+            left.unlink()
+        write(temporary)
+        sync_folder(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

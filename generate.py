@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from arguments import add_device, add_model, add_speed, model_path
+from arguments import add_adapters, add_device, add_model, add_speed, model_path, named_adapters
 from attention import DECODE_QUERIES
 from beam import BeamParams, beam_search
 from chat import converse, write
@@ -37,6 +37,7 @@ from engine import Engine, cache_bytes, resident_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory
 from kernels.build import cpu_library
+from lora_layers import Adapters, read_adapters
 from model import Transformer
 from prompt_cache import check_path, load_row, save_row
 from prompts import (
@@ -66,6 +67,7 @@ WITHOUT = {  # what does not go together
 NEEDS = {  # what has a meaning only beside one of these
     "system": ("chat", "interactive"),
     "template_vars": ("chat", "interactive", "prompt_file"),
+    "adapter_scale": ("adapters",),
     "length_penalty": ("num_beams",),
     "early_stopping": ("num_beams",),
     "num_return_sequences": ("num_beams",),
@@ -75,7 +77,7 @@ NEEDS = {  # what has a meaning only beside one of these
     "draft_tp": ("draft_checkpoint_path",),
 }
 # What may differ between ranks, which may be on different machines.
-ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "prompt_file", "prompt_text_file", "profile")
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "adapters", "prompt_file", "prompt_text_file", "profile")
 RANGES = {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, DECODE_QUERIES - 1)}
 
 
@@ -115,6 +117,8 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Generate text from a checkpoint.")
     add = parser.add_argument
     add_model(parser)
+    chosen = "JSON lines choose by a field `adapter`, a chat by /set adapter; one without a name is for all others"
+    add_adapters(parser, "--adapter", "[NAME=]PATH", chosen)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt",
@@ -186,7 +190,9 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.logit_bias = args.logit_bias and dict(args.logit_bias)
-    check_args(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.adapters, args.adapter = named_adapters(args.adapters)
+    check_args(args, given)
     return args
 
 
@@ -201,7 +207,11 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
             raise UserError(f"--{name} does not go with --{clash[0]}; leave one out")
     for name in [name for name in NEEDS if name in given]:
         if given.isdisjoint(NEEDS[name]):
-            raise UserError(f"--{name} needs {' or '.join('--' + other for other in NEEDS[name])}; add it")
+            needed = " or ".join("--" + other.replace("adapters", "adapter") for other in NEEDS[name])
+            raise UserError(f"--{name} needs {needed}; add it")
+    if args.adapters and args.adapter is None and args.prompt_file is None and not args.interactive:
+        name = next(iter(args.adapters))
+        raise UserError(f"no prompt asks for the adapter {name!r}; leave out its name: --adapter {args.adapters[name]}")
     check_settings({name: getattr(args, name) for name in SETTINGS if name in given})
     if args.profile:
         folder = args.profile.absolute().parent
@@ -240,13 +250,15 @@ def run(args: argparse.Namespace, group: Group) -> None:
     if args.prompt_cache and group.size > 1:
         raise UserError("--prompt_cache is for one process, and each of several ranks holds a part; leave it out")
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
+    adapters = read_adapters(args.adapters, path.parent)
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
     settings = default_settings(args, recommended)
     limit = args.max_seq_length or context
     if args.interactive and not args.max_seq_length:
         limit = cache_length(max(CHAT_LENGTH, 2 * (args.max_new_tokens or 0)), context)
-    target = Target(tokenizer, config.vocab_size, eos_ids, limit, "context" if limit == context else "cache")
+    limited_by = "context" if limit == context else "cache"
+    target = Target(tokenizer, config.vocab_size, eos_ids, limit, limited_by, tuple(adapters))
     if args.interactive and settings["seed"] is None:
         settings["seed"] = group.from_rank_0(draw_seed)
     jobs = [] if args.interactive else group.from_rank_0(lambda: read_jobs(args, target, settings))
@@ -259,13 +271,16 @@ def run(args: argparse.Namespace, group: Group) -> None:
 
     begun = time.perf_counter()
     models = load_models(args, paths, [group, ALONE if args.draft_tp else group])
+    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
+    del adapters  # whose matrices are float32
     check_memory(
         group.sharing * sum(cache_bytes(model, batch_size, max_seq_length) for model in models),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",
         device,
     )
     draft = models[1] if args.draft_checkpoint_path else None
-    engine = Engine(models[0], args.compile, args.compile_prefill, draft, args.speculate_k, args.prompt_lookup)
+    speculation = draft, args.speculate_k, args.prompt_lookup
+    engine = Engine(models[0], args.compile, args.compile_prefill, *speculation, inserted)
     words = [request.params.bad_words for request in requests]
     room = max(map(len, words)), max((len(word) for of_request in words for word in of_request), default=0)
     if args.interactive:
@@ -286,7 +301,10 @@ def run(args: argparse.Namespace, group: Group) -> None:
         log(f"warmed up in {seconds:.1f} s")
     checksums = list(map(checksum, paths)) if args.prompt_cache else []
     if args.prompt_cache and args.prompt_cache.exists():
-        log(f"loaded {load_row(engine, 0, args.prompt_cache, checksums)} tokens from {args.prompt_cache}")
+        named = {request.adapter for request in requests} | ({None, *inserted.names} if args.interactive else set())
+        wanted = {engine.adapters.identity(name) for name in named}
+        held = load_row(engine, 0, args.prompt_cache, checksums, wanted)
+        log(f"loaded {held} tokens from {args.prompt_cache}")
     with profiler(args.profile if group.rank == 0 else None):
         if args.interactive:
             converse(engine, target, settings, args.system, args.template_vars or {})

@@ -33,6 +33,7 @@ class Place:
     # slot of an earlier one.
     written: int = 0
     prompt_length: int = 0  # that the keys were rotated for
+    adapter: str = ""  # the identity of the adapter that they were computed with
     used: int = 0  # when the row was last given to a request, or set free: the number of that event
 
 
@@ -66,14 +67,14 @@ class Places:
         self._events += 1
         self._places[row].used = self._events
 
-    def choose(self, prompt: list[int], free: Sequence[int]) -> tuple[int, int, int]:
+    def choose(self, prompt: list[int], free: Sequence[int], adapter: str = "") -> tuple[int, int, int]:
         """Which of the free rows a prompt goes to, which row holds the longest prefix of it, and how many tokens.
 
         It goes where it continues all that a row holds, otherwise to an empty row, so that nothing is lost; where there
         is none to a row of which it shares at least half, which is the same conversation, changed, or to the one that
         was not used for the longest time.
         """
-        shared = [self.usable(place, prompt) for place in self._places]
+        shared = [self.usable(place, prompt) if place.adapter == adapter else 0 for place in self._places]
 
         def suits(row: int) -> tuple[int, int, int]:
             place, kept = self._places[row], shared[row]

@@ -6,10 +6,11 @@
 
 The file is safetensors: `tokens` int64 [n], and of each layer `model.I.k` and `model.I.v` (of a draft `draft.I.k` ...),
 [kv_heads, positions, head_dim], the last positions of n: all of them, but for layers with a window. The metadata say
-which checkpoints it belongs to, since another model's keys are of no use, and its dtype.
+which checkpoints and which adapter it belongs to, since another model's keys are of no use, and its dtype.
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -88,13 +89,14 @@ def save_row(engine: Engine, row: int, path: Path, checksums: list[str]) -> None
         return [getattr(cache, part)[row][:, cache.slots(positions)].cpu().contiguous()]
 
     metadata = {"format": FORMAT, "version": VERSION, "prompt_length": str(place.prompt_length)}
+    metadata["adapter"] = place.adapter
     write_safetensors(path, tensors, chunks, metadata | identity(engine, checksums))
 
 
 @torch.no_grad()
-def load_row(engine: Engine, row: int, path: Path, checksums: list[str]) -> int:
-    """Reads into a row what fits of a file -> how many tokens. UserError where it belongs to another checkpoint, or is
-    damaged."""
+def load_row(engine: Engine, row: int, path: Path, checksums: list[str], adapters: Collection[str] = ("",)) -> int:
+    """Reads into a row what fits of a file -> how many tokens. UserError where it belongs to another checkpoint, or to
+    an adapter whose identity is not among `adapters`, or is damaged."""
     stored, metadata = read(path)
     for name, value in identity(engine, checksums).items():
         if metadata.get(name) != value:
@@ -102,6 +104,11 @@ def load_row(engine: Engine, row: int, path: Path, checksums: list[str]) -> int:
                 f"--prompt_cache {path} has another {name.removesuffix('s')} ({metadata.get(name)}, here {value}); "
                 "name another file or delete it"
             )
+    adapter = metadata.get("adapter", "")
+    if adapter not in adapters:
+        theirs, ours = adapter or "none", " or ".join(sorted(name or "none" for name in adapters))
+        problem = f"another adapter ({theirs}, here {ours})"
+        raise UserError(f"--prompt_cache {path} has {problem}; name another file or delete it")
     place, limit = engine.places[row], engine.model.max_seq_length
     place.tokens, place.written = [], 0
     try:
@@ -117,6 +124,7 @@ def load_row(engine: Engine, row: int, path: Path, checksums: list[str]) -> int:
     except (KeyError, ValueError) as error:
         raise UserError(f"--prompt_cache {path} is damaged ({error}); delete it") from error
     place.tokens, place.written, place.prompt_length = held.tokens, held.written, held.prompt_length
+    place.adapter = adapter
     engine.places.touch(row)
     return len(place.tokens)
 

@@ -66,6 +66,7 @@ SETTINGS = {  # what each may be
     "json_schema": ("an object", lambda value: isinstance(value, dict)),
     "regex": TEXT,
     "grammar": TEXT,
+    "adapter": TEXT,  # the name of one; "" is none
 }
 GRAMMARS = ("json_schema", "regex", "grammar")  # what a text may be held to, one of them
 OTHER_FIELDS = ("id", "prompt", "messages", "template_vars")  # of a line of JSON
@@ -91,6 +92,7 @@ class Target:
     eos_ids: frozenset[int]
     limit: int
     limited_by: str
+    adapters: tuple[str, ...] = ()  # their names
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -179,7 +181,11 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) ->
     if stop:  # special tokens are not part of the text, where they could be found
         name = target.tokenizer.backend.id_to_token
         eos_ids |= {token_id for token_id in target.tokenizer.special_ids if name(token_id) in stop}
-    return Request(prompt, params, new, eos_ids, stop, grammar=make_constraint(target, settings))
+    adapter = settings.get("adapter") or None
+    if adapter is not None and adapter not in target.adapters:
+        there = f"there are {', '.join(target.adapters)}" if target.adapters else "there are none"
+        raise UserError(f"adapter {adapter[:40]!r} is unknown, {there}; name one of them, or load it")
+    return Request(prompt, params, new, eos_ids, stop, grammar=make_constraint(target, settings), adapter=adapter)
 
 
 def make_constraint(target: Target, settings: dict[str, Any]) -> Constraint | None:

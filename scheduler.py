@@ -119,7 +119,7 @@ class Scheduler:
         self.stats = engine.stats = Stats(engine.speculates)  # of all requests
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: list[Row | None] = [None] * engine.model.max_batch_size
-        engine.sampler.park(slice(None))
+        engine.park(slice(None))
         self._prefilling: Row | None = None
         self._prefilled = 0  # tokens since the last step
         self._numbers = itertools.count()
@@ -138,12 +138,14 @@ class Scheduler:
         return not self.waiting and not any(self.rows)
 
     def add(self, request: Request) -> int:
-        """Queues a request -> its number, from 0 on. ValueError where it does not fit the cache."""
+        """Queues a request -> its number, from 0 on. ValueError where it does not fit the cache, or its adapter is
+        unknown."""
         length, limit = len(request.prompt), self.engine.model.max_seq_length
         if not request.prompt or request.max_new_tokens < 1 or length + request.max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {length} tokens and {request.max_new_tokens} new ones do not fit a cache of {limit}"
             )
+        self.engine.adapters.identity(request.adapter)
         number = next(self._numbers)
         self.waiting.append((number, request))
         return number
@@ -218,6 +220,7 @@ class Scheduler:
         """The prompt's tokens; from the second on with their log-probabilities."""
         prompt, detokenizer, engine = row.request.prompt, StreamingDetokenizer(self.tokenizer), self.engine
         tokens = [Token(row.number, prompt[0], detokenizer.put(prompt[0]), of_prompt=True)]
+        engine.adapters.use([row.at])
         for first in range(1, len(prompt), ECHO_TOKENS):
             ids = prompt[first : first + ECHO_TOKENS]
             top = []
@@ -299,7 +302,7 @@ class Scheduler:
             self._prefilling = None
         if row.matcher is not None:
             self.engine.sampler.set_mask(row.at, None)
-        self.engine.sampler.park(row.at)
+        self.engine.park(row.at)
         self.engine.places.touch(row.at)
 
 

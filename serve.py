@@ -30,13 +30,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from arguments import add_device, add_model, add_speed
+from arguments import add_adapters, add_device, add_model, add_speed, named_adapters
 from attention import DECODE_QUERIES
 from checkpoint import CHECKPOINTS, checksum, load_generation_config
 from engine import Engine, cache_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
 from generate import described, find_models, load_models
+from lora_layers import Adapters, read_adapters
 from prompts import Target
 from scheduler import Scheduler
 from server.api import MAX_LOGPROBS, Model, make_model
@@ -46,7 +47,7 @@ from server.service import Computer, Service
 from tp import Group, join
 
 LENGTH = 8192  # of a conversation, where the model's context is longer and no other is asked for
-ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "api_key_file")  # what may differ between ranks
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "adapters", "api_key_file")  # what may differ between ranks
 PAGE = Path(__file__).parent / "web" / "index.html"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAST_WORDS = 5.0  # seconds in which clients may still take what has been said when the server ends
@@ -57,6 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Serve a checkpoint behind OpenAI's API.")
     add = parser.add_argument
     add_model(parser)
+    add_adapters(parser, "--adapters", "NAME=PATH", 'a request chooses by `model`: "BASE:NAME"')
     add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: all of this machine's")
     add("--port", type=port, default=8000, help="0 takes a free one")
     add("--batch_size", type=count, default=8, help="requests that run at once")
@@ -77,6 +79,7 @@ def parse_args() -> argparse.Namespace:
     add_speed(parser)
     add_device(parser)
     args = parser.parse_args()
+    args.adapters, _ = named_adapters(args.adapters)
     if args.speculate_k is not None:
         if not 0 <= args.speculate_k < DECODE_QUERIES:
             raise UserError(f"--speculate_k {args.speculate_k} is out of range; it must be below {DECODE_QUERIES}")
@@ -177,12 +180,16 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     tokenizer.check_chat_template()
     path = paths[0]
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
+    adapters = read_adapters(args.adapters, path.parent)
     length = args.max_seq_length or min(context, LENGTH)
     models = load_models(args, paths, [group, group])
+    inserted = Adapters(models[0], config, adapters, args.adapter_scale, group)
+    del adapters  # whose matrices are float32
     needed = group.sharing * sum(cache_bytes(model, args.batch_size, length) for model in models)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", group.device)
     draft = models[1] if args.draft_checkpoint_path else None
-    engine = Engine(models[0], args.compile, args.compile_prefill, draft, args.speculate_k, args.prompt_lookup)
+    speculation = draft, args.speculate_k, args.prompt_lookup
+    engine = Engine(models[0], args.compile, args.compile_prefill, *speculation, inserted)
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
     engine.setup(args.batch_size, length, eos_ids=eos_ids)
@@ -190,7 +197,8 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     warm_up(engine)
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
-    target = Target(tokenizer, config.vocab_size, eos_ids, length, "context" if length == context else "cache")
+    limited_by = "context" if length == context else "cache"
+    target = Target(tokenizer, config.vocab_size, eos_ids, length, limited_by, tuple(inserted.names))
     model = make_model(name_of(path.parent), target, recommended, args.merge_system)
     scheduler = Scheduler(engine, tokenizer, args.prefill_chunk)
     return Computer(scheduler, group, MAX_LOGPROBS, lambda: target.grammars), model

@@ -243,6 +243,7 @@ class RowParallel(nn.Module):
         """`size` inputs of all ranks, of which this one computes a slice of `width`."""
         super().__init__()
         self.linear, self.all_reduce = linear, group.all_reduce
+        self.low_rank: nn.Module | None = None  # what adapters add: lora_layers.LowRank
         # Where the layer has a slice of other inputs it takes them from all: act-order, groups that go on past a rank.
         ordered = getattr(linear, "order", None) is not None
         other = ordered or linear.in_features != width
@@ -252,9 +253,10 @@ class RowParallel(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.gather is None else self.gather(x)
-        x = x if self.index is None else x[..., self.index]
-        return self.all_reduce(self.linear(x))
+        inputs = x if self.gather is None else self.gather(x)
+        inputs = inputs if self.index is None else inputs[..., self.index]
+        y = self.linear(inputs)
+        return self.all_reduce(y if self.low_rank is None else self.low_rank(x, y))
 
 
 class SumOfAllRanks(nn.Module):

@@ -28,12 +28,13 @@ TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # The first that is there is taken, as one file or as shards with an index; gptq_model-4bit-128g is AutoGPTQ's name.
 WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin", "gptq_model-*g.safetensors", "gptq_model-*g.bin", "*.pth",
 )  # fmt: skip
 OTHER_KINDS = (  # a file that tells a folder without weights of ours, what it is, what to do
-    ("adapter_*", "a LoRA adapter", "merge it into its base model (peft: merge_and_unload), and convert the result"),
+    ("adapter_*", "a LoRA adapter", "name it as --adapter, and its base model as --repo or --checkpoint_dir"),
     ("mmproj*.gguf", "a projector of pictures", "name the GGUF file of the language model"),
     ("model_index.json", "a diffusers pipeline", "take a language model"),
     ("weights*.npz", "weights of mlx", "convert the original model"),
@@ -55,9 +56,20 @@ def download(repo: str, revision: str | None, file: str | None = None) -> Path:
 
     Files that are already there are not fetched again. UserError in one line for what the hub or the network says.
     """
+    return asking(repo, revision, lambda: fetch(repo, revision, file))
+
+
+def download_adapter(repo: str) -> Path:
+    """Brings an adapter of PEFT into the ordinary Hugging Face cache, with the tokenizer that it may have, and returns
+    its folder there. UserError as download."""
+    return asking(repo, None, lambda: fetch_adapter(repo))
+
+
+def asking(repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+    """What `fetch` returns, which asks the hub."""
     for attempt in (1, 2):  # the client resumes a dropped connection by itself, but not one that was reset
         try:
-            return fetch(repo, revision, file)
+            return fetch()
         except UserError:
             raise
         except Exception as error:  # the client raises what its HTTP library does, and each version has another
@@ -81,12 +93,7 @@ def fetch(repo: str, revision: str | None, file: str | None) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         at = f"{repo} at {revision!r}" if revision else repo
-        cache = Path(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
-        branch = cache / "refs" / (revision or "main")
-        commit = branch.read_text().strip() if branch.is_file() else revision
-        folder = cache / "snapshots" / str(commit)
-        if not folder.is_dir():
-            raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
+        folder = cached_snapshot(repo, revision)
         try:
             names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
             if choose_gguf(names, at, file) is None:
@@ -122,6 +129,37 @@ def fetch(repo: str, revision: str | None, file: str | None) -> Path:
         quantized.read_quantization(config, folder)
     check_room(files, folder.name)
     return get(files, folder.name)
+
+
+def fetch_adapter(repo: str) -> Path:
+    """What there is of the files of an adapter."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    folder = cached_snapshot(repo, None) if constants.HF_HUB_OFFLINE else None
+    if folder is None:
+        hub.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            hub.utils.disable_progress_bars()
+        names = [glob.escape(name) for name in (*ADAPTER_FILES, *TOKENIZER_FILES)]
+        folder = Path(hub.snapshot_download(repo, allow_patterns=names, max_workers=4))
+    if not (folder / ADAPTER_FILES[0]).is_file():
+        raise UserError(f"{repo} has no {ADAPTER_FILES[0]}, so it is no adapter of PEFT; name another as --adapter")
+    return folder
+
+
+def cached_snapshot(repo: str, revision: str | None) -> Path:
+    """The folder of a repo in the cache. UserError when it is not there."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
+    branch = cache / "refs" / (revision or "main")
+    commit = branch.read_text().strip() if branch.is_file() else revision
+    folder = cache / "snapshots" / str(commit)
+    if not folder.is_dir():
+        at = f"{repo} at {revision!r}" if revision else repo
+        raise UserError(f"the cache in {constants.HF_HUB_CACHE} does not hold {at}; unset HF_HUB_OFFLINE")
+    return folder
 
 
 def what_the_hub_says(error: Exception, repo: str, revision: str | None) -> str | None:

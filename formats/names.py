@@ -6,6 +6,7 @@ for rows in piece.read("weight"): ...                    # runs of rows, in our 
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -83,9 +84,22 @@ def less_one(config: ModelConfig, tensor: Tensor) -> Tensor:
     return tensor.float() - 1
 
 
+# What transformers 5 renames when it loads files, beside stacking the experts. It is how later adapters call these.
+STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
+IN_MEMORY = (
+    (".block_sparse_moe.gate.", ".mlp.gate."), (".block_sparse_moe.experts.", ".mlp.experts."),
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+    (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+)  # fmt: skip
+
 FUNCTIONS = (heads_apart, transposed, gate_and_up_by_turns, less_one)
 TRANSFORMS = {function.__name__: function for function in FUNCTIONS}
 SWAPPING = (transposed, gate_and_up_by_turns)  # whose weights have the inputs first
+
+
+def swaps(transform: Callable[[Tensor], Tensor] | None) -> bool:
+    return getattr(transform, "func", None) in SWAPPING
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,12 @@ class Wanted:
     stacked: bool = False
     group: int = 0
 
+    def in_our_order(self, rows: Tensor) -> Tensor:
+        """What belongs to the outputs of its layer, or of one of the experts in it, [out, ...] -> in our order."""
+        if self.transform is None:
+            return rows
+        return self.transform(rows.t() if rows.ndim == 2 and swaps(self.transform) else rows)
+
 
 def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Names) -> Iterator[Wanted]:
     """What one of our tensors is made of, in order."""
@@ -187,6 +207,46 @@ def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Na
             yield Wanted(name, own_shape, turn, group=config.head_dim if len(stems) == 3 else 0)
         else:
             yield Wanted(name, own_shape, transform, stacked)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the source belongs among ours."""
+
+    ours: str
+    start: int  # its first row there, or in an expert's part of it
+    rows: int  # as many there, or of one expert
+    inputs: int  # elements of a row
+    wanted: Wanted
+    expert: int | None = None  # whose it is
+    experts: int = 0  # so many are stacked in it
+
+
+def places(config: ModelConfig, names: Names) -> dict[str, Place]:
+    """All tensors of the source of a model by their names, those in its files and those in transformers' memory."""
+    found: dict[str, Place] = {}
+    for ours, shape in expected_shapes(config).items():
+        of_experts = ".experts." in ours
+        row_shape = shape[2:] if of_experts else shape[1:]
+        inputs, start = math.prod(row_shape), 0
+        for wanted in wanted_for(config, ours, shape, names):
+            rows = math.prod(wanted.shape) // inputs
+            if wanted.stacked:
+                found[wanted.name] = Place(ours, 0, shape[1], inputs, wanted, experts=shape[0])
+            elif of_experts:
+                found[wanted.name] = Place(ours, start % shape[1], rows, inputs, wanted, expert=start // shape[1])
+            else:
+                found[wanted.name] = Place(ours, start, rows, inputs, wanted)
+            start += rows
+        if of_experts and not found[wanted.name].experts:
+            container, matrix = wanted.name.split(".experts.")[0], ours.split(".")[-2]
+            stacked = f"{container}.experts.{STACKED[matrix]}"
+            found[stacked] = Place(ours, 0, shape[1], inputs, Wanted(stacked, shape, stacked=True), experts=shape[0])
+    for name, place in list(found.items()):
+        for in_files, in_memory in IN_MEMORY:
+            if in_files in name:
+                found.setdefault(name.replace(in_files, in_memory), place)
+    return found
 
 
 def with_rows(wanted: Wanted, tensors: Mapping[str, Source]) -> Wanted:

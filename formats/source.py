@@ -39,10 +39,11 @@ class Source:
     names: Names
     tensors: Mapping[str, Tensors]
     method: str | None  # by which it is quantized
+    temporary: bool = False  # whether the folder was made for as long as this is read
 
     def told(self, message: object) -> str:
-        """The message with the GGUF file in the place of the folder that was made for it."""
-        return str(message).replace(str(self.folder), str(self.path)) if self.method == "gguf" else str(message)
+        """The message with the path in the place of a folder that was made for it."""
+        return str(message).replace(str(self.folder), str(self.path)) if self.temporary else str(message)
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def open_source(path: Path, file: str | None = None) -> Iterator[Source]:
         files = tokenizer_files(opened.metadata) | {"config.json": json.dumps(config, indent=2).encode()}
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
-        source = Source(gguf, Path(folder), config, names, opened.tensors, "gguf")
+        source = Source(gguf, Path(folder), config, names, opened.tensors, "gguf", temporary=True)
         del opened, files, data  # 50 MB of a large vocabulary
         try:
             yield source
@@ -98,7 +99,7 @@ def open_folder(path: Path) -> Source:
     if weights.warning:
         log(weights.warning)
     if (folder / "adapter_config.json").is_file():
-        log(f"warning: the LoRA adapter in {folder} is not applied; merge it into the model to have it converted")
+        log(f"warning: the LoRA adapter in {folder} is not applied; name it as --adapter to have it merged")
     config = minimind.read_config(folder / "config.json", tensors)
     ModelConfig.from_hf(config)
     for name in unknown_fields(config):

@@ -30,8 +30,8 @@ from errors import UserError, log
 ISAS = ("avx512", "avx2", "portable")  # the best first
 FOLDER = Path(__file__).parent
 HEADERS = ["cpu.h", "cpu_vector.h", "cpu_ops.h"]
-KERNELS = ["cpu_linear.cpp", "cpu_bf16.cpp", "cpu_attention.cpp"]
-OPS = ["cpu_ops.cpp", "cpu_linear_ops.cpp", "cpu_ranks.cpp"]
+KERNELS = ["cpu_linear.cpp", "cpu_bf16.cpp", "cpu_attention.cpp", "cpu_lora.cpp"]
+OPS = ["cpu_ops.cpp", "cpu_linear_ops.cpp", "cpu_lora_ops.cpp", "cpu_ranks.cpp"]
 # What an instruction set needs, as Linux calls it; the compiler's flags have no underscores.
 AVX2 = ["avx2", "fma", "f16c"]
 AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16"))]
@@ -83,7 +83,8 @@ def use_isa(isa: str) -> None:
 
 
 def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
-    tables = (ctypes.c_char.in_dll(kernels, name) for name in ("brisk_linear", "brisk_bf16", "brisk_attention"))
+    names = ("brisk_linear", "brisk_bf16", "brisk_attention", "brisk_lora")
+    tables = (ctypes.c_char.in_dll(kernels, name) for name in names)
     ops.brisk_use(*map(ctypes.byref, tables))  # they stay: ctypes never unloads a library
 
 

@@ -1,4 +1,4 @@
-// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_attention.cpp) and the ops (cpu_*ops.cpp) share.
+// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_attention.cpp, cpu_lora.cpp) and the ops (cpu_*ops.cpp) share.
 //
 // Kernels are serial functions, each over a part of the work. build.py compiles them for one instruction set, with
 // its flags and -DBRISK_ISA=avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
@@ -109,5 +109,24 @@ struct AttentionKernels {
 constexpr int64_t KEYS = 128;  // keys that attention takes at once
 // Keys, values and queries as floats; of each query the scores, and two vectors of 16 lanes at most.
 inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * (KEYS + 32); }
+
+// The low-rank parts of linear layers, y + scale B A x, for rows of x [rows, K] and y [rows, N]: those at the indices
+// `rows`. kernels/lora.py packs A and B.
+constexpr int64_t LORA_RANKS = 8, LORA_PANEL = 64, LORA_DEPTH = 512;  // of A, of B, of K that are worked on together
+
+struct Span {
+    int64_t begin, end;
+};
+
+struct LoraKernels {
+    // LORA_RANKS rows of A, of which the numbers [begin, end) of K follow at `a`, times these of x
+    // -> u[row * stride + rank] for each of the rows.
+    void (*shrink)(Vector a, Vector x, int64_t k, Span span, const int64_t* rows, int64_t count, float* u,
+                   int64_t stride);
+    // A panel of B times u[row * stride + rank], added to the columns [begin, end) of y, at most LORA_PANEL of them
+    // -> those of `out`, which is like y.
+    void (*expand)(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Span columns,
+                   const int64_t* rows, int64_t count, void* out);
+};
 
 }  // namespace brisk

@@ -1,5 +1,5 @@
-// The ops of this folder on CPUs, but for those of cpu_linear_ops.cpp and cpu_ranks.cpp. The work itself is done by the
-// kernels in cpu_attention.cpp.
+// The ops of this folder on CPUs, but for those of cpu_linear_ops.cpp, cpu_lora_ops.cpp and cpu_ranks.cpp. The work
+// itself is done by the kernels in cpu_attention.cpp.
 
 #include <cmath>
 #include <utility>
@@ -171,8 +171,9 @@ Tensor reach(const Tensor& numbers, const std::optional<Tensor>& weights, const 
 
 extern "C" __attribute__((visibility("default"))) void brisk_use(const brisk::LinearKernels* linear,
                                                                  const brisk::Bf16Kernels* bf16,
-                                                                 const brisk::AttentionKernels* attention) {
-    brisk::linear = linear, brisk::bf16 = bf16, brisk::attention = attention;
+                                                                 const brisk::AttentionKernels* attention,
+                                                                 const brisk::LoraKernels* lora) {
+    brisk::linear = linear, brisk::bf16 = bf16, brisk::attention = attention, brisk::lora = lora;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {

@@ -29,9 +29,9 @@ from torch import Tensor
 
 import checkpoint
 from config import ModelConfig
-from convert_hf_checkpoint import replace_folder
+from convert_hf_checkpoint import check_replaceable
 from errors import ArgumentParser, UserError
-from files import check_disk, gb, read_json
+from files import check_disk, gb, read_json, replace_folder
 from formats.hub import TOKENIZER_FILES
 from layout import FORMAT, VERSION, check_tensors, quantized_layers
 from model import expected_shapes
@@ -180,7 +180,7 @@ def grow(path: Path | str, out: Path, parameters: float = 1e9) -> str:
                 (folder / name).write_bytes((path.parent / name).read_bytes())
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
-    replace_folder(out.resolve(), write)
+    replace_folder(out.resolve(), check_replaceable, write)
     return (
         f"wrote {out}: {count(new) / 1e6:,.1f} M parameters ({new.n_layers} layers, hidden size {new.dim}, ffn"
         f" {new.ffn_dim}, {new.n_heads} heads and {new.n_kv_heads} key/value heads of {new.head_dim}), {gb(size)}; try:"

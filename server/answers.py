@@ -46,7 +46,7 @@ class Answer:
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "object": self.chunk_kind,
             "created": int(time.time()),
-            "model": model.name,
+            "model": model.name_of(work.requests[0].adapter),
         }
 
     def chunk(self, parts: list[dict[str, Any]], **others: Any) -> dict[str, Any]:

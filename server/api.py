@@ -88,7 +88,7 @@ class ResponseFormat(Body):
 class SamplingBody(Body):
     """What both endpoints take."""
 
-    model: str = ""  # there is one, whatever a client calls it
+    model: str = ""  # BASE:NAME has an adapter; otherwise there is one, whatever a client calls it
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -175,6 +175,24 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The target's."""
         return self.target.tokenizer
+
+    @property
+    def names(self) -> list[str]:
+        """What clients may call it: its own name is without an adapter."""
+        return [self.name_of(adapter) for adapter in (None, *self.target.adapters)]
+
+    def name_of(self, adapter: str | None) -> str:
+        return self.name if adapter is None else f"{self.name}:{adapter}"
+
+    def adapter(self, name: str) -> str | None:
+        """Which one a client's name for the model means. UnknownModel for BASE:NAME without an adapter of that name;
+        where there are no adapters, a colon may be part of any other name than the model's own."""
+        base, _, adapter = name.rpartition(":")
+        if name == self.name or not base or not (self.target.adapters or base == self.name):
+            return None
+        if adapter not in self.target.adapters:
+            raise UnknownModel(f"model {name[:80]!r} does not exist; there is {', '.join(self.names)}")
+        return adapter
 
 
 def make_model(name: str, target: Target, recommended: dict[str, Any], merges_system: bool = False) -> Model:
@@ -335,6 +353,7 @@ def settings_of(body: SamplingBody, model: Model) -> dict[str, Any]:
     """A body's settings by our names, the model's where it has none."""
     given = {name: getattr(body, NAMES.get(name, name), None) for name in SETTINGS}
     given["max_new_tokens"] = None  # comes with the prompt
+    given["adapter"] = model.adapter(body.model)
     schema = schema_of(body.response_format)
     if schema is not None and body.guided_json is not None:
         raise UserError("response_format and guided_json do not go together; leave one out")
@@ -384,6 +403,10 @@ def requests_of(
 
 class ContextExceeded(UserError):
     """A prompt that is too long."""
+
+
+class UnknownModel(UserError):
+    """A model that there is not."""
 
 
 class Started:

@@ -103,16 +103,16 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The model that there is, as a list."""
-        return {"object": "list", "data": [await retrieve_model(model.name)]}
+        """What there is: the model, and with each adapter."""
+        return {"object": "list", "data": [await retrieve_model(name) for name in model.names]}
 
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> dict[str, Any]:
         """The model of this name."""
-        if name != model.name:
+        if name not in model.names:
             raise HTTPException(404, "there is no model of this name; /v1/models lists what there is")
         owner, length = "gpt-brisk", model.target.limit
-        return {"id": model.name, "object": "model", "created": created, "owned_by": owner, "max_model_len": length}
+        return {"id": name, "object": "model", "created": created, "owned_by": owner, "max_model_len": length}
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:

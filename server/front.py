@@ -23,6 +23,7 @@ from server.api import (
     JsonSchema,
     ResponseFormat,
     StreamOptions,
+    UnknownModel,
 )
 
 MAX_BODY = 8 << 20  # bytes
@@ -67,6 +68,8 @@ def error_response(
 def user_error(error: UserError) -> JSONResponse:
     """A 400. If the message begins with a field of the body, or what is called so here, that is the `param`."""
     message = " ".join(str(error).split())
+    if isinstance(error, UnknownModel):
+        return error_response(404, message, "model", "model_not_found")
     first, _, rest = message.partition(" ")
     message = f"{NAMES.get(first, first)} {rest}"
     for name in ("max_new_tokens", "min_new_tokens"):

@@ -586,8 +586,11 @@ def test_what_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter .*merge_and_unload"),
-        (["adapter_model.bin"], "a LoRA adapter.*; merge"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
+            "a LoRA adapter .*; name it as --adapter",
+        ),
+        (["adapter_model.bin"], "a LoRA adapter.*; name it as --adapter"),
         (["model_index.json", "unet/model.safetensors"], "a diffusers pipeline .*; take a language model"),
         (["mmproj-q8_0.gguf", "config.json"], "a projector of pictures.*; name the GGUF file of the language model"),
         (["onnx/model.onnx", "config.json"], "ONNX weights.*safetensors"),
@@ -662,7 +665,7 @@ def test_warnings(tmp_path, capfd):
     (line,) = warnings({"generation_config.json": {"eos_token_id": "</s>"}})
     assert re.match("warning: .*generation_config.json: eos_token_id: .*correct it", line)
     (line,) = warnings({"adapter_config.json": {}})
-    assert re.match("warning: the LoRA adapter in .* is not applied; merge it", line)
+    assert re.match("warning: the LoRA adapter in .* is not applied; name it as --adapter", line)
     (line,) = warnings({"config.json": fields | {"is_llama_config": True, "swirl": 3, "eddy": None}})
     assert re.match("warning: config.json: swirl: this field is unknown", line)
 
@@ -821,7 +824,7 @@ def test_killed_between_the_renames(tmp_path):
     (tmp_path / ".out.converting").mkdir()
     (tmp_path / ".out.converting" / "half").touch()
     with pytest.raises(RuntimeError):
-        convert_hf_checkpoint.replace_folder(tmp_path / "out", fail)
+        convert_hf_checkpoint.replace_folder(tmp_path / "out", convert_hf_checkpoint.check_replaceable, fail)
     same(tmp_path / "out", fused(model.state_dict(), tied=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
@@ -839,7 +842,7 @@ def test_two_conversions_at_a_time(tmp_path):
             convert(tmp_path / "in", tmp_path / "out")
         (folder / "x").touch()
 
-    convert_hf_checkpoint.replace_folder(tmp_path / "out", write)
+    convert_hf_checkpoint.replace_folder(tmp_path / "out", convert_hf_checkpoint.check_replaceable, write)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
 
 
