@@ -39,9 +39,9 @@ import checkpoint
 from arguments import add_threads
 from config import ModelConfig
 from errors import ArgumentParser, UserError, log
-from families import FAMILIES, WRAPPERS
+from families import FAMILIES
 from files import check_disk, gb, lock_temporary, read_json, sync_folder, write_atomically
-from formats.hub import CONFIG_FILES, TOKENIZER_FILES, cached, download
+from formats.hub import CONFIG_FILES, IMAGE_FILES, TOKENIZER_FILES, cached, download
 from formats.names import Piece, plan_tensors, settle_tie
 from formats.packed import Packed, slices
 from formats.source import Source, open_source
@@ -52,6 +52,8 @@ from writer import write_safetensors
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+COPIED = (*CONFIG_FILES, *TOKENIZER_FILES, *IMAGE_FILES)  # as they are
 
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what is written: name -> dtype and shape
 
@@ -123,8 +125,9 @@ def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard
     config, tensors = settle_tie(declared, source.tensors, source.names)
     raw_config = copy.deepcopy(source.config)
     if config.tied != declared.tied:
-        own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
-        own["tie_word_embeddings"] = config.tied
+        for own in (raw_config, raw_config.get("text_config")):
+            if isinstance(own, dict):
+                own["tie_word_embeddings"] = config.tied
     keep_quantized = source.method != "gguf" or dtype is None
     plan = plan_tensors(config, tensors, source.names, keep_quantized)
     dtype = dtype or choose_dtype(raw_config, plan)
@@ -146,7 +149,7 @@ def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard
         kept.extend(reusable_files(out, plan, stored, dtype_name, overwrite))
         for name in kept:
             link_or_copy(path / name, folder / name)
-        for name in (*CONFIG_FILES, *TOKENIZER_FILES):
+        for name in COPIED:
             if (source.folder / name).is_file():
                 with write_atomically(folder / name) as file:
                     file.write((source.folder / name).read_bytes())
@@ -157,7 +160,7 @@ def write_checkpoint(source: Source, out: Path, dtype: torch.dtype | None, shard
         if not weight_files(folder):
             check_disk(size, path)
             write_weights(folder, plan, stored, metadata, shard_bytes)
-        if replaced := [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if kept and differ(path, folder, name)]:
+        if replaced := [name for name in COPIED if kept and differ(path, folder, name)]:
             log(f"warning: {', '.join(replaced)} in {out} differed from the source, and is now as there")
 
     replace_folder(path, write)
@@ -372,7 +375,7 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path} is a file; name another folder as --out")
     entries, has_weights = sorted(path.iterdir()), False
     for entry in entries:
-        ours = entry.name in (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
+        ours = entry.name in (*COPIED, "model.safetensors.index.json")
         ours = ours or re.fullmatch(r"\.\S+\.tmp", entry.name)  # of a killed run
         if entry.suffix == ".safetensors":
             ours = has_weights = is_our_file(entry)

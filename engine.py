@@ -17,6 +17,7 @@ that may be asked for again.) Parked rows fill up the number: they write to the 
 """
 
 import contextlib
+import functools
 import itertools
 import sys
 import time
@@ -36,9 +37,11 @@ from prefix import Places
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CATCH_UP, DRAFT_LAG, Pace, catch_up, decode_step, in_vocabulary, scored
 from tp import ALONE
+from vision import Sight
 
 if TYPE_CHECKING:
     from grammar import Constraint
+    from images import ImageInput
 
 QUANTIZED = (Int8Linear, Int4Linear, Int8Experts, Int4Experts)
 PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
@@ -55,6 +58,17 @@ class Request:
     stop: tuple[str, ...] = ()  # and before the first of these strings
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
     grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
+    images: "tuple[ImageInput, ...]" = ()  # in the order of their places in the prompt
+
+    @functools.cached_property
+    def key(self) -> list[int]:
+        """The prompt, as it is compared with others: what stands for an image is a number of that image."""
+        if not self.images:
+            return self.prompt
+        key = list(self.prompt)
+        for image in self.images:
+            key[image.start : image.start + image.count] = [image.key] * image.count
+        return key
 
 
 @dataclass
@@ -167,6 +181,7 @@ class Engine:
         if compile_prefill and self.device.type == "cpu":
             prepare_compiler()
         self._hidden = {model: model.hidden for model in self.models}
+        self._sights = {model: Sight(model) for model in self.models}
         self.stats = Stats()
 
     def _check_speculation(self, length: int) -> None:
@@ -253,7 +268,7 @@ class Engine:
     def take(self, request: Request, free: Sequence[int]) -> int:
         """Gives one of the free rows to a request -> the row. What any row holds of the prompt is in it then: the first
         tokens, those of `places[row]`. To echo, all have to be run."""
-        row, source, shared = self.places.choose([] if request.echo else request.prompt, free)
+        row, source, shared = self.places.choose([] if request.echo else request.key, free)
         place = self.places[row]
         if shared == 0:
             place.written = 0
@@ -261,7 +276,7 @@ class Engine:
             place.tokens = []  # Ctrl-C may end this in the middle
             self.copy_row(source, row, 0, shared)
             place.written = self.places[source].written
-        place.tokens, place.drafted = request.prompt[:shared], max(shared - CATCH_UP, 0)
+        place.tokens, place.drafted = request.key[:shared], max(shared - CATCH_UP, 0)
         place.prompt_length = len(request.prompt)
         self.places.touch(row)
         return row
@@ -274,15 +289,16 @@ class Engine:
         begin = min(len(place.tokens), len(prompt) - 1)  # the last one is run again after a Ctrl-C
         end = len(prompt) if most is None else min(begin + most, len(prompt))
         place.written = max(place.written, end)
-        hidden = self._run(self.model, row, prompt, begin, end, request.echo)
+        hidden = self._run(self.model, row, request, begin, end, request.echo)
         if self.draft is not None:
-            self._run(self.draft, row, prompt, min(place.drafted, end - 1), end, every=False)
+            self._run(self.draft, row, request, min(place.drafted, end - 1), end, every=False)
             place.drafted = end
-        place.tokens = prompt[:end]
+        place.tokens = request.key[:end]
         return hidden
 
-    def _run(self, model: Transformer, row: int, prompt: list[int], begin: int, end: int, every: bool) -> Tensor:
+    def _run(self, model: Transformer, row: int, request: Request, begin: int, end: int, every: bool) -> Tensor:
         """Runs tokens begin:end of a prompt in a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""
+        prompt, sight = request.prompt, self._sights[model]
         chunk = PREFILL_LENGTHS[-1]
         reached = torch.tensor([len(prompt)], device=self.device) if model.config.by_length(len(prompt)) else None
         pads = self.fixed_lengths and not every
@@ -291,21 +307,24 @@ class Engine:
         for first in range(begin, end, chunk):
             ids = prompt[first : min(first + chunk, end)]
             count = len(ids)
-            padding = fixed_length(count) - count if pads else 0
+            seen = sight.look(row, request, first, first + count)
+            padding = fixed_length(count) - count if pads and seen is None else 0
             positions = [*range(first, first + count), *[model.max_seq_length] * padding]  # padding: the spare slot
             input_ids = torch.tensor([ids + [0] * padding], device=self.device)
             if model is self.draft:
                 input_ids = in_vocabulary(model, input_ids)
             input_pos = torch.tensor([positions], device=self.device)
             key_pos = self.key_positions(model, first + count)
-            if self.fixed_lengths and not pads:  # one compilation for all lengths
+            if self.fixed_lengths and not pads and seen is None:  # one compilation for all lengths
                 for tensor in (input_ids, input_pos):
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
             if every:
-                hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows, reached)[0])
+                hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows, reached, seen)[0])
             else:
                 only = torch.tensor([count - 1], device=self.device)
-                hidden = [self._hidden[model](input_ids, input_pos, key_pos, only, rows, reached)[0]]
+                run = self._hidden[model] if seen is None else model.hidden  # each image would be compiled anew
+                hidden = [run(input_ids, input_pos, key_pos, only, rows, reached, seen)[0]]
+        sight.leave(row, request, end)
         return torch.cat(hidden)
 
     @torch.no_grad()
@@ -389,6 +408,8 @@ class Engine:
         for model in self.models:
             for layer in model.layers:
                 layer.attention.kv_cache.copy_row(source, row, begin, end)
+            if model.rope_offset is not None:
+                model.rope_offset[row] = model.rope_offset[source]
 
     @without_collection()
     def warm_up(self, prompt_length: int | None = None) -> float:
@@ -431,8 +452,7 @@ def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that a decode step of one row reads: of experts the chosen ones, and not an embedding of which
     it reads a row a token."""
     unread = 0 if model.output is None else model.tok_embeddings.weight.nbytes
-    if model.pos_embeddings is not None:
-        unread += model.pos_embeddings.weight.nbytes
+    unread += sum(resident_bytes(part) for part in (model.pos_embeddings, model.vision) if part is not None)
     experts = model.config.experts
     if experts is not None:
         stacked = sum(resident_bytes(module) for module in model.modules() if isinstance(module, Experts))

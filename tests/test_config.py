@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from config import ModelConfig
-from config_fields import ACTIVATIONS, IGNORED, READ, REFUSED, read_by, unknown_fields
+from config_fields import ACTIVATIONS, IGNORED, READ, REASONS, REFUSED, read_by, unknown_fields
 from convert_hf_checkpoint import read_planned
 from errors import UserError
-from families import FAMILIES, REASONS
+from families import FAMILIES
 from formats.names import plan_tensors
 from model import Transformer, expected_shapes
 from weights import read_safetensors
