@@ -255,7 +255,7 @@ def decode_data_url(url: str) -> bytes:
 
 def is_image(part: Any) -> bool:
     """Whether a part of a message is {"type": "image", "image": ...}, or OpenAI's {"type": "image_url", ...}."""
-    return isinstance(part, dict) and part.get("type") in ("image", "image_url") and bool(source_of(part))
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
 
 
 def source_of(part: dict[str, Any]) -> Any:

@@ -1,19 +1,32 @@
 """Models with eyes against transformers' own classes, with tiny random weights in float32."""
 
+import base64
+import copy
+import json
+import math
+
 import pytest
 import torch
-from conftest import GREEDY, ids_of, run_rows, set_up
+import transformers
+from conftest import GREEDY, assert_refused, converse, ids_of, parse, run_rows, set_up
 from test_images import saved
-from vision_models import IMAGE, Made, converted, make, picture
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from vision_models import IMAGE, PUBLISHED, Made, converted, make, picture
 
 from checkpoint import load_config, load_model
-from config import VisionConfig
+from config import ModelConfig, VisionConfig
+from config_fields import unknown_fields
 from engine import Engine, Request
+from errors import UserError
 from images import load_options, place_images, read_image
+from model import expected_shapes
 from tokenizer import load_tokenizer
 from vision import VisionTransformer, rope_positions
 
-KINDS = ["qwen2_vl", "qwen2_5_vl"]
+EYES = {"qwen2_vl": Qwen2VisionTransformerPretrainedModel, "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel}
+KINDS = list(EYES)
 # Each of a size of its own: several windows and parts of some, one window, less than one.
 PICTURES = [picture(300, 220), picture(112, 224, 1), picture(60, 90, 2)]
 TEXT = [20, 21, 22, 23, 24, 25]
@@ -52,6 +65,85 @@ def test_image_embeddings(both, pictures):
 def test_grids_have_to_fit():
     with pytest.raises(ValueError, match="16 patches"):
         VisionTransformer(VisionConfig(7, 48, 1, 3, 96, 64))(torch.zeros(16, 1176), [(1, 4, 2)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+def written_out(config: transformers.PreTrainedConfig) -> dict:
+    """What transformers writes, every field in today's spelling."""
+    return json.loads(config.to_json_string(use_diff=False)) | {"architectures": None}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name):
+    """Every field is known, and all of it means what transformers takes it to mean, in the old spelling and the new."""
+    config = PUBLISHED[name]
+    assert unknown_fields(config) == []
+    newer = written_out(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)))
+    assert isinstance(newer["text_config"], dict) and "hidden_size" not in newer
+    assert unknown_fields(newer) == []
+    ours = ModelConfig.from_hf(config)
+    assert ours == ModelConfig.from_hf(newer)
+    between = newer | {name: config[name] for name in ("hidden_size", "rope_theta", "rope_scaling")}  # both are written
+    assert ours == ModelConfig.from_hf(between)
+    theirs = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)).vision_config
+    with torch.device("meta"):
+        eyes = EYES[config["model_type"]]._from_config(theirs)
+    shapes = {name: shape for name, shape in expected_shapes(ours).items() if name.startswith("vision.")}
+    assert sum(map(math.prod, shapes.values())) == sum(p.numel() for p in eyes.parameters())
+
+
+def test_what_published_configs_mean():
+    read = {name.partition("-VL-")[2].partition("-")[0]: ModelConfig.from_hf(PUBLISHED[name]) for name in PUBLISHED}
+    assert set(read) == {"2B", "3B", "7B", "72B"} and read["2B"].tied and read["3B"].tied and not read["72B"].tied
+    for config in read.values():
+        assert config.rope.sections == (16, 24, 24) and config.rope.type == "default" and config.qkv_bias
+        assert not any(config.window_layers) and config.vision.token == 151655
+        assert (config.vision.dim, config.vision.n_layers, config.vision.out_dim) == (1280, 32, config.dim)
+    assert read["3B"].vision.window == 8 and read["3B"].vision.full_layers == (7, 15, 23, 31)
+    assert read["2B"].vision.ffn_dim == 5120 and read["72B"].vision.ffn_dim == 3456
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_fields_have_the_defaults_of_transformers(kind):
+    theirs = CONFIG_MAPPING[kind]()
+    newer = written_out(theirs)
+    width = {"hidden_size": theirs.text_config.hidden_size}
+    eyes = {"out_hidden_size" if kind == "qwen2_5_vl" else "hidden_size": width["hidden_size"]}
+    newer["vision_config"] |= eyes
+    expected = ModelConfig.from_hf(newer)
+    if kind == "qwen2_5_vl":  # whose default is as wide as the language model's
+        assert expected.vision.dim == 3584
+    assert ModelConfig.from_hf({"model_type": kind, "vision_config": eyes}) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24]}}, "mrope_section"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": "all"}}, "mrope_section"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "mrope_section": [16, 24, 24]}}, "rope_scaling"),
+        ({"vision_config": 3}, "vision_config"),
+        ({"vision_config": {"hidden_size": 7}}, "hidden_size"),
+        ({"vision_config": {"hidden_size": 1536, "num_heads": 7}}, "num_heads"),
+        ({"vision_config": {"hidden_size": 1536, "in_chans": 1}}, "in_channels"),
+        ({"vision_config": {"hidden_size": 1536, "hidden_act": "mish"}}, "hidden_act"),
+        ({"image_token_id": "x"}, "image_token_id"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "architectures"),
+    ],
+)
+def test_configs_that_are_refused(fields, word):
+    with pytest.raises(UserError, match=word):
+        ModelConfig.from_hf(PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"] | fields)
+
+
+def test_yarn_and_sections():
+    config = PUBLISHED["Qwen/Qwen2.5-VL-7B-Instruct"]
+    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768, "mrope_section": [16, 24, 24]}
+    rope = ModelConfig.from_hf(config | {"rope_scaling": yarn}).rope
+    assert (rope.type, rope.factor, rope.sections) == ("yarn", 4.0, (16, 24, 24))
 
 
 PROMPTS = [[*TEXT, IMAGE, *TEXT, IMAGE, 7, IMAGE, *TEXT], [IMAGE, *TEXT, IMAGE, 5, IMAGE], [IMAGE]]
@@ -122,3 +214,116 @@ def test_greedy_tokens(both, engine, tokenizer_of, batch_size):
 @pytest.fixture(scope="module")
 def tokenizer_of(both):
     return load_tokenizer(both[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, image in enumerate(PICTURES):
+        image.save(folder / f"{i}.png")
+    return [folder / f"{i}.png" for i in range(len(PICTURES))]
+
+
+def rendered(made, messages) -> list[int]:
+    """The ids by transformers, a token for each image."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made.folder)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def image_part(path=None):
+    return {"type": "image"} | ({} if path is None else {"image": str(path)})
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def test_command_line(both, files, script):
+    made, folder = both
+    flags = ("--checkpoint_path", folder, "--max_new_tokens", 8, "--ignore_eos", "--json")
+    for prompt, content in (
+        ("What?", [image_part(), image_part(), text_part("What?")]),
+        ("A <image>, <image>.", [text_part("A "), image_part(), text_part(", "), image_part(), text_part(".")]),
+    ):
+        paths = [arg for path in files[:2] for arg in ("--image", path)]
+        (sample,) = parse(script(*flags, *paths, "--prompt", prompt))
+        ids = rendered(made, [{"role": "user", "content": content}])
+        assert sample["tokens"] == made.greedy(ids, PICTURES[:2], 8)
+        assert sample["prompt_tokens"] == made.inputs(ids, PICTURES[:2])["input_ids"].shape[1]
+
+
+def test_lines_of_json(both, files, script, tmp_path):
+    """A batch of rows with images and without."""
+    made, folder = both
+    url = "data:image/png;base64," + base64.b64encode(files[2].read_bytes()).decode()
+    contents = [
+        [image_part(files[0]), text_part("Look.")],
+        "No image.",
+        [text_part("This "), {"type": "image_url", "image_url": {"url": url}}, image_part(files[1])],
+        [text_part("Only "), text_part("text.")],
+    ]
+    pictures = [PICTURES[:1], [], [PICTURES[2], PICTURES[1]], []]
+    lines = [json.dumps({"messages": [{"role": "user", "content": content}]}) for content in contents]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    flags = ("--max_new_tokens", 8, "--ignore_eos", "--json", "--batch_size", 3)
+    samples = parse(script("--checkpoint_path", folder, "--prompt_file", tmp_path / "p.jsonl", *flags))
+    for sample, content, shown in zip(samples, contents, pictures, strict=True):
+        ids = rendered(made, [{"role": "user", "content": content}])
+        assert sample["tokens"] == made.greedy(ids, shown, 8)
+
+
+def test_chat(both, files, script):
+    """A conversation goes on behind an image, which is in the cache."""
+    made, folder = both
+    flags = ("--max_new_tokens", 6, "--ignore_eos", "--max_seq_length", 600)
+    lines = ["Hello", f"/image {files[0]}", f"/image {files[2]}", "And these?", "Again"]
+    result = converse(script, folder, *lines, args=flags)
+    assert result.code == 0, result.err
+    messages, pictures = [], []
+    tokenizer = load_tokenizer(folder)
+    shown = [text_part("And these?")]
+    for content in ("Hello", [image_part(), image_part(), *shown], "Again"):
+        pictures += [PICTURES[0], PICTURES[2]] if isinstance(content, list) else []
+        messages.append({"role": "user", "content": content})
+        reply = tokenizer.decode(made.greedy(rendered(made, messages), pictures, 6))
+        assert reply in result.out
+        messages.append({"role": "assistant", "content": reply})
+    count = made.processor(PICTURES[0], return_tensors="pt")["pixel_values"].shape[0] // 4
+    assert f"{files[0]} is {count} tokens" in result.err and result.err.count("of them cached") == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize("kind", KINDS[:1])
+def test_refused(tmp_path, base_folder, chat_folder, files, script, kind):
+    made = make(kind, tmp_path / "hf")
+    folder = converted(made, tmp_path / "ours")
+    asked = ("--prompt", "What?", "--image", files[0])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(files[0].read_bytes()[:500])
+    for words, args in (
+        (("no eyes",), ("--checkpoint_path", chat_folder, *asked)),
+        (("no eyes",), ("--checkpoint_path", base_folder, *asked)),
+        (("of 1 images", "cache of 40"), ("--checkpoint_path", folder, *asked, "--max_seq_length", 40)),
+        (("damaged", str(broken)), ("--checkpoint_path", folder, "--prompt", "x", "--image", broken)),
+        (("none.png",), ("--checkpoint_path", folder, "--prompt", "x", "--image", tmp_path / "none.png")),
+        (("1 <image> for 2 images",), ("--checkpoint_path", folder, "--prompt", "<image>", *asked[2:] * 2)),
+        (("--image needs --prompt",), ("--checkpoint_path", folder, "--image", files[0])),
+        (("places",), ("--checkpoint_path", folder, "--prompt", "<|image_pad|>", "--image", files[0])),
+    ):
+        assert_refused(script(*args), *words)
+    lines = [
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}]}]},
+    ]
+    for line, word in zip(lines, ("messages", "messages", "download"), strict=True):
+        (tmp_path / "p.jsonl").write_text(json.dumps(line))
+        assert_refused(script("--checkpoint_path", folder, "--prompt_file", tmp_path / "p.jsonl"), word)

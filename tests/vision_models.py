@@ -155,3 +155,57 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> PIL.Im
 def converted(made: Made, folder: Path) -> Path:
     convert(made.folder, folder)
     return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs as published
+
+QWEN_2_VL = {
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+    "image_token_id": 151655, "initializer_range": 0.02, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"}, "rope_theta": 1000000.0, "sliding_window": 32768,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True,
+    "use_sliding_window": False, "video_token_id": 151656, "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652, "vision_token_id": 151654, "vocab_size": 152064,
+    "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
+}  # fmt: skip
+EYES_2 = {
+    "depth": 32, "embed_dim": 1280, "in_channels": 3, "in_chans": 3, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14,
+    "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2, "model_type": "qwen2_vl",
+}  # fmt: skip
+QWEN_2_5_VL = QWEN_2_VL | {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+    "max_position_embeddings": 128000,
+}  # fmt: skip
+EYES_2_5 = {
+    "depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu", "hidden_size": 1280, "in_chans": 3,
+    "intermediate_size": 3420, "model_type": "qwen2_5_vl", "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+    "spatial_patch_size": 14, "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 112,
+}  # fmt: skip
+
+
+def language(dim: int, ffn: int, layers: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return dict(zip(names, (dim, ffn, layers, heads, kv_heads), strict=True)) | others
+
+
+PUBLISHED = {
+    "Qwen/Qwen2-VL-2B-Instruct": QWEN_2_VL
+    | language(1536, 8960, 28, 12, 2, max_window_layers=28, tie_word_embeddings=True, vocab_size=151936)
+    | {"vision_config": EYES_2 | {"hidden_size": 1536}},
+    "Qwen/Qwen2-VL-7B-Instruct": QWEN_2_VL
+    | language(3584, 18944, 28, 28, 4, max_window_layers=28)
+    | {"vision_config": EYES_2 | {"hidden_size": 3584}},
+    "Qwen/Qwen2-VL-72B-Instruct": QWEN_2_VL
+    | language(8192, 29568, 80, 64, 8, max_window_layers=80, rms_norm_eps=1e-5)
+    | {"vision_config": EYES_2 | {"hidden_size": 8192}},
+    "Qwen/Qwen2.5-VL-3B-Instruct": QWEN_2_5_VL
+    | language(2048, 11008, 36, 16, 2, max_window_layers=70, tie_word_embeddings=True, vocab_size=151936)
+    | {"vision_config": EYES_2_5 | {"out_hidden_size": 2048}},
+    "Qwen/Qwen2.5-VL-7B-Instruct": QWEN_2_5_VL
+    | language(3584, 18944, 28, 28, 4, max_window_layers=28)
+    | {"vision_config": EYES_2_5 | {"out_hidden_size": 3584}},
+    "Qwen/Qwen2.5-VL-72B-Instruct": QWEN_2_5_VL
+    | language(8192, 29568, 80, 64, 8, max_window_layers=80)
+    | {"vision_config": EYES_2_5 | {"out_hidden_size": 8192, "intermediate_size": 3456}},
+}
