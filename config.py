@@ -79,8 +79,8 @@ class VisionConfig:
         heads = read.integer("num_heads", default=16, maximum=2**16)
         if own % (4 * heads):
             raise read.error("num_heads", f"{heads} heads of {width} {own} have no pairs to rotate by two places")
-        if read.integer(out, default=3584) != dim:
-            raise read.error(out, f"{read.value(out, 3584)} is not the {dim} of the language model")
+        if read.integer(out, default=dim) != dim:
+            raise read.error(out, f"{read.value(out)} is not the {dim} of the language model")
         channels = read.integer("in_channels", default=read.integer("in_chans", default=3))
         if channels != 3:
             raise read.error("in_channels", f"{channels} is not supported, only 3 are")

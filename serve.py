@@ -40,7 +40,7 @@ from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
 from generate import count_or_auto
 from kernels.build import cpu_library
-from prompts import Target, check_draft
+from prompts import Target, check_draft, image_options
 from scheduler import Scheduler
 from server.api import MAX_LOGPROBS, Model, make_model
 from server.endpoints import make_app
@@ -72,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     add("--cors", nargs="+", metavar="ORIGIN", help="web sites whose pages may use the server; * is any")
     add("--grace", type=seconds, default=30.0, help="seconds that requests have to finish in after SIGTERM")
     add("--merge_system", action="store_true", help="system messages become part of the user's first one")
+    add("--allow_image_urls", action="store_true", help="fetch images that clients name by URL, from public addresses")
     add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
     add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
     add("--speculate_k", type=count_or_auto, metavar="K", help="propose so many tokens a step; default: auto")
@@ -204,8 +205,9 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     warm_up(engine)
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
-    target = Target(tokenizer, config.vocab_size, eos_ids, length, "context" if length == context else "cache")
-    model = make_model(name_of(path.parent), target, recommended, args.merge_system)
+    options = image_options(path.parent, config)
+    target = Target(tokenizer, config.vocab_size, eos_ids, length, "context" if length == context else "cache", options)
+    model = make_model(name_of(path.parent), target, recommended, args.merge_system, args.allow_image_urls)
     scheduler = Scheduler(engine, tokenizer, args.prefill_chunk)
     return Computer(scheduler, group, MAX_LOGPROBS, lambda: target.grammars), model
 

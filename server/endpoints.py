@@ -32,7 +32,16 @@ from server.api import (
     completion_work,
     token_ids,
 )
-from server.front import Access, Front, error_body, error_response, user_error, validation_error
+from server.front import (
+    MAX_BODY,
+    MAX_BODY_WITH_IMAGES,
+    Access,
+    Front,
+    error_body,
+    error_response,
+    user_error,
+    validation_error,
+)
 from server.metrics import Metrics, Timer
 from server.service import Refused, Service, Stream
 
@@ -48,7 +57,8 @@ PARTS = list[dict[str, Any]]  # what chunks have as `choices`, each one
 def make_app(service: Service, model: Model, access: Access, page: Path) -> FastAPI:
     app = FastAPI(title="gpt-brisk", telemetry=NO_TELEMETRY)
     metrics, created = Metrics(service), int(time.time())
-    app.add_middleware(Front, access=access, count=metrics.count)
+    max_body = MAX_BODY if model.target.images is None else MAX_BODY_WITH_IMAGES
+    app.add_middleware(Front, access=access, count=metrics.count, max_body=max_body)
     if access.origins:
         allowed = ["Authorization", "Content-Type"]
         app.add_middleware(
