@@ -350,7 +350,7 @@ def test_a_refused_field_may_have_the_value_with_which_it_does_not_matter(family
 
 
 def test_families_are_complete():
-    assert set(FAMILIES) == {*CLASSES, "minimind"}
+    assert set(FAMILIES) == {*CLASSES, "minimind", "qwen2_vl", "qwen2_5_vl"}
     assert not REASONS.keys() & FAMILIES.keys()
     with pytest.raises(UserError, match="num_hidden_layers: the field is missing"):
         ModelConfig.from_hf({"model_type": "minimind"})

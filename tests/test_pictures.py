@@ -62,7 +62,7 @@ def test_public_addresses(address):
 )
 def test_this_machine_is_not_asked(web, host):
     """However it is spelled."""
-    with pytest.raises(UserError, match="not on the public internet|cannot be fetched"):
+    with pytest.raises(UserError, match=r"not on the public internet|cannot be fetched"):
         fetch(f"http://{host}:{web.port}/fine.png")
     assert web.asked == []
 
@@ -324,6 +324,19 @@ def test_a_model_without_eyes(chat_folder):
     body = ChatBody.model_validate({"messages": [{"role": "user", "content": [part(data_url())]}]})
     with pytest.raises(UserError, match="'image_url'; this model takes parts of type 'text' only"):
         chat_work(body, make_model("any", target, {}))
+
+
+def test_urls_where_they_are_allowed(made, web, public):
+    options = load_options(made[1], load_config(made[1]).vision)
+    target = Target(load_tokenizer(made[1]), 420, frozenset(), 500, "context", options)
+    model = make_model("any", target, {}, fetches_images=True)
+    content = [part(f"http://example.com:{web.port}/to"), part(data_url(), detail="low"), text("x")]
+    body = {"messages": [{"role": "user", "content": content}]}
+    (request,) = chat_work(ChatBody.model_validate(body), model).requests
+    assert [image.count for image in request.images] == [54, 54]
+    assert [path for path, _ in web.asked] == ["/to", "/fine.png"]
+    with pytest.raises(UserError, match="fetches no images"):
+        chat_work(ChatBody.model_validate(body), make_model("any", target, {}))
 
 
 def test_system_messages_may_be_merged(made):
