@@ -17,7 +17,6 @@ that may be asked for again.) Parked rows fill up the number: they write to the 
 """
 
 import contextlib
-import functools
 import itertools
 import sys
 import time
@@ -33,7 +32,7 @@ from errors import UserError
 from kernels import Int4Linear, Int8Linear
 from kernels.experts import Int4Experts, Int8Experts
 from model import Experts, Transformer, cache_slots
-from prefix import Places
+from prefix import Places, compared
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CATCH_UP, DRAFT_LAG, Pace, catch_up, decode_step, in_vocabulary, scored
 from tp import ALONE
@@ -59,16 +58,6 @@ class Request:
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
     grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
     images: "tuple[ImageInput, ...]" = ()  # in the order of their places in the prompt
-
-    @functools.cached_property
-    def key(self) -> list[int]:
-        """The prompt, as it is compared with others: what stands for an image is a number of that image."""
-        if not self.images:
-            return self.prompt
-        key = list(self.prompt)
-        for image in self.images:
-            key[image.start : image.start + image.count] = [image.key] * image.count
-        return key
 
 
 @dataclass
@@ -268,7 +257,7 @@ class Engine:
     def take(self, request: Request, free: Sequence[int]) -> int:
         """Gives one of the free rows to a request -> the row. What any row holds of the prompt is in it then: the first
         tokens, those of `places[row]`. To echo, all have to be run."""
-        row, source, shared = self.places.choose([] if request.echo else request.key, free)
+        row, source, shared = self.places.choose([] if request.echo else compared(request), free)
         place = self.places[row]
         if shared == 0:
             place.written = 0
@@ -276,7 +265,7 @@ class Engine:
             place.tokens = []  # Ctrl-C may end this in the middle
             self.copy_row(source, row, 0, shared)
             place.written = self.places[source].written
-        place.tokens, place.drafted = request.key[:shared], max(shared - CATCH_UP, 0)
+        place.tokens, place.drafted = compared(request)[:shared], max(shared - CATCH_UP, 0)
         place.prompt_length = len(request.prompt)
         self.places.touch(row)
         return row
@@ -293,7 +282,7 @@ class Engine:
         if self.draft is not None:
             self._run(self.draft, row, request, min(place.drafted, end - 1), end, every=False)
             place.drafted = end
-        place.tokens = request.key[:end]
+        place.tokens = compared(request)[:end]
         return hidden
 
     def _run(self, model: Transformer, row: int, request: Request, begin: int, end: int, every: bool) -> Tensor:

@@ -8,22 +8,38 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import GREEDY, assert_refused, converse, ids_of, parse, run_rows, set_up
+from conftest import (
+    GREEDY,
+    assert_refused,
+    converse,
+    ids_of,
+    nothing_compiles,
+    parse,
+    run_rows,
+    set_up,
+)
+from ranks_worker import ROOT, torchrun
+from safetensors.torch import save_file
 from test_images import saved
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-from vision_models import IMAGE, PUBLISHED, Made, converted, make, picture
+from vision_models import IMAGE, PUBLISHED, VOCAB, Made, converted, make, picture
 
+from beam import BeamParams, beam_search
 from checkpoint import load_config, load_model
 from config import ModelConfig, VisionConfig
 from config_fields import unknown_fields
+from convert_hf_checkpoint import convert
 from engine import Engine, Request
 from errors import UserError
 from images import load_options, place_images, read_image
 from model import expected_shapes
+from quantize import quantize
+from scheduler import Scheduler
 from tokenizer import load_tokenizer
 from vision import VisionTransformer, rope_positions
+from weights import read_safetensors
 
 EYES = {"qwen2_vl": Qwen2VisionTransformerPretrainedModel, "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel}
 KINDS = list(EYES)
@@ -211,6 +227,213 @@ def tokenizer_of(both):
     return load_tokenizer(both[1])
 
 
+@pytest.mark.parametrize("most", [7, 33])
+def test_prefill_in_pieces(both, engine, most):
+    """Which begin and end within images."""
+    made, folder = both
+    for ids, pictures in CASES.values():
+        asked = request(folder, ids, pictures)
+        set_up(engine, [asked])
+        engine.take(asked, [0])
+        while len(engine.places[0].tokens) < len(asked.prompt):
+            hidden = engine.prefill(0, asked, most)
+        logits = engine.model.logits(hidden[-1:])
+        torch.testing.assert_close(logits, made.logits(ids, pictures)[-1:], rtol=0, atol=1e-4)
+
+
+def test_a_prefix_that_ends_within_an_image(both, engine, tokenizer_of):
+    """What was read of a prompt that was given up in the middle of an image is used, and the rest of the image is seen
+    in its place."""
+    made, folder = both
+    ids, pictures = [*TEXT, *TEXT, 5, IMAGE, 7, *TEXT], PICTURES[:1]
+    first, then = request(folder, ids, pictures), request(folder, [*ids, 40], pictures)
+    set_up(engine, [first], logprobs=0)
+    scheduler = Scheduler(engine, tokenizer_of, prefill_chunk=32)
+    number = scheduler.add(first)
+    engine.take(first, [0])
+    engine.prefill(0, first, 32)  # 13 tokens of text, 19 of the image
+    scheduler.cancel(number)
+    (row,) = run_rows(engine, tokenizer_of, [then])
+    assert row[-1].stats.cached_tokens == 32
+    made.assert_greedy([*ids, 40], pictures, [token.id for token in row])
+
+
+def test_prefixes_with_images(both, engine, tokenizer_of, prefills):
+    """The same image counts, another one of the same size does not; nor does text that looks like one."""
+    made, folder = both
+    head, tail = [*TEXT, *TEXT, 5], [7, *TEXT]
+    other = picture(*PICTURES[1].size, 9)
+    count = inputs(folder, [IMAGE], [PICTURES[1]])[1][0].count
+    written = Request([*head, *[IMAGE] * count, *tail], GREEDY, 4)  # nobody shows anything
+    asked = [
+        ([*head, IMAGE, *tail], [PICTURES[1]], 0),
+        ([*head, IMAGE, *tail, 50], [PICTURES[1]], len(head) + count + len(tail)),
+        ([*head, IMAGE, *tail], [other], len(head)),
+        ([*head, IMAGE, *tail, 5, IMAGE, 7], [other, PICTURES[2]], len(head) + count + len(tail)),
+    ]
+    set_up(engine, [written])
+    for ids, pictures, shared in asked:
+        (row,) = run_rows(engine, tokenizer_of, [request(folder, ids, pictures, 4)])
+        assert prefills[-1].cached == shared
+        made.assert_greedy(ids, pictures, [token.id for token in row])
+    run_rows(engine, tokenizer_of, [written])
+    assert prefills[-1].cached == len(head)
+
+
+def test_a_row_is_text_again(both, engine, tokenizer_of):
+    """What a row was rotated by behind an image does not stay."""
+    made, folder = both
+    for case in ("two", "none", "one", "none"):
+        (tokens,) = ids_of(run_rows(set_up(engine, [request(folder, *CASES[case])]), tokenizer_of,
+                                    [request(folder, *CASES[case])]))  # fmt: skip
+        made.assert_greedy(*CASES[case], tokens)
+    assert engine.model.rope_offset.tolist() == [0]
+
+
+def test_samples_of_one_prompt(both, engine, tokenizer_of, prefills):
+    """A row goes on from a copy of another one's, behind an image too."""
+    made, folder = both
+    requests = [request(folder, *CASES["one"])] * 3
+    set_up(engine, requests, batch_size=3)
+    tokens = ids_of(run_rows(engine, tokenizer_of, requests))
+    assert tokens == [made.greedy(*CASES["one"], 12)] * 3
+    assert [prefill.cached for prefill in prefills] == [0] + [len(requests[0].prompt) - 1] * 2
+
+
+@pytest.mark.parametrize("how", ["lookup", "draft"])
+def test_speculation(both, tokenizer_of, how):
+    made, folder = both
+    draft = load_model(folder) if how == "draft" else None
+    engine = Engine(load_model(folder), draft=draft, prompt_lookup=draft is None, speculate_k=3)
+    requests = [request(folder, *case) for case in CASES.values()]
+    set_up(engine, requests, batch_size=2)
+    for case, new in zip(CASES.values(), ids_of(run_rows(engine, tokenizer_of, requests)), strict=True):
+        made.assert_greedy(*case, new)
+    if draft is not None:  # which sees what the model sees
+        assert engine.stats.accepted / engine.stats.proposed > 0.9
+
+
+def test_beams(both, engine):
+    made, folder = both
+    ids, pictures = CASES["one"]
+    asked, beams = request(folder, ids, pictures, 8), BeamParams(3, num_return_sequences=2)
+    engine.setup(3, 600, plain=True)
+    found = [hypothesis.tokens for hypothesis in beam_search(engine, asked, beams)]
+    made.reference.model.rope_deltas = None
+    others = dict(max_new_tokens=8, do_sample=False, num_beams=3, num_return_sequences=2, eos_token_id=VOCAB)
+    rows = made.reference.generate(**made.inputs(ids, pictures), **others, pad_token_id=0)
+    assert found == rows[:, len(asked.prompt) :].tolist()
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_for_an_image(tmp_path):
+    """Rows with and without images take the steps that were compiled before."""
+    made = make("qwen2_5_vl", tmp_path / "hf")
+    folder = converted(made, tmp_path / "ours")
+    engine, tokenizer = Engine(load_model(folder), compile=True), load_tokenizer(folder)
+    requests = [request(folder, *case) for case in CASES.values()]
+    set_up(engine, requests, batch_size=2, max_seq_length=512)
+    engine.warm_up()
+    with nothing_compiles():
+        rows = ids_of(run_rows(engine, tokenizer, requests))
+    for case, new in zip(CASES.values(), rows, strict=True):
+        made.assert_greedy(*case, new)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other checkpoints
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_spellings(tmp_path, kind, spelling, tied):
+    made = make(kind, tmp_path / "hf", spelling, tie_word_embeddings=tied)
+    names = [name for name in read_safetensors(made.folder / "model.safetensors")[0] if "visual" in name]
+    assert names and all(name.startswith("model.visual." if spelling == "new" else "visual.") for name in names)
+    assert ("text_config" in json.loads((made.folder / "config.json").read_text())) == (spelling == "new")
+    folder = converted(made, tmp_path / "ours")
+    assert load_config(folder).tied == tied
+    assert (folder / "preprocessor_config.json").read_bytes() == (made.folder / "preprocessor_config.json").read_bytes()
+    engine, (ids, pictures) = Engine(load_model(folder)), CASES["one"]
+    asked = request(folder, ids, pictures)
+    set_up(engine, [asked])
+    engine.take(asked, [0])
+    logits = engine.model.logits(engine.prefill(0, asked))
+    torch.testing.assert_close(logits, made.logits(ids, pictures)[-1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+def test_quantized(both, mode, tmp_path):
+    """The language part, and nothing of what sees."""
+    made, folder = both
+    text = tmp_path / "text.txt"
+    text.write_text("A decoder reads every weight once for each token that it writes. " * 40)
+    path = quantize(folder, mode, calibration=text, out=folder / f"model_{mode}.safetensors")
+    whole, rounded = read_safetensors(folder / "model.safetensors")[0], read_safetensors(path)[0]
+    seeing = [name for name in whole if name.startswith("vision.")]
+    assert seeing and all(torch.equal(whole[name].read(), rounded[name].read()) for name in seeing)
+    layers = {name.removesuffix(".scales") for name in rounded if name.endswith(".scales")}
+    assert len(layers) == 13 and "layers.0.attention.wqkv" in layers
+    engine, (ids, pictures) = Engine(load_model(path)), CASES["one"]
+    asked = request(folder, ids, pictures, echo=True)
+    set_up(engine, [asked])
+    engine.take(asked, [0])
+    logits = engine.model.logits(engine.prefill(0, asked))
+    expected = made.logits(ids, pictures)
+    assert (logits - expected).std() < (0.05 if mode == "int8" else 0.4) * expected.std()
+
+
+def test_bfloat16(both, tmp_path):
+    made, _ = both
+    convert(made.folder, tmp_path / "ours", torch.bfloat16)
+    model = load_model(tmp_path / "ours")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    _, images = inputs(tmp_path / "ours", [IMAGE], PICTURES[:1])
+    seen = model.vision(images[0].patches(), [images[0].grid])
+    expected = seen_by_reference(made, PICTURES[:1])
+    assert seen.dtype == torch.bfloat16 and (seen.float() - expected).std() < 0.05 * expected.std()
+
+
+def test_converted_again(both, tmp_path):
+    """What sees is compared as all else is."""
+    made, _ = both
+    convert(made.folder, tmp_path / "ours")
+    assert "unchanged" in convert(made.folder, tmp_path / "ours")
+
+
+def test_tensors_that_are_missing_or_misshapen(tmp_path):
+    made = make("qwen2_vl", tmp_path / "hf")
+    path = made.folder / "model.safetensors"
+    whole = {name: tensor.read().clone() for name, tensor in read_safetensors(path)[0].items()}
+    for name, change in (
+        ("visual.blocks.1.mlp.fc2.weight", None),
+        ("visual.patch_embed.proj.weight", torch.zeros(48, 3, 1, 14, 14)),
+        ("visual.merger.mlp.0.bias", torch.zeros(3)),
+        ("visual.blocks.3.norm1.weight", torch.zeros(48)),
+    ):
+        tensors = {other: tensor for other, tensor in whole.items() if other != name}
+        save_file(tensors if change is None else tensors | {name: change}, path)
+        with pytest.raises(UserError, match=name):
+            convert(made.folder, tmp_path / "ours")
+
+
+@pytest.mark.slow
+def test_two_ranks(both, files, script, tmp_path):
+    """Each sees all of an image, which rank 0 has read."""
+    _, folder = both
+    content = [image_part(files[0]), text_part("Look."), image_part(files[2])]
+    lines = [{"messages": [{"role": "user", "content": words}]} for words in (content, "No image.", content[:2])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = ["--checkpoint_path", folder, "--prompt_file", tmp_path / "p.jsonl", "--json", "--batch_size", 2]
+    args = [*map(str, args), "--max_new_tokens", "8", "--ignore_eos"]
+    with torchrun(2, ROOT / "generate.py", *args) as launch:
+        code, out, err = launch.finish()
+    assert code == 0, err
+    alone = parse(script(*args))
+    assert [json.loads(line)["tokens"] for line in out.splitlines()] == [sample["tokens"] for sample in alone]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -322,3 +545,15 @@ def test_refused(tmp_path, base_folder, chat_folder, files, script, kind):
     for line, word in zip(lines, ("messages", "messages", "download"), strict=True):
         (tmp_path / "p.jsonl").write_text(json.dumps(line))
         assert_refused(script("--checkpoint_path", folder, "--prompt_file", tmp_path / "p.jsonl"), word)
+
+
+def test_prompt_cache(both, files, script, tmp_path):
+    """A file of what was read knows its images."""
+    _, folder = both
+    args = ["--checkpoint_path", folder, "--prompt_cache", tmp_path / "cache", "--max_new_tokens", 4, "--json"]
+    first, again, other = (
+        parse(script(*args, "--image", path, "--prompt", "What is it?"))[0] for path in (files[0], files[0], files[2])
+    )
+    assert first["stats"]["cached_tokens"] == 0 and first["tokens"] == again["tokens"]
+    assert again["stats"]["cached_tokens"] == again["prompt_tokens"] - 1
+    assert other["stats"]["cached_tokens"] < 40
