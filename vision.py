@@ -10,7 +10,7 @@ Qwen2.5-VL's layers with windows those of its own window. What sees each other l
 whole segments, and segments of one size are a batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model import Transformer
 
 EPS = 1e-6  # of all norms here
+BLOCK = 256  # patches that a CPU takes through all but the attention of a layer at a time
 Grid = tuple[int, int, int]  # patches of an image: in time, down, across
 Runs = list[tuple[int, int]]  # (number, length) of segments that follow one another
 
@@ -72,19 +73,31 @@ class VisionBlock(nn.Module):
             self.w1 = Projection(config.dim, config.ffn_dim)
         self.w2 = Projection(config.ffn_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Runs) -> Tensor:
-        """[patches, dim] -> the same; cos and sin [1, patches, 1, head_dim / 2], segments that attend to themselves."""
-        heads = self.wqkv(self.attention_norm(x)).view(1, len(x), 3, self.n_heads, -1)
-        q, k, v = heads.unbind(2)
-        y = attend_segments(apply_rope(q, cos, sin)[0], apply_rope(k, cos, sin)[0], v[0], runs)
-        x = x + self.wo(y.flatten(1))
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Runs) -> None:
+        """Changes x [patches, dim]; cos and sin [1, patches, 1, head_dim / 2], segments that attend to themselves."""
+        qkv = x.new_empty(3, self.n_heads, len(x), x.shape[1] // self.n_heads)
+        for rows in blocks(x):
+            heads = self.wqkv(self.attention_norm(x[rows])).view(1, -1, 3 * self.n_heads, qkv.shape[-1])
+            qk, v = heads.split([2 * self.n_heads, self.n_heads], dim=2)
+            rotated = apply_rope(qk, cos[:, rows], sin[:, rows])
+            qkv[:2, :, rows] = rotated[0].unflatten(1, (2, -1)).permute(1, 2, 0, 3)
+            qkv[2, :, rows] = v[0].transpose(0, 1)
+        y = attend_segments(*qkv, runs).transpose(0, 1)
+        for rows in blocks(x):
+            h = x[rows].add_(self.wo(y[rows].flatten(1)))
+            h += self.feed_forward(self.ffn_norm(h))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         if not self.gated:
             return self.w2(activate(self.activation, self.w1(x)))
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(activate(self.activation, gate) * up)
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """The rows of x, on a CPU in pieces of which all that a layer makes stays in its cache."""
+    size = BLOCK if x.device.type == "cpu" else max(len(x), 1)
+    return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 class Merger(nn.Module):
@@ -129,19 +142,20 @@ class VisionTransformer(nn.Module):
             x = in_order(x, order, config.merge)
         cos, sin = rope_2d(config, places.to(x.device))
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, whole if not config.window or i in config.full_layers else windows)
+            layer(x, cos, sin, whole if not config.window or i in config.full_layers else windows)
         y = self.merger(x)
         return y if order is None else torch.empty_like(y).index_copy_(0, order, y)
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
-    if kind == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
+    """x is not needed any more."""
+    if kind == "quick_gelu":  # x * sigmoid(1.702 x)
+        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
     if kind.startswith("gelu"):
         return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
     if kind == "relu2":
         return F.relu(x).square()
-    return F.silu(x) if kind == "silu" else F.relu(x)
+    return F.silu(x, inplace=True) if kind == "silu" else F.relu(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,14 +211,14 @@ def in_order(x: Tensor, order: Tensor, merge: int) -> Tensor:
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
-    """Attention of each segment to itself: [n, heads, head_dim] -> the same."""
+    """Attention of each segment to itself: [heads, n, head_dim] -> the same."""
     outputs, start = [], 0
     for number, length in runs:
         rows = slice(start, start + number * length)
-        parts = (x[rows].unflatten(0, (number, length)).transpose(1, 2) for x in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(0, 1))
+        parts = (x[:, rows].unflatten(1, (number, length)) for x in (q, k, v))
+        outputs.append(F.scaled_dot_product_attention(*parts).flatten(1, 2))
         start = rows.stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
