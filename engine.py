@@ -296,23 +296,22 @@ class Engine:
         for first in range(begin, end, chunk):
             ids = prompt[first : min(first + chunk, end)]
             count = len(ids)
-            seen = sight.look(row, request, first, first + count)
-            padding = fixed_length(count) - count if pads and seen is None else 0
+            padding = fixed_length(count) - count if pads else 0
+            seen = sight.look(row, request, first, first + count, padding)
             positions = [*range(first, first + count), *[model.max_seq_length] * padding]  # padding: the spare slot
             input_ids = torch.tensor([ids + [0] * padding], device=self.device)
             if model is self.draft:
                 input_ids = in_vocabulary(model, input_ids)
             input_pos = torch.tensor([positions], device=self.device)
             key_pos = self.key_positions(model, first + count)
-            if self.fixed_lengths and not pads and seen is None:  # one compilation for all lengths
+            if self.fixed_lengths and not pads:  # one compilation for all lengths
                 for tensor in (input_ids, input_pos):
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
             if every:
                 hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows, reached, seen)[0])
             else:
                 only = torch.tensor([count - 1], device=self.device)
-                run = self._hidden[model] if seen is None else model.hidden  # each image would be compiled anew
-                hidden = [run(input_ids, input_pos, key_pos, only, rows, reached, seen)[0]]
+                hidden = [self._hidden[model](input_ids, input_pos, key_pos, only, rows, reached, seen)[0]]
         sight.leave(row, request, end)
         return torch.cat(hidden)
 
@@ -413,9 +412,10 @@ class Engine:
                 lengths = (min(prompt_length, chunk + prompt_length % chunk),)
         params = SamplingParams(temperature=0 if self.sampler.plain else 1)
         with kernels_together() if self.fixed_lengths and self.device.type == "cpu" else contextlib.nullcontext():
-            for length in lengths:
+            for length, images in itertools.product(lengths, self._sights[self.model].samples()):
                 self.forget()
-                self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
+                prompt = [0] * min(length, self.model.max_seq_length)
+                self.start(0, Request(prompt, params, 1, images=images))
         for count, k in itertools.product(self.row_counts, self.pace.choices):
             rows = list(range(count))
             for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay

@@ -386,7 +386,7 @@ class Transformer(nn.Module):
         """
         x = self.embed(tokens, input_pos)
         if seen is not None:
-            x[:, seen.columns] = seen.embeddings
+            x = torch.where(seen.places[..., None], seen.embeddings, x)
         angles = self.angles(self.rotated_by(input_pos, rows) if seen is None else seen.positions, reached)
         key_pos = self.key_pos if key_pos is None else key_pos
         # What padding sees does not matter, so let it be little: it would read the whole cache.

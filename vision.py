@@ -245,9 +245,9 @@ def rope_positions(images: Sequence["ImageInput"], length: int) -> Tensor:
 class Seen(NamedTuple):
     """Tokens of images among the S tokens of one row: what the model sees in their places, and where all tokens are."""
 
-    columns: Tensor  # int64 [N], which of the S tokens they are
-    embeddings: Tensor  # [N, dim]
-    positions: Tensor  # int64 [3, 1, S], what all S tokens are rotated by
+    places: Tensor  # bool [1, S], which of the tokens they are
+    embeddings: Tensor  # [1, S, dim]
+    positions: Tensor  # int64 [3, 1, S], what all tokens are rotated by
 
 
 class Sight:
@@ -259,8 +259,9 @@ class Sight:
         self._embeddings: dict[str, Tensor] = {}  # by the image's digest
         self._positions = torch.empty(3, 0, dtype=torch.int64)
 
-    def look(self, row: int, request: "Request", first: int, end: int) -> Seen | None:
-        """What is seen in a prompt's tokens first:end, which are run in this row; None where they are all text."""
+    def look(self, row: int, request: "Request", first: int, end: int, padding: int = 0) -> Seen | None:
+        """What is seen in a prompt's tokens first:end, which are run in this row with so much padding behind them; None
+        where they are all text."""
         if not self._begin(request):
             if self.model.rope_offset is not None:
                 self.model.rope_offset[row] = 0
@@ -275,14 +276,17 @@ class Sight:
             embeddings = self.model.vision(patches, [image.grid for image in new.values()])
             parts = embeddings.split([image.count for image in new.values()])
             self._embeddings |= zip(new, parts, strict=True)
-        columns, seen = [], []
+        weight, length = self.model.tok_embeddings.weight, end - first + padding
+        places = torch.zeros(1, length, dtype=torch.bool, device=weight.device)
+        seen = weight.new_zeros(1, length, self.model.config.dim)
         for image in inside:
             begin, stop = max(first, image.start), min(end, image.start + image.count)
-            columns.append(torch.arange(begin - first, stop - first))
-            seen.append(self._embeddings[image.digest][begin - image.start : stop - image.start])
-        columns, embeddings = torch.cat(columns), torch.cat(seen)
-        positions = self._positions[:, None, first:end]
-        return Seen(columns.to(embeddings.device), embeddings, positions.to(embeddings.device))
+            places[:, begin - first : stop - first] = True
+            seen[0, begin - first : stop - first] = self._embeddings[image.digest][begin - image.start :][
+                : stop - begin
+            ]
+        positions = F.pad(self._positions[:, None, first:end], (0, padding))
+        return Seen(places, seen, positions.to(weight.device))
 
     def leave(self, row: int, request: "Request", end: int) -> None:
         """Tokens up to `end` have been run: what follows, if that is text, is rotated by the places behind them."""
@@ -290,6 +294,17 @@ class Sight:
             self.model.rope_offset[row] = int(self._positions[:, :end].max()) + 1 - end
             if end == len(request.prompt):
                 self._request, self._embeddings = None, {}
+
+    def samples(self) -> "list[tuple[ImageInput, ...]]":
+        """The images of prompts that between them make the model run all that it may: none, and one if it sees any."""
+        vision = self.model.config.vision
+        if vision is None:
+            return [()]
+        from images import ImageInput, ImageOptions  # not where Pillow is not needed
+
+        side = vision.patch * vision.merge
+        options = ImageOptions(vision.token, vision.patch, vision.frames, vision.merge)
+        return [(), (ImageInput(torch.zeros(side, side, 3, dtype=torch.uint8), options, digest="0"),)]
 
     def _begin(self, request: "Request") -> bool:
         """Whether there is anything to see, for this model."""
