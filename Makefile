@@ -7,7 +7,7 @@ RUN = .venv/bin/python
 # Without --no-compile, byte-compiling takes as long as the rest. Python compiles a module when it is first imported.
 INSTALL = $(RUN) -m pip install -q --no-compile
 # These test files start first, so that all processes end at about the same time.
-LONGEST = $(patsubst %,tests/test_%.py,families tp readme speculate kernels_cuda bench experts_cuda experts lifeline compiled engine config)
+LONGEST = $(patsubst %,tests/test_%.py,families serve tp readme page speculate kernels_cuda bench experts_cuda experts lifeline compiled engine prefix grammar gguf config)
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 .PHONY: demo test clean

@@ -57,6 +57,7 @@ from benchmarks.decoding import measure_ragged, measure_sampling, measure_specul
 from benchmarks.models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model
 from benchmarks.peers import versions
 from benchmarks.report import markdown, plot
+from benchmarks.serving import measure_serving, soak
 from benchmarks.startup import measure_startup, write_checkpoint
 from benchmarks.turns import (
     BASE_POSITION,
@@ -136,6 +137,8 @@ def parse_args() -> argparse.Namespace:
     add("--ragged", type=int, metavar="ROWS", help="measure a batch whose rows are refilled, against one by one")
     add("--sampling", action="store_true", help="measure what filters, penalties and log-probabilities cost")
     add("--startup", action="store_true", help="measure the time to the first token and the memory of generate.py")
+    add("--serve", action="store_true", help="measure serve.py under load: clients, turns of a chat, gaps, restarts")
+    add("--soak", type=float, metavar="MINUTES", help="64 clients of serve.py for so long, a third of which hang up")
     add("--long_cache", action="store_true", help="measure decoding at position 100 in caches of 256 and 8192")
     args = parser.parse_args()
     for name in (
@@ -205,8 +208,9 @@ def main() -> None:
     args = parse_args()
     device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
     with join(device, args.backend, args.threads) as group:
-        if group.size > 1 and (args.against or args.startup):
-            raise UserError("--against and --startup are for one process; leave them out, or torchrun")
+        if group.size > 1 and (args.against or args.startup or args.serve or args.soak):
+            alone = "--against, --startup, --serve and --soak"
+            raise UserError(f"{alone} are for one process; leave them out, or torchrun")
         group.check_flags(args)
         benchmark(args, group)
 
@@ -262,12 +266,17 @@ def benchmark(args: argparse.Namespace, group: Group) -> None:
         report["ragged"] = measure_ragged(models, load_tokenizer(DEMO), args.ragged, args.rounds)
     if args.sampling:
         report["sampling"] = measure_sampling(models, *more[:2])
-    if args.startup:
-        report["startup"] = {}
-        for mode, model in models.items():
-            as_it_is = path is not None and not args.mode
-            stored_at = path if as_it_is else write_checkpoint(folder / format_of(model), hf_config, model)
-            report["startup"][mode] = measure_startup(stored_at, args.rounds, device)
+    for mode, model in models.items() if args.startup or args.serve or args.soak else ():
+        as_it_is = path is not None and not args.mode
+        stored_at = path.parent if as_it_is else write_checkpoint(folder / format_of(model), hf_config, model)
+        if args.startup:
+            report.setdefault("startup", {})[mode] = measure_startup(
+                path if as_it_is else stored_at, args.rounds, device
+            )
+        if args.serve:
+            report.setdefault("serving", {})[mode] = measure_serving(stored_at, args.rounds, device)
+        if args.soak:
+            report.setdefault("soak", {})[mode] = {"minutes": args.soak, **soak(stored_at, args.soak, device)}
     if group.rank == 0:
         write_report(report, args.out, f"bench-{name}-{'-'.join(models)}" + f"-{group.size}-ranks" * (group.size > 1))
 

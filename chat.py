@@ -59,7 +59,7 @@ class Conversation:
             return self.tokens + new, ()
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages = [*system, *messages, {"role": "user", "content": content}]
-        return encode_chat(target, messages, self.variables)[1:]
+        return encode_chat(target, messages, self.variables, tokenizer.encode)[1:]
 
     def fitting_prompt(self, target: Target, content: Content, wanted: int) -> tuple[Prompt, list[dict[str, Any]]]:
         """A prompt with room for `wanted` tokens behind it, and the messages that are in it. Where all of them leave

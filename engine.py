@@ -55,6 +55,7 @@ class Request:
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()  # the text ends at any of these tokens,
     stop: tuple[str, ...] = ()  # and before the first of these strings
+    shown_ids: frozenset[int] = frozenset()  # special tokens that are part of the text, by their names
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
     grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
     images: "tuple[ImageInput, ...]" = ()  # in the order of their places in the prompt
@@ -400,9 +401,9 @@ class Engine:
                 model.rope_offset[row] = model.rope_offset[source]
 
     @without_collection()
-    def warm_up(self, prompt_length: int | None = None) -> float:
+    def warm_up(self, prompt_length: int | None = None, constrained: bool = False) -> float:
         """Compiles what prompts of this length (by default: of any) will call -> seconds. What it leaves in the caches
-        is never seen."""
+        is never seen. `constrained`: some texts may be held to a grammar, and steps with them propose nothing."""
         begun = time.perf_counter()
         lengths: tuple[int, ...] = (1,)
         if self.fixed_lengths or self.device.type == "cuda":  # where Triton compiles as well
@@ -416,7 +417,8 @@ class Engine:
                 self.forget()
                 prompt = [0] * min(length, self.model.max_seq_length)
                 self.start(0, Request(prompt, params, 1, images=images))
-        for count, k in itertools.product(self.row_counts, self.pace.choices):
+        choices = sorted({*self.pace.choices, *([0] if constrained else [])})
+        for count, k in itertools.product(self.row_counts, choices):
             rows = list(range(count))
             for _ in range(3 if self.device.type == "cuda" else 1):  # CUDA graphs: warm up, record, replay
                 self.step(k, self.model.max_seq_length, rows)[0].tolist()

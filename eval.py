@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from arguments import add_model, add_threads, model_path
+from arguments import add_device, add_model, model_path
 from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Request, cache_bytes
 from errors import ArgumentParser, UserError
@@ -34,7 +34,7 @@ from model import Transformer
 from sampling import SamplingParams
 from scheduler import generate
 from tokenizer import Tokenizer, load_tokenizer
-from tp import BACKENDS, Group, join
+from tp import Group, join
 
 MAX_WINDOW = 2048  # tokens, where --max_seq_length does not say and the model's context is longer
 LOGIT_ROWS = 256  # positions whose logits are in memory at a time
@@ -273,10 +273,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_fewshot", type=int, help="examples before each question; default: what the task says")
     add("--batch_size", type=int, default=1, help="requests that are run together")
     add("--task_path", type=Path, metavar="DIR", help="a folder with yaml tasks of your own")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
-    add_threads(parser)
-    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
+    add_device(parser)
     add("--json", action="store_true", help="the result as one JSON object")
     args = parser.parse_args()
     for name, least in (("stride", 1), ("max_seq_length", 1), ("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):

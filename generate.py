@@ -26,16 +26,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from arguments import add_model, add_threads, model_path
+from arguments import add_device, add_model, add_speed, model_path
 from attention import DECODE_QUERIES
 from beam import BeamParams, beam_search
 from chat import converse, write
 from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from compiled import check_compiler, programs_folder
+from config import ModelConfig
 from engine import Engine, cache_bytes, resident_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory
 from kernels.build import cpu_library
+from model import Transformer
 from prompt_cache import check_path, load_row, save_row
 from prompts import (
     NO_BEAMS,
@@ -53,7 +55,7 @@ from prompts import (
 )
 from scheduler import Token, generate
 from tokenizer import Tokenizer, load_tokenizer
-from tp import ALONE, BACKENDS, Group, join
+from tp import ALONE, Group, join
 
 CHAT_LENGTH = 4096  # what a conversation has room for by default
 CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a chat
@@ -86,12 +88,6 @@ def token_bias(text: str) -> tuple[str, float]:
         return str(int(token_id)), float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not ID=VALUE, such as 13=-100") from None
-
-
-def count_or_auto(text: str) -> int | None:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a number nor auto")
-    return None if text == "auto" else int(text)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -179,18 +175,11 @@ def parse_args() -> argparse.Namespace:
         "--early_stopping", choices=("true", "false", "never"), default="false", help="of beams; as transformers has it"
     )
     add("--num_return_sequences", type=count, default=1, help="the best so many beams")
-    add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
-    add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
+    add_speed(parser)
     add("--draft_tp", type=int, choices=(1,), help="under torchrun: the draft whole on every rank, not in parts")
-    add("--speculate_k", type=count_or_auto, metavar="K", help="propose so many tokens a step; default: auto")
     add("--logprobs", type=int, metavar="K", help="in JSON: log-probabilities of the tokens and the K most likely ones")
     add("--echo", action="store_true", help="the prompt too; in JSON as prompt_logprobs")
-    add("--compile", action="store_true", help="compile the decode step")
-    add("--compile_prefill", action="store_true", help="compile the prefill as well")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
-    add_threads(parser)
-    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
+    add_device(parser)
     add("--max_seq_length", type=count, help="of the KV cache; default: what is needed, rounded up")
     add(
         "--prompt_cache",
@@ -249,18 +238,10 @@ def main() -> None:
 def run(args: argparse.Namespace, group: Group) -> None:
     """What every rank does, or this process alone."""
     device = group.device
-    path = weights_path(model_path(args))
-    config = load_config(path.parent)
-    tokenizer = load_tokenizer(path.parent, config.vocab_size)
+    paths, config, tokenizer, context = find_models(args)
+    path = paths[0]
     if args.interactive and not tokenizer.has_chat_template and (args.system is not None or args.template_vars):
         raise UserError("this model has no chat template for --system or --template_vars; leave them out")
-    context, paths = config.context_length, [path]
-    if args.draft_checkpoint_path:
-        paths.append(weights_path(args.draft_checkpoint_path))
-        check_draft(tokenizer, load_tokenizer(paths[1].parent))
-        context = min(context, load_config(paths[1].parent).context_length)
-    if args.max_seq_length and args.max_seq_length > context:
-        raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
     beams = None
     if args.num_beams > 1:
         early = {"true": True, "false": False, "never": "never"}[args.early_stopping]
@@ -288,17 +269,7 @@ def run(args: argparse.Namespace, group: Group) -> None:
     batch_size = args.num_beams if beams else min(args.batch_size, len(requests))
 
     begun = time.perf_counter()
-    with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
-        # Compiled steps may be on the disk already: then nobody has to wait for the compiler.
-        there = device.type == "cpu" and os.path.exists(programs_folder())
-        compiles = args.compile_prefill or (args.compile and not there)
-        compiler = pool.submit(check_compiler) if compiles else None
-        kernels = pool.submit(cpu_library) if device.type == "cpu" else None
-        dtype = getattr(torch, args.dtype) if args.dtype else None
-        groups = [group, ALONE if args.draft_tp else group]
-        models = [load_model(path, device, dtype, part) for path, part in zip(paths, groups, strict=False)]
-        for job in filter(None, (compiler, kernels)):
-            job.result()
+    models = load_models(args, paths, [group, ALONE if args.draft_tp else group])
     check_memory(
         group.sharing * sum(cache_bytes(model, batch_size, max_seq_length) for model in models),
         f"the KV cache for {batch_size} x {max_seq_length} tokens",
@@ -318,12 +289,11 @@ def run(args: argparse.Namespace, group: Group) -> None:
         eos_ids=eos_ids,
         bad_words=room,
     )
-    size = sum(map(resident_bytes, models)) / 1e9
-    where = f"{group.size} x {device.type} by {group.backend}, here {size:.2f} GB" if group.size > 1 else ""
-    log(f"loaded {path.parent} ({where or f'{size:.2f} GB, {device}'}) in {time.perf_counter() - begun:.1f} s")
+    log(f"loaded {path.parent} ({described(models, group)}) in {time.perf_counter() - begun:.1f} s")
     if (args.compile or args.compile_prefill) and not beams:  # beam search has a step of its own
         log("warming up ... (the first time, this compiles)")
-        seconds = engine.warm_up(None if args.interactive else longest)
+        constrained = any(request.grammar is not None for request in requests)
+        seconds = engine.warm_up(None if args.interactive else longest, constrained)
         log(f"warmed up in {seconds:.1f} s")
     checksums = list(map(checksum, paths)) if args.prompt_cache else []
     if args.prompt_cache and args.prompt_cache.exists():
@@ -337,6 +307,45 @@ def run(args: argparse.Namespace, group: Group) -> None:
             continue_prompts(engine, tokenizer, jobs, args)
     if args.prompt_cache:
         save_row(engine, engine.places.latest, args.prompt_cache, checksums)
+
+
+def find_models(args: argparse.Namespace) -> tuple[list[Path], ModelConfig, Tokenizer, int]:
+    """The file of the model, and of its draft if there is one; the model's config and tokenizer, and the context of
+    both, in tokens. UserError where they do not go together, or --max_seq_length is more."""
+    path = weights_path(model_path(args))
+    config = load_config(path.parent)
+    tokenizer = load_tokenizer(path.parent, config.vocab_size)
+    paths, context = [path], config.context_length
+    if args.draft_checkpoint_path:
+        paths.append(weights_path(args.draft_checkpoint_path))
+        check_draft(tokenizer, load_tokenizer(paths[1].parent))
+        context = min(context, load_config(paths[1].parent).context_length)
+    if args.max_seq_length and args.max_seq_length > context:
+        raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
+    return paths, config, tokenizer, context
+
+
+def load_models(args: argparse.Namespace, paths: list[Path], groups: list[Group]) -> list[Transformer]:
+    """What the paths hold, each model for its group; meanwhile the compiler is tried and the kernels are built."""
+    device = groups[0].device
+    with ThreadPoolExecutor() as pool:  # each of these takes a second or two, building the kernels more, but once
+        # Compiled steps may be on the disk already: then nobody has to wait for the compiler.
+        there = device.type == "cpu" and os.path.exists(programs_folder())
+        compiles = args.compile_prefill or (args.compile and not there)
+        compiler = pool.submit(check_compiler) if compiles else None
+        kernels = pool.submit(cpu_library) if device.type == "cpu" else None
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        models = [load_model(path, device, dtype, group) for path, group in zip(paths, groups, strict=False)]
+        for job in filter(None, (compiler, kernels)):
+            job.result()
+    return models
+
+
+def described(models: list[Transformer], group: Group) -> str:
+    """How large loaded models are, and where."""
+    size = f"{sum(map(resident_bytes, models)) / 1e9:.2f} GB"
+    kind = group.device.type
+    return f"{group.size} x {kind} by {group.backend}, here {size}" if group.size > 1 else f"{size}, {group.device}"
 
 
 def profiler(path: Path | None):

@@ -107,6 +107,7 @@ class Grammars:
 
     @functools.cached_property
     def vocabulary(self) -> "Vocabulary":
+        """Made when the first grammar comes, which takes a moment."""
         return Vocabulary(self.tokenizer, self.vocab_size, self.eos_ids)
 
 

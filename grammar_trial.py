@@ -114,6 +114,7 @@ def main() -> None:
 
 
 def set_bounds() -> None:
+    """Limits what this process may use."""
     import resource  # not on Windows
 
     signal.alarm(30 * SECONDS)  # the machine may be busy

@@ -5,8 +5,11 @@
 
 A thread writes a heartbeat of its rank into the store, twice a second, and reads those of the others. So it notices a
 rank that died, was stopped or failed, whatever the main thread is waiting for: mostly a collective that will never end.
-Ctrl-C ends all ranks without a message. (A rank whose main thread hangs while its process goes on is noticed only by
-the timeout of a collective.)
+(A rank whose main thread hangs while its process goes on is noticed only by the timeout of a collective.)
+
+Ctrl-C ends all ranks without a message. SIGTERM, which torchrun hands on to all of them, ends them with one, unless the
+script has set a handler of its own: then it is the script's to end. But torchrun also sends it when a rank has failed,
+and then all end in any case.
 """
 
 import os
@@ -49,7 +52,7 @@ class Lifeline:
         for end in (self.awake, self.signals):
             end.setblocking(False)
         signal.set_wakeup_fd(self.signals.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         self._look()
         self.thread.start()
         return self
@@ -75,11 +78,14 @@ class Lifeline:
     def find_culprit(self) -> str:
         """Why something went wrong: another rank's reason, or which rank is silent; "" if neither is known."""
         end = time.monotonic() + SUSPICION + 4 * PERIOD
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self.stopped.is_set():
             if reason := self._look(SUSPICION, SUSPICION):
                 return reason
             time.sleep(PERIOD / 4)
         return ""
+
+    def _on_sigterm(self, *_: object) -> None:
+        """Nothing: the thread is woken all the same."""
 
     def _watch(self) -> None:
         while not self.stopped.is_set():
@@ -89,7 +95,9 @@ class Lifeline:
                     time.sleep(GRACE)
                     self._end(130)
                 if signal.SIGTERM in received:
-                    self._end(1, self.find_culprit() or "was told to end (SIGTERM)")
+                    reason = self.find_culprit()
+                    if reason or signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+                        self._end(1, reason or "was told to end (SIGTERM)")
             if reason := self._look():
                 self._end(1, reason)
 

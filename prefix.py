@@ -74,6 +74,7 @@ class Places:
         return max(range(len(self._places)), key=lambda row: self._places[row].used)
 
     def touch(self, row: int) -> None:
+        """The row is used now."""
         self._events += 1
         self._places[row].used = self._events
 

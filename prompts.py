@@ -15,7 +15,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,9 @@ def make_request(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop or settings["stop"] == "":
         raise UserError("stop: an empty string ends every text; leave it out")
+    if stop:  # special tokens are not part of the text, where they could be found
+        name = target.tokenizer.backend.id_to_token
+        eos_ids |= {token_id for token_id in target.tokenizer.special_ids if name(token_id) in stop}
     return Request(prompt, params, new, eos_ids, stop, grammar=make_constraint(target, settings), images=images)
 
 
@@ -193,17 +196,18 @@ def told(images: "tuple[ImageInput, ...]") -> str:
 
 
 def encode_chat(
-    target: Target, messages: list[dict[str, Any]], variables: dict[str, Any]
+    target: Target, messages: list[dict[str, Any]], variables: dict[str, Any], encode: Callable[..., list[int]]
 ) -> "tuple[str, list[int], tuple[ImageInput, ...]]":
     """Messages, whose images have been read (see images.read_parts), -> the text of the prompt by the chat template,
-    its tokens and its images. UserError as of Tokenizer.apply_chat_template, and where an image has no place."""
+    its tokens by `encode` and its images. UserError as of Tokenizer.apply_chat_template, and where an image has no
+    place."""
     images: list[ImageInput] = []
     if holds_images(messages):
         from images import bare  # here, as Pillow takes a while to import and only images need it
 
         messages, images = bare(messages)
     text = target.tokenizer.apply_chat_template(messages, variables=variables)
-    ids = target.tokenizer.encode(text, add_special_tokens=False)  # a rendered chat has its own
+    ids = encode(text, add_special_tokens=False)  # a rendered chat has its own
     if not images:
         return text, ids, ()
     from images import place_images
@@ -408,7 +412,7 @@ def make_job(own: dict[str, Any], args: argparse.Namespace, target: Target, sett
         prompt = target.tokenizer.encode(text)
     else:
         variables = (args.template_vars or {}) | own.get("template_vars", {})
-        text, prompt, images = encode_chat(target, read_images(messages, target), variables)
+        text, prompt, images = encode_chat(target, read_images(messages, target), variables, target.tokenizer.encode)
     if not own.keys().isdisjoint(GRAMMARS):
         settings = settings | dict.fromkeys(GRAMMARS)  # the line's takes the place of any other
     settings = settings | {name: value for name, value in own.items() if name in SETTINGS}

@@ -45,7 +45,7 @@ from layout import FORMAT, VERSION, Form, check_tensors, is_quantizable, quantiz
 from model import Block, Norm, Transformer, activate, expected_shapes
 from rounding import SCALE_DTYPE, ZERO, gptq_layer, inputs_of, quantize_int4, quantize_int8, stored_int4
 from tokenizer import load_tokenizer
-from weights import StoredTensor, read_header, read_safetensors
+from weights import StoredTensor, check_finite, read_header, read_safetensors
 from writer import write_safetensors
 
 MODES = ("int8", "int4", "int4-gptq")
@@ -71,10 +71,7 @@ class Source:
         tensor = self.stored.get(name) or self.stored["tok_embeddings.weight"]
         rows = rows_at_a_time(tensor.shape)
         for start in range(0, tensor.shape[0], rows):
-            chunk = tensor.read(start, min(start + rows, tensor.shape[0]))
-            if not bool(chunk.isfinite().all()):
-                raise UserError(f"{tensor.path}: tensor {name!r} holds NaN or infinity; get the weights again")
-            yield chunk
+            yield check_finite(tensor.read(start, min(start + rows, tensor.shape[0])), name, tensor.path)
 
     def floats(self, name: str) -> Iterator[Tensor]:
         """In float32, on the device."""

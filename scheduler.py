@@ -134,6 +134,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
+        """Whether no request waits or runs."""
         return not self.waiting and not any(self.rows)
 
     def add(self, request: Request) -> int:
@@ -175,7 +176,8 @@ class Scheduler:
         return []
 
     def _admit(self, number: int, request: Request, free: list[int]) -> None:
-        detokenizer, stops = StreamingDetokenizer(self.tokenizer), StopStrings(request.stop)
+        detokenizer = StreamingDetokenizer(self.tokenizer, request.shown_ids)
+        stops = StopStrings(request.stop)
         matcher = None if request.grammar is None else request.grammar.start()
         begun = time.perf_counter()
         row = Row(number, request, self.engine.take(request, free), detokenizer, stops, matcher, begun=begun)

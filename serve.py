@@ -15,39 +15,35 @@ import errors  # first, so that Ctrl-C is quiet while torch is imported
 # isort: split
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from arguments import add_model, add_threads, model_path
+from arguments import add_device, add_model, add_speed
 from attention import DECODE_QUERIES
-from checkpoint import CHECKPOINTS, checksum, load_config, load_generation_config, load_model, weights_path
-from compiled import check_compiler, programs_folder
-from engine import PREFILL_LENGTHS, Engine, cache_bytes, resident_bytes
+from checkpoint import CHECKPOINTS, checksum, load_generation_config
+from engine import Engine, cache_bytes
 from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
-from generate import count_or_auto
-from kernels.build import cpu_library
-from prompts import Target, check_draft, image_options
+from generate import described, find_models, load_models
+from prompts import Target, image_options
 from scheduler import Scheduler
 from server.api import MAX_LOGPROBS, Model, make_model
 from server.endpoints import make_app
 from server.front import Access
 from server.service import Computer, Service
-from tokenizer import load_tokenizer
-from tp import BACKENDS, Group, join
+from tp import Group, join
 
 LENGTH = 8192  # of a conversation, where the model's context is longer and no other is asked for
 ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "api_key_file")  # what may differ between ranks
@@ -65,23 +61,21 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=count, default=8, help="requests that run at once")
     add("--max_waiting", type=number, default=128, help="requests that may wait for them; then clients are sent away")
     add("--max_seq_length", type=count, help=f"of a prompt and its answer; default: the context, at most {LENGTH}")
-    add("--prefill_chunk", type=count, default=PREFILL_LENGTHS[-1], help="tokens of a prompt between two decode steps")
+    add("--prefill_chunk", type=count, default=64, help="tokens of a prompt between two decode steps")
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument("--api_key", metavar="KEY", help="what clients have to send; default: nothing")
     keys.add_argument("--api_key_file", type=Path, metavar="FILE", help="the same, one key a line")
     add("--cors", nargs="+", metavar="ORIGIN", help="web sites whose pages may use the server; * is any")
-    add("--grace", type=seconds, default=30.0, help="seconds that requests have to finish in after SIGTERM")
+    add(
+        "--grace",
+        type=seconds,
+        default=25.0,
+        help="seconds for requests to end in after SIGTERM; torchrun waits 30",
+    )
     add("--merge_system", action="store_true", help="system messages become part of the user's first one")
     add("--allow_image_urls", action="store_true", help="fetch images that clients name by URL, from public addresses")
-    add("--draft_checkpoint_path", type=Path, help="a small model of the same family that proposes tokens")
-    add("--prompt_lookup", action="store_true", help="propose what followed earlier in the text; goes with a draft")
-    add("--speculate_k", type=count_or_auto, metavar="K", help="propose so many tokens a step; default: auto")
-    add("--compile", action="store_true", help="compile the decode steps")
-    add("--compile_prefill", action="store_true", help="compile the prefill as well")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; auto: a GPU if any")
-    add_threads(parser)
-    add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
+    add_speed(parser)
+    add_device(parser)
     args = parser.parse_args()
     if args.speculate_k is not None:
         if not 0 <= args.speculate_k < DECODE_QUERIES:
@@ -120,11 +114,13 @@ def main() -> None:
             with listening(args.host, args.port) as listener:
                 lead(args, group, access, listener)
         else:
-            load(args, group)[0].follow()
+            computer, _ = load(args, group)
+            signal.signal(signal.SIGTERM, lambda *_: None)  # rank 0 says when to end
+            computer.follow()
 
 
 def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """The keys that clients may have. UserError where there is none among those that were given."""
+    """The keys that clients may use, none where none were asked for. UserError for empty ones."""
     if args.api_key_file is None:
         keys = [] if args.api_key is None else [args.api_key.strip()]
     else:
@@ -135,15 +131,22 @@ def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket at the address, which listens once uvicorn has it: before, clients are refused at once."""
-    try:
+    """A socket at the address, which does not listen yet: while the model loads, clients are refused at once."""
+    with refused_address(host, port):
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+    return listener
+
+
+@contextlib.contextmanager
+def refused_address(host: str, port: int) -> Iterator[None]:
+    """An OSError inside is a UserError about the address."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
-    return listener
 
 
 def lead(args: argparse.Namespace, group: Group, access: Access, listener: socket.socket) -> None:
@@ -151,13 +154,14 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
     computer, model = load(args, group)
     service = Service(computer, args.max_waiting)
     server = HttpServer(make_app(service, model, access, PAGE), service, listener)
-    if group.size == 1:  # the signal ends several ranks at once: see lifeline.py
-        signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
     if not access.keys and args.host not in ("127.0.0.1", "::1", "localhost"):
         log(f"warning: anybody who reaches {args.host} can use this server; --api_key asks for a key")
     sys.setswitchinterval(0.001)  # seconds that the thread that computes waits for another one's Python
     gc.collect()
     gc.freeze()  # what there is by now stays: no collection has to look at it
+    with refused_address(args.host, args.port):
+        listener.listen()  # another server may have loaded at the same time
     server.start()
     try:
         service.run()
@@ -166,42 +170,22 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
 
 
 def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
-    """What computes, warmed up, and what clients may know of its model."""
+    """The computer, warmed up, and its model as clients see it."""
     begun = time.perf_counter()
-    device = group.device
-    path = weights_path(model_path(args))
-    config = load_config(path.parent)
-    tokenizer = load_tokenizer(path.parent, config.vocab_size)
+    paths, config, tokenizer, context = find_models(args)
     tokenizer.check_chat_template()
-    context, paths = config.context_length, [path]
-    if args.draft_checkpoint_path:
-        paths.append(weights_path(args.draft_checkpoint_path))
-        check_draft(tokenizer, load_tokenizer(paths[1].parent))
-        context = min(context, load_config(paths[1].parent).context_length)
-    if args.max_seq_length and args.max_seq_length > context:
-        raise UserError(f"--max_seq_length {args.max_seq_length} is more than the model's context of {context} tokens")
+    path = paths[0]
     group.check_flags(args, ELSEWHERE, lambda: list(map(checksum, paths)))
     length = args.max_seq_length or min(context, LENGTH)
-    with ThreadPoolExecutor() as pool:  # as in generate.py
-        there = device.type == "cpu" and os.path.exists(programs_folder())
-        compiler = pool.submit(check_compiler) if args.compile_prefill or (args.compile and not there) else None
-        kernels = pool.submit(cpu_library) if device.type == "cpu" else None
-        dtype = getattr(torch, args.dtype) if args.dtype else None
-        models = [load_model(path, device, dtype, group) for path in paths]
-        for job in filter(None, (compiler, kernels)):
-            job.result()
+    models = load_models(args, paths, [group, group])
     needed = group.sharing * sum(cache_bytes(model, args.batch_size, length) for model in models)
-    check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
+    check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", group.device)
     draft = models[1] if args.draft_checkpoint_path else None
     engine = Engine(models[0], args.compile, args.compile_prefill, draft, args.speculate_k, args.prompt_lookup)
     recommended = load_generation_config(path.parent)
     eos_ids = frozenset([*recommended["eos_token_ids"], *tokenizer.eos_ids])
     engine.setup(args.batch_size, length, eos_ids=eos_ids)
-    size = sum(map(resident_bytes, models)) / 1e9
-    where = f"{size:.2f} GB, {device}"
-    if group.size > 1:
-        where = f"{group.size} x {device.type} by {group.backend}, here {size:.2f} GB"
-    log(f"loaded {path.parent} ({where}) in {time.perf_counter() - begun:.1f} s")
+    log(f"loaded {path.parent} ({described(models, group)}) in {time.perf_counter() - begun:.1f} s")
     warm_up(engine)
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
@@ -213,19 +197,19 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles all steps there are, those with log-probabilities as well."""
+    """Compiles all steps that may be needed, with log-probabilities and without."""
     if not engine.compiles_steps and not engine.fixed_lengths:
         return
     log("warming up ... (the first time, this compiles)")
-    spent = engine.warm_up()
+    spent = engine.warm_up(constrained=True)
     engine.logprobs = MAX_LOGPROBS
-    spent += engine.warm_up()
+    spent += engine.warm_up(constrained=True)
     engine.logprobs = None
     log(f"warmed up in {spent:.1f} s")
 
 
 def name_of(folder: Path) -> str:
-    """ORG/NAME of what was converted, otherwise the folder's own name: nothing else of its path."""
+    """What clients call the model: ORG/NAME if it was converted, otherwise its folder, without the path to it."""
     folder, checkpoints = folder.resolve(), CHECKPOINTS.resolve()
     return folder.relative_to(checkpoints).as_posix() if folder.is_relative_to(checkpoints) else folder.name
 
@@ -258,7 +242,7 @@ class HttpServer:
         self.service.stop(grace)
 
     def end(self) -> None:
-        """Waits until the clients have what they were sent, but not long. Raises what ended the thread, if not we."""
+        """Gives clients a moment to read what they were sent. Raises what ended the thread, if it failed."""
         self.server.should_exit = True
         self.thread.join(LAST_WORDS)
         if self.failure is not None:

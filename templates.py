@@ -4,6 +4,7 @@ text = render_chat(source, [{"role": "user", "content": "Hello"}], {"add_generat
 """
 
 import contextlib
+import functools
 import json
 from datetime import datetime
 from typing import Any
@@ -50,6 +51,7 @@ def join_parts(parts: list[dict]) -> str:
     return "".join(texts)
 
 
+@functools.lru_cache(8)
 def compile_template(source: str) -> jinja2.Template:
     """The template, in the sandbox and with the functions that transformers gives it. UserError where it is broken."""
     environment = ImmutableSandboxedEnvironment(

@@ -128,7 +128,8 @@ class Tokenizer:
 
 class StreamingDetokenizer:
     """Ids in, text out as soon as it is certain: whole characters only, and all that `put` and the final `finish`
-    returned, joined, is exactly `tokenizer.decode(all ids)`. A token costs the same wherever it stands.
+    returned, joined, is exactly `tokenizer.decode(all ids)`. A token costs the same wherever it stands. `shown_ids` are
+    special tokens that are written all the same, by their names.
 
     A token's text depends on the tokens around it in four ways, each a small state here:
     - byte-level tokens are pieces of UTF-8 that may end within a character: an incremental UTF-8 decoder;
@@ -138,8 +139,8 @@ class StreamingDetokenizer:
     - clean-up, which hardly any model asks for, looks at up to four characters.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, shown_ids: frozenset[int] = frozenset()):
+        self.tokenizer, self.shown_ids = tokenizer, shown_ids
         self.steps = tokenizer.decoder_steps
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.byte_run = bytearray()
@@ -150,6 +151,8 @@ class StreamingDetokenizer:
     def put(self, token_id: int) -> str:
         """The text that this token makes certain: often its own, maybe "", maybe more."""
         token = self.tokenizer.backend.id_to_token(token_id)
+        if token_id in self.shown_ids:
+            return self.finish() + token
         if token is None or token_id in self.tokenizer.special_ids:
             return ""
         text = self._bytes(token) if "ByteLevel" in self.steps else self._piece(token)

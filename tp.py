@@ -70,7 +70,7 @@ class Group:
     def from_rank_0(self, produce: Callable[[], T]) -> T:
         """What `produce` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank.
 
-        There is no time limit: it may wait for a user at a keyboard.
+        There is no time limit: it may wait for a user at a keyboard. The last rank that has read a message deletes it.
         """
         if self.size == 1:
             return produce()
@@ -91,7 +91,11 @@ class Group:
                     self.store.wait([key], timedelta(minutes=1))
                     break
             count = int(self.store.get(key))
-            result = pickle.loads(b"".join(self.store.get(f"{key}/{i}") for i in range(count)))
+            pieces = [f"{key}/{i}" for i in range(count)]
+            result = pickle.loads(b"".join(map(self.store.get, pieces)))
+            if self.store.add(f"{key}/readers", 1) == self.size - 1:
+                for name in (key, f"{key}/readers", *pieces):
+                    self.store.delete_key(name)
         if result[1] is not None:
             raise UserError(result[1])
         return result[0]

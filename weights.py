@@ -156,3 +156,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     if indexed:
         check_index(path, tensors)
     return tensors, metadata
+
+
+def check_finite(values: Tensor, name: str, path: Path | None = None) -> Tensor:
+    """The values. UserError, by the name of their tensor and its file, when one is NaN or infinite."""
+    # NaN is both extremes; isfinite() takes ten times as long.
+    if values.numel() and not all(math.isfinite(extreme) for extreme in values.aminmax()):
+        where = f"{path}: " if path else ""
+        raise UserError(f"{where}tensor {name!r} holds NaN or infinity; get the weights again")
+    return values

@@ -45,6 +45,17 @@ TABLES = {
         "| {mode} | {first_median_s:.1f} s | {cold_median_s:.1f} s | {warm_median_s:.1f} s | {loaded_to_weights:.2f} "
         "| {used_to_weights:.2f} |",
     ),
+    "serving": (
+        "| serve.py | one client, times generate.py | 16 clients, times one: 8 places | 16 places "
+        "| a chat's second turn, first token | times the first turn | longest gap | kill -9 to an answer |",
+        "| {mode} | {of_generate:.2f} | {times_one_8:.2f} | {times_one_16:.2f} | {second_turn_median:.2f} s "
+        "| {of_first_turn:.3f} | {gap_median:.2f} s | {restart_median:.1f} s |",
+    ),
+    "soak": (
+        "| 64 clients of serve.py | answers | parted at a tie | wrong | hung up | requests left | memory |",
+        "| {mode}, {minutes:g} minutes | {answers} | {ties} | {wrong} | {hung_up} | {still_busy:.0f} "
+        "| {memory_growth:+.1%} |",
+    ),
 }
 
 

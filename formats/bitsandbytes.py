@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Packed, Stored, check_finite, find, slices
+from formats.packed import Packed, Stored, find, slices
 from layout import Form
-from weights import FLOATS
+from weights import FLOATS, check_finite
 
 CODES = ("nf4", "fp4")
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")

@@ -35,10 +35,10 @@ from torch import Tensor
 from errors import UserError
 from formats.compressed_config import Scheme, find_scheme, outer, read_schemes, tell
 from formats.gptq_awq import sorted_inputs
-from formats.packed import FLOAT8, POWERS, Packed, Stored, check_finite
+from formats.packed import FLOAT8, POWERS, Packed, Stored
 from kernels.packing import FP4_VALUES, GROUPSIZES, pack_nibbles, unpack_nibbles
 from layout import MXFP4, Form
-from weights import CHUNK_BYTES, FLOATS
+from weights import CHUNK_BYTES, FLOATS, check_finite
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
 ACTIVATIONS = re.compile(r"(input|output|q|k|v)_(scale|zero_point|global_scale)")

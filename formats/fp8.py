@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import FLOAT8, POWERS, Packed, Stored, check_finite, find
-from weights import FLOATS
+from formats.packed import FLOAT8, POWERS, Packed, Stored, find
+from weights import FLOATS, check_finite
 
 SCALES = ("weight_scale_inv", "weight_scale")
 # Scales of what is a float here: inputs, outputs, keys and values.

@@ -29,9 +29,9 @@ from torch import Tensor
 from errors import UserError
 from files import gb, refuse_lfs_pointer
 from formats.gguf_blocks import UNPACKINGS
-from formats.packed import Packed, check_finite
+from formats.packed import Packed
 from layout import Form
-from weights import CHUNK_BYTES
+from weights import CHUNK_BYTES, check_finite
 
 MAX_HEADER_BYTES = 2**26  # the largest known have 16 MB, most of it the vocabulary
 MAX_COUNT = 2**16  # keys or tensors of one file

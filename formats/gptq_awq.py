@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import Packed, Stored, check_finite, find
+from formats.packed import Packed, Stored, find
 from kernels.packing import GROUPSIZES, dequantize, pack_nibbles, unpack_nibbles
 from layout import Form
-from weights import CHUNK_BYTES, FLOATS
+from weights import CHUNK_BYTES, FLOATS, check_finite
 
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word of AWQ the 8 outputs are
 

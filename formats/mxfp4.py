@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats.packed import POWERS, Packed, Stored, check_finite, find
+from formats.packed import POWERS, Packed, Stored, find
 from kernels.packing import dequantize, unpack_nibbles
 from layout import MXFP4
+from weights import check_finite
 
 BLOCKS, SCALES = "_blocks", "_scales"
 

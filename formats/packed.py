@@ -7,9 +7,7 @@
 What a weight consists of in the file, and under which names, only its reader knows. What several readers need is here.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -67,12 +65,3 @@ def slices(tensor: Stored, group: int = 1) -> Iterator[Tensor]:
     step = max(fitting // group, 1) * group
     for start in range(0, rows, step):
         yield tensor.read(start, min(start + step, rows))
-
-
-def check_finite(values: Tensor, name: str, path: Path | None = None) -> Tensor:
-    """The values. UserError, by the name of their tensor and its file, when one is NaN or infinite."""
-    # NaN is both extremes; isfinite() takes ten times as long.
-    if values.numel() and not all(math.isfinite(extreme) for extreme in values.aminmax()):
-        where = f"{path}: " if path else ""
-        raise UserError(f"{where}tensor {name!r} holds NaN or infinity; get the weights again")
-    return values

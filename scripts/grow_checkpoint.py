@@ -35,7 +35,7 @@ from files import check_disk, gb, read_json
 from formats.hub import TOKENIZER_FILES
 from layout import FORMAT, VERSION, check_tensors, quantized_layers
 from model import expected_shapes
-from weights import StoredTensor, read_safetensors
+from weights import StoredTensor, check_finite, read_safetensors
 from writer import write_safetensors
 
 ASPECT = 128  # hidden size by layers, as Llama 3 has it from 1 B to 70 B parameters
@@ -100,10 +100,7 @@ class Growth:
 
     def read(self, name: str) -> Tensor:
         """The tensor of the model to grow. UserError when it is not finite: zeros would not silence it."""
-        tensor = self.stored[name].read()
-        if not bool(tensor.isfinite().all()):
-            raise UserError(f"{self.stored[name].path}: tensor {name!r} holds NaN or infinity; get the weights again")
-        return tensor
+        return check_finite(self.stored[name].read(), name, self.stored[name].path)
 
     def units(self, part: str) -> tuple[int, Tensor]:
         """How many outputs of wqkv or w13 (inputs of wo or w2) there are, and where those of the old model are."""

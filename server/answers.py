@@ -27,7 +27,7 @@ class Choice:
     cached_tokens: int = 0
     finish_reason: str | None = None
     is_begun: bool = False  # a part has been made
-    lead: str | None = None  # of a completion: what the detokenizer has not written of the first token
+    lead: str | None = None  # of a completion: what `left_out` says, until it has been written
     text: str = ""  # of a completion
     pieces: list[Piece] = field(default_factory=list)  # of a chat
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -50,23 +50,27 @@ class Answer:
         }
 
     def chunk(self, parts: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        """An event of a stream: these parts as its choices, and other fields."""
         return self.head | {"choices": parts} | others
 
     def whole(self) -> dict[str, Any]:
+        """The answer that is no stream: all that was put."""
         choices = [self.choice(index, choice) for index, choice in enumerate(self.choices)]
         return self.head | {"object": self.kind, "choices": choices, "usage": self.usage()}
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """One of the choices of the whole answer."""
         raise NotImplementedError
 
     def count(self, choice: Choice, token: Token) -> None:
+        """Adds a token to what `usage` says."""
         if not token.of_prompt and token.id >= 0 and not self.work.drops_text:
             choice.new_tokens += 1
         if token.stats is not None:
             choice.cached_tokens = token.stats.cached_tokens
 
     def usage(self) -> dict[str, Any]:
-        """Of all choices; what several of them have as their prompt counts once."""
+        """The tokens of all choices; a prompt that several of them have counts once."""
         requests = self.work.requests
         firsts = {id(request.prompt): i for i, request in reversed(list(enumerate(requests)))}.values()
         prompt = sum(len(requests[i].prompt) for i in firsts)
@@ -80,7 +84,7 @@ class Answer:
         }
 
     def has_entry(self, index: int, token: Token) -> bool:
-        """Whether log-probabilities are wanted of a token. An end token is no part of the text."""
+        """Whether the answer has log-probabilities of this token. End tokens, which are no text, have none."""
         return self.work.logprobs is not None and token.id >= 0 and token.id not in self.work.requests[index].eos_ids
 
 
@@ -90,16 +94,17 @@ class ChatAnswer(Answer):
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def put(self, index: int, tokens: list[Token]) -> list[dict[str, Any]]:
-        """The choice's next parts; none where nothing is certain yet. It may be finished before its tokens end."""
+        """The choice's next parts, none where no text is certain yet. A choice may end before its request does, by the
+        only tool call that it may have."""
         choice, reader = self.choices[index], self.work.readers[index]
         pieces: list[Piece] = []
         for token in tokens:
             self.count(choice, token)
             if self.has_entry(index, token):
                 choice.pending.append(self.entry(token, is_first=choice.new_tokens == 1))
-            pieces += reader.put(token.text + self.model.marks.get(token.id, ""))
+            pieces += reader.put(token.text)
             choice.finish_reason = token.finish_reason
-            if token.finish_reason or reader.finished:  # the only call that may be
+            if token.finish_reason or reader.finished:
                 pieces += reader.finish()
                 if reader.complete and token.finish_reason != "length":
                     choice.finish_reason = "tool_calls"
@@ -122,10 +127,12 @@ class ChatAnswer(Answer):
         return parts
 
     def entry(self, token: Token, is_first: bool) -> dict[str, Any]:
+        """The log-probabilities of a token and of the likeliest ones, as chats have them."""
         top = [self.named(*likely, is_first) for likely in token.top[: self.work.logprobs]]
         return self.named(token.id, token.logprob, is_first) | {"top_logprobs": top}
 
     def named(self, token_id: int, logprob: float, is_first: bool) -> dict[str, Any]:
+        """A token's text, log-probability and bytes. `is_first`: the text begins with it."""
         spelling = spellings(self.model.tokenizer, token_id)[is_first]
         return {"token": spelling.decode(errors="replace"), "logprob": logprob, "bytes": list(spelling)}
 
@@ -136,8 +143,8 @@ class ChatAnswer(Answer):
 
 
 class CompletionAnswer(Answer):
-    """Of /v1/completions. A text goes on: where the detokenizer leaves out the space that a text begins with, it is
-    here."""
+    """Of /v1/completions. What is said continues the prompt: a space that the detokenizer leaves out at the beginning
+    of a text is kept."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
@@ -147,6 +154,7 @@ class CompletionAnswer(Answer):
         self.lengths = [0] * len(work.requests)  # of the tokens that have an entry
 
     def put(self, index: int, tokens: list[Token]) -> list[dict[str, Any]]:
+        """The choice's next part, as a list; empty where no text is certain yet."""
         choice, request = self.choices[index], self.work.requests[index]
         text = ""
         for token in tokens:
@@ -175,12 +183,14 @@ class CompletionAnswer(Answer):
         return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}]
 
     def left_out(self, token: Token) -> str | None:
+        """What the detokenizer leaves out of the first token of the text; None where this is not the first one yet."""
         within, first = spellings(self.model.tokenizer, token.id)
         if token.id in self.model.tokenizer.special_ids:
             return None  # the text has not begun
         return within[: len(within) - len(first)].decode(errors="replace")
 
     def entry(self, index: int, token: Token) -> dict[str, Any]:
+        """What a token adds to the lists of `columns`."""
         text, offset = self.name(token.id), self.lengths[index]
         if token.id not in self.model.tokenizer.special_ids:
             self.lengths[index] += len(text)
@@ -191,6 +201,7 @@ class CompletionAnswer(Answer):
         return {"tokens": text, "token_logprobs": token.logprob, "top_logprobs": top, "text_offset": offset}
 
     def name(self, token_id: int) -> str:
+        """A token as the lists of a completion call it."""
         return spellings(self.model.tokenizer, token_id)[0].decode(errors="replace")
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:

@@ -10,11 +10,13 @@ absent. What is absent is as generation_config.json says, or else as OpenAI has 
 """
 
 import argparse
+import itertools
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from typing_extensions import TypeAliasType
 
 from engine import Request
 from errors import UserError
@@ -44,6 +46,12 @@ MAX_CHOICES = 128  # of a request
 COMPLETION_TOKENS, PLAIN_TOKENS = 16, 200
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # every token is compared with all of them
 MAX_BIASES = 1024
+MAX_FIELDS = 100  # more than there are
+# Pydantic would list all that is wrong in millions of entries. (Python cannot hash the annotations, which unions want.)
+Texts = TypeAliasType("Texts", Annotated[list[str], FailFast()])
+Ids = TypeAliasType("Ids", Annotated[list[int], FailFast()])
+Prompts = TypeAliasType("Prompts", Annotated[list[Ids], FailFast()])
+Biases = TypeAliasType("Biases", Annotated[dict[str, float], FailFast()])
 NAMES = {  # ours -> a client's
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -61,15 +69,23 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+        """The fields that are not null; of very many, which cannot all be known, some."""
+        if not isinstance(data, dict):
+            return data
+        given = ((name, value) for name, value in data.items() if value is not None)
+        return dict(itertools.islice(given, MAX_FIELDS))
 
 
 class StreamOptions(Body):
+    """Obfuscation pads the events of a stream, so that their sizes say nothing."""
+
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(Body):
+    """A schema; what it is called changes nothing, and it is always strict."""
+
     name: str = ""
     description: str = ""
     schema_: dict[str, Any] = Field({}, alias="schema")
@@ -77,6 +93,8 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
+    """What the answer has to be."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -93,10 +111,10 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     min_tokens: int | None = None
     ignore_eos: bool = False
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: int | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
@@ -107,7 +125,7 @@ class SamplingBody(Body):
     guided_grammar: str | None = None
     # Nothing here depends on these.
     user: str = ""
-    metadata: dict[str, str] = {}
+    metadata: Annotated[dict[str, str], FailFast()] = {}
     safety_identifier: str = ""
     prompt_cache_key: str = ""
     service_tier: Literal["auto", "default"] = "auto"
@@ -125,19 +143,21 @@ class ChatBody(SamplingBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: Annotated[list[Literal["text"]], FailFast()] = ["text"]
 
 
 class CompletionBody(SamplingBody):
     """A body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] = 1
 
 
 class TokenizeBody(Body):
+    """A body of /tokenize: a prompt, or a chat as it would be rendered."""
+
     model: str = ""
     prompt: str | None = None
     messages: list[Any] | None = None
@@ -147,24 +167,28 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
+    """A body of /detokenize."""
+
     model: str = ""
-    tokens: list[int]
+    tokens: Ids
 
 
 @dataclass
 class Model:
-    """What is served, see make_model."""
+    """What is served; make_model makes one."""
 
     name: str
     target: Target
     settings: dict[str, Any]  # where a client gives none
     merges_system: bool  # into the user's first message
     form: str | None  # of its tool calls
-    marks: dict[int, str]  # special tokens that a reader of answers has to see
+    shown_ids: frozenset[int]  # special tokens that a reader of answers has to see
+    most_characters: int  # of a prompt: all of its tokens would be the longest
     fetches_images: bool = False  # from URLs
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The target's."""
         return self.target.tokenizer
 
 
@@ -175,14 +199,15 @@ def make_model(
     merges_system: bool = False,
     fetches_images: bool = False,
 ) -> Model:
-    """recommended: of generation_config.json."""
+    """The model that clients see. `recommended`: what its generation_config.json says."""
     settings = default_settings(argparse.Namespace(**dict.fromkeys(SETTINGS), num_beams=1), recommended)
     if settings["temperature"] is None:
         settings["temperature"] = 1.0
     tokenizer = target.tokenizer
     form = detect_form(tokenizer.chat_template)
-    marks = {token_id: tokenizer.backend.id_to_token(token_id) for token_id in shown_ids(tokenizer, form)}
-    return Model(name, target, settings, merges_system, form, marks, fetches_images)
+    most_characters = target.limit * max(map(len, tokenizer.backend.get_vocab()))
+    shown = shown_ids(tokenizer, form)
+    return Model(name, target, settings, merges_system, form, shown, most_characters, fetches_images)
 
 
 @dataclass
@@ -197,7 +222,7 @@ class Work:
 
 
 def chat_work(body: ChatBody, model: Model) -> Work:
-    """UserError, as from completion_work, for what makes no sense, or does not fit."""
+    """What a chat asks for. UserError for what makes no sense, or does not fit."""
     if body.top_logprobs and not body.logprobs:
         raise UserError("top_logprobs needs logprobs; set that to true")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -229,14 +254,16 @@ def chat_work(body: ChatBody, model: Model) -> Work:
         if tools and str(error).startswith("grammar "):
             raise UserError(f"tools: their {error}") from error
         raise
+    requests = [replace(request, shown_ids=model.shown_ids) for request in requests]
     readers = [CallReader(model.form, tools, open_mark=mark, parallel=body.parallel_tool_calls) for _ in requests]
     return Work(requests, (body.top_logprobs or 0) if body.logprobs else None, readers)
 
 
 def completion_work(body: CompletionBody, model: Model) -> Work:
+    """What a completion asks for. UserError for what makes no sense, or does not fit."""
     settings = settings_of(body, model)
     wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    drops_text = wanted == 0 and body.echo  # as is asked for to have a prompt's log-probabilities
+    drops_text = wanted == 0 and body.echo  # which asks for the prompt's log-probabilities alone
     requests, echoed = [], []
     prompts = prompts_of(body.prompt)
     if len(prompts) * body.n > MAX_CHOICES:
@@ -263,17 +290,17 @@ def render(
     if model.merges_system:
         messages = merged_system(messages)
     if not model.tokenizer.has_chat_template:
-        if tools:
+        if tools and choice != "none":
             raise UserError("tools: this model has no chat template for them; leave them out")
         text = "\n".join(message["content"] for message in messages)
-        return text, model.tokenizer.encode(text), ()
+        return text, encode(text, model), ()
     if holds_images(messages):
         from images import read_parts  # Pillow takes a while to import
         from server.pictures import read_url
 
         messages = read_parts(messages, model.target.images, partial(read_url, may_fetch=model.fetches_images))
     variables = body.chat_template_kwargs | {"tools": template_tools(tools, choice)}
-    return encode_chat(model.target, messages, variables)
+    return encode_chat(model.target, messages, variables, partial(encode, model=model))
 
 
 def token_ids(body: TokenizeBody, model: Model) -> list[int]:
@@ -287,7 +314,7 @@ def token_ids(body: TokenizeBody, model: Model) -> list[int]:
 
 
 def merged_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without a system's: what it said stands at the beginning of the user's first one."""
+    """The messages without system messages: what those say stands at the beginning of the user's first one."""
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:
@@ -312,13 +339,25 @@ def prompts_of(prompt: str | list) -> list[str | list[int]]:
 
 
 def prompt_ids(prompt: str | list[int], model: Model) -> list[int]:
+    """The tokens of one of the prompts. UserError for ids that the model lacks."""
     if isinstance(prompt, str):
-        return model.tokenizer.encode(prompt)
+        return encode(prompt, model)
     check_ids("prompt", prompt, model)
     return prompt
 
 
+def encode(text: str, model: Model, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a prompt. ContextExceeded for megabytes that cannot fit: to count their tokens would take long."""
+    if len(text) > model.most_characters:
+        raise ContextExceeded(
+            f"the prompt has {len(text)} characters, more than the {model.target.limit} tokens of the "
+            f"{model.target.limited_by} can hold; shorten the prompt"
+        )
+    return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
 def check_ids(name: str, ids: list[int], model: Model) -> None:
+    """UserError that names the field, where an id is none of the model's."""
     size = model.target.vocab_size
     unknown = next((i for i in ids if not 0 <= i < size), None)
     if unknown is not None:
@@ -348,6 +387,7 @@ def settings_of(body: SamplingBody, model: Model) -> dict[str, Any]:
 
 
 def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema that a response_format means, None where it means text."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
@@ -365,7 +405,7 @@ def requests_of(
     target: Target,
     images: "tuple[ImageInput, ...]" = (),
 ) -> list[Request]:
-    """n requests with one seed after the other, for at most `wanted` new tokens, or those that there is room for."""
+    """n requests, whose seeds follow one another, for `wanted` new tokens, or as many as there is room for."""
     room = target.limit - len(prompt)
     if room < 1:
         raise ContextExceeded(
@@ -385,8 +425,8 @@ class ContextExceeded(UserError):
 
 
 class Started:
-    """A constraint whose matcher is made already, in the thread of the request and not in the one that computes. For
-    other ranks it is the constraint."""
+    """A constraint whose matcher is made already, in the thread of the request and not in the one that computes. Other
+    ranks get the constraint itself."""
 
     def __init__(self, constraint: Constraint):
         self.constraint, self.matcher = constraint, constraint.start()
@@ -395,4 +435,5 @@ class Started:
         return self.constraint.__reduce__()
 
     def start(self) -> Matcher:
+        """The matcher; a Started is for one text."""
         return self.matcher

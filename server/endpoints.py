@@ -50,11 +50,13 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
+NO_SUCH_PATH = "there is nothing at this path; the API is at /v1, and /docs describes it"
 NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
-PARTS = list[dict[str, Any]]  # what chunks have as `choices`, each one
+PARTS = list[dict[str, Any]]  # each is what a chunk has in `choices`
 
 
 def make_app(service: Service, model: Model, access: Access, page: Path) -> FastAPI:
+    """The application, with all endpoints. `page`: the file of the chat page."""
     app = FastAPI(title="gpt-brisk", telemetry=NO_TELEMETRY)
     metrics, created = Metrics(service), int(time.time())
     max_body = MAX_BODY if model.target.images is None else MAX_BODY_WITH_IMAGES
@@ -79,15 +81,18 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, str(error.detail))
+        message = NO_SUCH_PATH if error.detail == "Not Found" else str(error.detail)  # that is Starlette's
+        return error_response(error.status_code, message, headers=error.headers)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """The next message of a chat: whole, or as a stream of server-sent events."""
         answer = ChatAnswer(await run_in_threadpool(chat_work, body, model), model)
         return await respond(body, answer, request)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
+        """What follows each prompt: whole, or as a stream of server-sent events."""
         answer = CompletionAnswer(await run_in_threadpool(completion_work, body, model), model)
         return await respond(body, answer, request)
 
@@ -108,10 +113,12 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
+        """The model that there is, as a list."""
         return {"object": "list", "data": [await retrieve_model(model.name)]}
 
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> dict[str, Any]:
+        """The model of this name."""
         if name != model.name:
             raise HTTPException(404, "there is no model of this name; /v1/models lists what there is")
         owner, length = "gpt-brisk", model.target.limit
@@ -119,22 +126,26 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """The tokens of a text, or of a chat."""
         ids = token_ids(body, model)
         return {"count": len(ids), "max_model_len": model.target.limit, "tokens": ids}
 
     @app.post("/detokenize")
     def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        """The text of tokens."""
         check_ids("tokens", body.tokens, model)
         return {"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        """503 once the server ends, or has failed."""
         if service.refusal is not None:
             raise HTTPException(503, service.refusal.message)
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics_text() -> Response:
+        """Counts and times for Prometheus."""
         return Response(metrics.text(), media_type=metrics.media_type)
 
     @app.get("/", include_in_schema=False)
@@ -147,7 +158,7 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
 
 
 async def parts_of(service: Service, stream: Stream, answer: Answer, timer: Timer) -> AsyncIterator[PARTS]:
-    """Puts all that comes into the answer -> the parts that this makes of it."""
+    """Puts the tokens of a stream into the answer, as they come -> the parts that they make."""
     while tokens := await stream.get():
         by_index: dict[int, list[Token]] = {}
         for index, token in tokens:
@@ -170,7 +181,7 @@ async def events(parts: AsyncIterator[PARTS], answer: Answer, with_usage: bool) 
     usage = {"usage": None} if with_usage else {}
     try:
         async for new in parts:
-            yield b"".join(event(answer.chunk([part], **usage)) for part in new)  # clients read the first part only
+            yield b"".join(event(answer.chunk([part], **usage)) for part in new)  # clients read one part of an event
         if with_usage:
             yield event(answer.chunk([], usage=answer.usage()))
         yield b"data: [DONE]\n\n"
@@ -179,11 +190,12 @@ async def events(parts: AsyncIterator[PARTS], answer: Answer, with_usage: bool) 
 
 
 def event(content: dict[str, Any]) -> bytes:
+    """A server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; what they come from ends with them, whoever ends them."""
+    """Server-sent events. When they end, also because the client went away, the requests that they come from do."""
 
     def __init__(self, service: Service, stream: Stream, content: AsyncIterator[bytes]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is for nginx
@@ -198,7 +210,7 @@ class EventStream(StreamingResponse):
 
 
 async def fail_when_gone(stream: Stream, request: Request) -> None:
-    """Ends an answer that nobody waits for any more."""
+    """Ends an answer when its client is gone."""
     with contextlib.suppress(asyncio.CancelledError):
         while (await request.receive())["type"] != "http.disconnect":
             pass

@@ -2,7 +2,7 @@
 
 import hmac
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +45,25 @@ FIELDS = {field.alias or name for body in BODIES for name, field in body.model_f
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's JSON of an error. `param`: the field that is wrong."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     message, param = (text and text.encode(errors="replace").decode() for text in (message, param))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(error_body(status, message, param, code), status, HEADERS.get(status))
+def error_response(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The response to what went wrong, with the headers that its status wants."""
+    return JSONResponse(error_body(status, message, param, code), status, HEADERS.get(status, headers))
 
 
 def user_error(error: UserError) -> JSONResponse:
-    """Its message begins with what it is about, if that is a field of the body."""
+    """A 400. If the message begins with a field of the body, or what is called so here, that is the `param`."""
     message = " ".join(str(error).split())
     first, _, rest = message.partition(" ")
     message = f"{NAMES.get(first, first)} {rest}"
@@ -68,14 +76,14 @@ def user_error(error: UserError) -> JSONResponse:
 
 
 def validation_error(error: RequestValidationError) -> JSONResponse:
-    """The first thing that pydantic found wrong."""
+    """A 400 for the first thing that pydantic found wrong."""
     first = error.errors()[0]
     kind, place = first["type"], [part for part in first["loc"] if part != "body"]
     if kind == "json_invalid":
         return error_response(400, f"the body is not valid JSON ({first['ctx']['error']}); correct it")
     if not place:
         return error_response(400, "the body must be a JSON object, sent as application/json")
-    # Of a union pydantic names the kinds that it tried.
+    # In a union pydantic also names the types that it tried.
     names = place if kind == "extra_forbidden" else [part for part in place if isinstance(part, int) or part in FIELDS]
     name = ".".join(map(str, names))[:80]
     if kind == "extra_forbidden":
@@ -91,20 +99,21 @@ def validation_error(error: RequestValidationError) -> JSONResponse:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask. Without keys anybody; `origins`: the sites whose pages may."""
+    """Who may use the server: without keys anybody. `origins`: the web sites whose pages may."""
 
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
 
     def allows(self, authorization: bytes) -> bool:
-        """Whether the header names a key. It takes the same time for all that are wrong."""
+        """Whether the header holds a key, found out in a time that says nothing about the right ones."""
         kind, _, key = authorization.partition(b" ")
         same = [hmac.compare_digest(key.strip(), own.encode()) for own in self.keys]
         return not self.keys or (kind.lower() == b"bearer" and any(same))
 
 
 class Front:
-    """ASGI middleware: 401 without a key, 413 for a body that is too large, 500 for a bug here, and counts them."""
+    """ASGI middleware: a 401 without a key, a 413 for a body that is too large, a 500 for a bug here. It counts all
+    responses."""
 
     def __init__(self, app: ASGIApp, access: Access, count: Callable[[Scope, int], None], max_body: int = MAX_BODY):
         self.app, self.access, self.count, self.max_body = app, access, count, max_body
@@ -153,4 +162,5 @@ class Front:
 
 
 def too_large(max_body: int) -> str:
+    """What a 413 says."""
     return f"the body is larger than {max_body >> 20} MiB; send less"

@@ -1,4 +1,4 @@
-"""JSON that is still being written: whether it can be JSON so far, and where in it a character stands.
+"""JSON that is still being written: whether it may become valid, and where in it a character stands.
 
 scanner = JsonScanner()
 for char in text:
@@ -26,6 +26,7 @@ class JsonScanner:
 
     @property
     def depth(self) -> int:
+        """How many brackets are open."""
         return len(self.brackets)
 
     @property

@@ -1,4 +1,4 @@
-"""The messages and tools of OpenAI's chat API -> what chat templates take. What is wrong in them is the client's error.
+"""The messages and tools of OpenAI's chat API -> what chat templates take. UserError for what is wrong in them.
 
 messages = check_messages(body["messages"], form)
 tools = check_tools(body.get("tools"))
@@ -28,8 +28,8 @@ def check_messages(messages: Any, form: str | None = None, sees: bool = False) -
     objects. Fields that are null or empty are left out. UserError, naming the field, for what is no message.
 
     sees: a user's content may have images, and is then a list of parts. form: `detect_form`'s. Mistral's templates want
-    ids of nine letters and digits: others are replaced, the same by the same. Llama 3's take one call a message:
-    several become several messages, each with its result.
+    ids of nine letters and digits: others are replaced, the same id by the same one each time. Llama 3's take one call
+    a message: several become several messages, each with its result.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message; give it one")
@@ -43,6 +43,7 @@ def check_messages(messages: Any, form: str | None = None, sees: bool = False) -
 
 
 def check_message(message: Any, path: str, sees: bool = False) -> dict[str, Any]:
+    """One message as templates take it. `path`: what errors call it."""
     if not isinstance(message, dict):
         raise UserError(f"{path} is {shown(message)}, not an object; give it a role and a content")
     role = message.get("role")
@@ -149,6 +150,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def check_tool(tool: Any, path: str) -> dict[str, Any]:
+    """One tool as `check_tools` returns it."""
     if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
         raise UserError(f'{path} is not {{"type": "function", "function": {{...}}}}; correct it')
     function = {name: value for name, value in tool["function"].items() if value is not None}
@@ -193,7 +195,7 @@ def check_tool_choice(tool_choice: Any, tools: list[dict[str, Any]]) -> str | di
 
 
 def template_tools(tools: list[dict[str, Any]], tool_choice: str | dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of. `strict` is nothing that models know."""
+    """The tools as chat templates take them, without `strict`, which no model knows; None where it may use none."""
     if not tools or tool_choice == "none":
         return None
     told = ("name", "description", "parameters")
@@ -205,6 +207,7 @@ def template_tools(tools: list[dict[str, Any]], tool_choice: str | dict[str, Any
 
 
 def shorten_ids(message: dict[str, Any]) -> None:
+    """Replaces a message's ids of tool calls by ids that Mistral's templates take."""
     for call in message.get("tool_calls", []):
         if "id" in call:
             call["id"] = short_id(call["id"])
@@ -213,6 +216,7 @@ def shorten_ids(message: dict[str, Any]) -> None:
 
 
 def short_id(call_id: str) -> str:
+    """Nine letters and digits: the id itself, or what stands for it."""
     if re.fullmatch("[a-zA-Z0-9]{9}", call_id):
         return call_id
     return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
@@ -251,12 +255,14 @@ def is_empty(value: Any) -> bool:
 
 
 def check_string(value: Any, path: str) -> str:
+    """The value, if it is a string."""
     if not isinstance(value, str):
         raise UserError(f"{path} is {shown(value)}, not a string; correct it")
     return value
 
 
 def no_constant(name: str) -> None:
+    """For json.loads: NaN and the infinities are no JSON."""
     raise ValueError(f"{name} is no JSON")
 
 

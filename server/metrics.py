@@ -26,6 +26,7 @@ class Load(Collector):
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks for each time that somebody reads the metrics."""
         service, stats = self.service, self.service.computer.scheduler.stats
         running = min(service.load, service.rows)
         yield GaugeMetricFamily("brisk_requests_running", "Requests that have a row", running)
@@ -39,6 +40,8 @@ class Load(Collector):
 
 
 class Metrics:
+    """All that is measured of one service."""
+
     media_type = CONTENT_TYPE_LATEST
 
     def __init__(self, service: Service):
@@ -55,23 +58,24 @@ class Metrics:
         self.per_token = seconds("time_per_token", "Of a choice, after its first token", PER_TOKEN)
 
     def count(self, scope: Scope, status: int) -> None:
-        """A response. Of a path that is none of ours nothing is kept."""
+        """Counts a response; those to paths that do not exist all together, since clients invent them."""
         route = scope.get("route")
         self.responses.labels(getattr(route, "path", "other"), str(status)).inc()
 
     def text(self) -> bytes:
+        """All of it in Prometheus's format."""
         return generate_latest(self.registry)
 
 
 class Timer:
-    """Times one client's request."""
+    """Measures one client's request."""
 
     def __init__(self, metrics: Metrics):
         self.metrics, self.begun = metrics, time.perf_counter()
         self.first: dict[int, float] = {}  # when a choice's first token came
 
     def saw(self, answer: "Answer", indices: Iterable[int]) -> None:
-        """New tokens of some choices, all that came together."""
+        """To be called with the indices of the choices that have just got tokens."""
         now, metrics = time.perf_counter(), self.metrics
         for index in indices:
             choice = answer.choices[index]

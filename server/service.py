@@ -43,6 +43,8 @@ class Add:
 
 @dataclass(frozen=True)
 class Cancel:
+    """The end of a request."""
+
     key: int
 
 
@@ -55,17 +57,18 @@ Command = Add | Cancel | End
 
 
 class Computer:
-    """A scheduler that does as it is told. Every rank has one, and all are told the same."""
+    """A scheduler that follows commands. Every rank has one, and all are given the same."""
 
     def __init__(self, scheduler: Scheduler, group: Group, top_logprobs: int, grammars: Callable[[], Grammars]):
-        """top_logprobs: how many of the likeliest tokens come with each, while a request wants log-probabilities."""
+        """top_logprobs: how many of the likeliest tokens come with each one, while a request wants log-probabilities.
+        grammars: called where a request of another rank's has one."""
         self.scheduler, self.group, self.top_logprobs, self.grammars = scheduler, group, top_logprobs, grammars
         self.numbers: dict[int, int] = {}  # of running and waiting requests: key -> the scheduler's number
         self.keys: dict[int, int] = {}  # and back
         self.scored: set[int] = set()  # keys of those that want log-probabilities
 
     def follow(self) -> None:
-        """What the other ranks do: as rank 0 does, to the end."""
+        """What the other ranks do: the same as rank 0, to the end."""
         while self.round(list) is not None:
             pass
 
@@ -107,7 +110,7 @@ class Computer:
 
 
 class Refused(Exception):
-    """A request that is not taken, or not gone on with. `status`: of HTTP. The message is for the client."""
+    """A request that is not accepted, or was ended. `status`: of HTTP. The message is for the client."""
 
     def __init__(self, status: int, message: str):
         super().__init__(status, message)
@@ -120,7 +123,7 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Stream:
-    """The tokens of one client's requests, as they come."""
+    """The tokens of the requests of one client's call, as they come."""
 
     keys: list[int]
     open: set[int]  # the indices of the requests that have not ended
@@ -143,6 +146,7 @@ class Stream:
         return tokens
 
     def put(self, index: int, token: Token) -> None:
+        """Adds a token of one of the requests."""
         if index in self.open:
             self.ready.append((index, token))
             if token.finish_reason is not None:
@@ -150,6 +154,7 @@ class Stream:
             self.changed.set()
 
     def fail(self, error: Refused) -> None:
+        """No more tokens will come, for this reason."""
         self.error = error
         self.changed.set()
 

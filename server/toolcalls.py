@@ -14,7 +14,7 @@ The forms, as the models' templates write them:
     mistral       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]
     mistral_args  [TOOL_CALLS]f[ARGS]{...}
 
-A mark may be a special token, which is not written as text: StreamingDetokenizer writes those of `shown_ids`.
+A mark may be a special token, which is no text: StreamingDetokenizer writes those of `shown_ids` all the same.
 """
 
 import json
@@ -44,16 +44,22 @@ LONGEST_HEAD = 160
 
 @dataclass(frozen=True)
 class Content:
+    """A part of the answer's text."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Reasoning:
+    """A part of what the model says between the marks of reasoning."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class CallStart:
+    """The beginning of a call."""
+
     index: int  # 0, 1, ... within the answer
     id: str
     name: str
@@ -108,6 +114,7 @@ def shown_ids(tokenizer: Tokenizer, form: str | None) -> frozenset[int]:
 
 
 def random_id() -> str:
+    """The id of a new call."""
     return f"call_{secrets.token_hex(12)}"
 
 

@@ -70,6 +70,7 @@ def thought_rules(closing: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def special_id(mark: str, tokenizer: Tokenizer) -> int | None:
+    """The id of a mark that is a special token, None for one that is text."""
     token_id = tokenizer.backend.token_to_id(mark)
     return token_id if token_id in tokenizer.special_ids else None
 
@@ -81,6 +82,7 @@ def terminal(mark: str, tokenizer: Tokenizer) -> str:
 
 
 def literal(text: str) -> str:
+    """A text in a grammar."""
     return json.dumps(text)
 
 

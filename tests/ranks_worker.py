@@ -212,7 +212,8 @@ def odd_sums(group):
 
 
 def told(group):
-    """What from_rank_0 and check_same make of results, of errors and of settings that differ."""
+    """What from_rank_0 and check_same make of results, of errors and of settings that differ; and whether the store
+    keeps their messages."""
     results = [group.from_rank_0(lambda: {"rank": group.rank, "text": "é" * 100_000})["rank"]]
 
     def fail():
@@ -231,7 +232,11 @@ def told(group):
         except errors.UserError as error:
             results.append(f"UserError: {error}")
     group.check_same({"--seed": 1, "--stop": ["a"], "--profile": None})
-    return results
+    end = time.monotonic() + 10  # the last rank may be deleting the last message
+    names = [name for i in range(6) for name in (f"message/{i}", f"message/{i}/0", f"message/{i}/readers")]
+    while (kept := any(group.store.check([name]) for name in names)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return [*results, kept]
 
 
 def memory(group, path):

@@ -1,4 +1,4 @@
-"""The chat page in a real browser, against a scripted server (page_server.py).
+"""The chat page in a real browser, against a scripted server (page_server.py), and against serve.py itself.
 
 Needs playwright and a Chromium: the one that CHROMIUM names, or `chromium` on the path (Debian: apt install chromium).
 """
@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from page_server import FIELDS, PAGE, Answer, PageServer
+from serving import Server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
@@ -1190,3 +1191,99 @@ def test_the_scripted_server_speaks_openai(server):
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 4 and not chunks[-1].choices
     with pytest.raises(openai.BadRequestError, match="Unrecognized request argument supplied: tempature"):
         client.chat.completions.create(model="brisk-1b", messages=[user("?")], extra_body={"tempature": 1})
+
+
+# ---------------------------------------------------------------- serve.py with the demo model
+
+
+@pytest.fixture(scope="module")
+def real():
+    with Server("--batch_size", 2) as real:
+        yield real
+
+
+@pytest.fixture
+def real_page(context, real, watch):
+    watch.origin = real.address
+    page = watch.page(context.new_page())
+    page.goto(real.address)
+    expect(page.locator("#model option")).to_have_text(["target"])
+    return page
+
+
+def set_up(page, **values):
+    open_settings(page)
+    for name, value in values.items():
+        page.fill("#setting-" + name, str(value))
+    page.click("#close-settings")
+
+
+def test_a_conversation_with_a_model(real_page, real):
+    page = real_page
+    set_up(page, max_tokens=24, temperature=0)
+    question = 'def read_lines(path):\n    """Yields the lines of a text file that are not empty."""'
+    send(page, question)
+    finished(page)
+    expect(facts(page)).to_have_text(
+        re.compile(r"^[\d.]+ tokens/s · \d+\.\d\d s to the first token · prompt \d+( \(\d+ cached\))?, answer 24\b.*$")
+    )
+    said = answers(page).text_content()
+    body = {"messages": [user(question)], "max_tokens": 24, "temperature": 0}
+    direct = real.post("/v1/chat/completions", **body)[1]["choices"][0]["message"]["content"]
+    assert said and "".join(said.split()) == "".join(direct.split())
+    page.locator(".answer").first.hover()
+    page.locator(".answer >> text=Regenerate").click()
+    finished(page)
+    expect(answers(page)).to_have_text([said])
+    send(page, "    with open(path) as file:")
+    finished(page)
+    expect(answers(page)).to_have_count(2)
+    expect(facts(page)).to_contain_text(" cached)")
+    before = page.locator("#messages").inner_html()
+    reload(page)
+    assert page.locator("#messages").inner_html() == before
+
+
+def test_stopping_a_model(real_page, real):
+    page = real_page
+    set_up(page, max_tokens=900, min_tokens=900)
+    send(page, "import os")
+    expect(answers(page)).to_have_text(re.compile(r"\S{3}"))
+    expect(page.locator("#stop")).to_be_visible()
+    came = answers(page).text_content()
+    page.click("#stop")
+    finished(page)
+    expect(facts(page)).to_contain_text("stopped")
+    assert answers(page).text_content().startswith(came)
+    real.wait_until_idle(5)
+    assert real.metric("brisk_requests_cancelled_total") == 1
+
+
+def test_markup_from_a_model_stays_text(real_page):
+    """Which a schema makes it write."""
+    page = real_page
+    markup = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>"
+    open_settings(page)
+    page.fill("#schema", json.dumps({"const": markup}))
+    page.click("#close-settings")
+    send(page, "Question?")
+    finished(page)
+    expect(answers(page)).to_contain_text(markup)
+    reload(page)
+    expect(answers(page)).to_contain_text(markup)
+    assert page.locator("#messages :is(script, img)").count() == 0 and page.evaluate("window.ran") is None
+
+
+def test_a_model_that_goes_away_is_said(context, watch):
+    watch.expected = ["ERR_"]
+    with Server("--batch_size", 1) as real:
+        watch.origin = real.address
+        page = watch.page(context.new_page())
+        page.goto(real.address)
+        set_up(page, max_tokens=900, min_tokens=900)
+        send(page, "import os")
+        expect(answers(page)).to_have_text(re.compile(r"\S{3}"))
+        real.process.kill()
+        expect(page.locator(".failure")).to_contain_text("The connection to the server was lost.")
+        expect(page.locator("#banner")).to_contain_text("does not answer")
+        expect(answers(page)).to_have_text(re.compile(r"\S{3}"))

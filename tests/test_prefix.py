@@ -56,7 +56,7 @@ class Traffic:
         kinds = new, seen, seen + new, seen[: draw.randint(1, len(seen))], seen[: draw.randint(1, len(seen))] + new
         prompt = draw.choice(kinds)[: LENGTH - 40]
         params = GREEDY if draw.random() < 0.6 else SamplingParams(1.1, seed=draw.randint(0, 3), repetition_penalty=1.1)
-        request = Request(prompt, params, draw.choice((1, 5, 25, 40)))
+        request = Request(prompt, params, draw.choice((1, 5, 12, 30)))
         tokens = self.alone(request)
         ending = draw.choice(tokens)
         if draw.random() < 0.4:
@@ -81,7 +81,7 @@ def drive(engine, reference, tokenizer, seed, chunk, overlaps=False):
 
     def interrupting(*args, **others):
         result = run(*args, **others)
-        if draw.random() < min(chunk, 30) / 300:
+        if draw.random() < min(chunk + 5, 30) / 200:
             raise KeyboardInterrupt
         return result
 
@@ -90,8 +90,8 @@ def drive(engine, reference, tokenizer, seed, chunk, overlaps=False):
         scheduler = Scheduler(engine, tokenizer, prefill_chunk=chunk)
         scheduler._overlaps = overlaps
         requests, rows = {}, {}
-        while len(requests) < 20 or not (scheduler.idle or draw.random() < 0.01):
-            if len(requests) < 20 and draw.random() < 0.3:
+        while len(requests) < 12 or not (scheduler.idle or draw.random() < 0.01):
+            if len(requests) < 12 and draw.random() < 0.3:
                 request = traffic.request()
                 number = scheduler.add(request)
                 requests[number], rows[number] = request, []
@@ -114,7 +114,7 @@ def drive(engine, reference, tokenizer, seed, chunk, overlaps=False):
                 assert row[-1].finish_reason == expected[-1].finish_reason and len(row) == len(expected)
                 counts["ended"] += 1
                 counts["cached"] += row[-1].stats.cached_tokens
-    assert counts["ended"] > 15 and counts["cached"] > 40 and counts["interrupted"], counts
+    assert counts["ended"] > 12 and counts["cached"] > 40 and counts["interrupted"], counts
 
 
 @pytest.mark.parametrize("rows, chunk", [(1, 64), (3, 13), (8, 1), (8, 40)])
@@ -141,8 +141,17 @@ def folders(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt-oss", "granite-moe", "phi3-longrope", "gpt2"])
-@pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "a step late"])
+@pytest.mark.parametrize(
+    "name, overlaps",
+    [
+        ("mistral", True),
+        ("gemma2", False),
+        ("gpt-oss", True),
+        ("granite-moe", False),
+        ("phi3-longrope", True),
+        ("gpt2", False),
+    ],
+)
 def test_random_traffic_of_other_families(folders, tokenizer, name, overlaps):
     """Windows, mixtures, RoPE that turns by the length of the text."""
     engine, reference = (Engine(load_model(folders(name))) for _ in range(2))
@@ -151,8 +160,9 @@ def test_random_traffic_of_other_families(folders, tokenizer, name, overlaps):
     drive(engine, reference, tokenizer, name, 24, overlaps)
 
 
-@pytest.mark.parametrize("name, draft_name", [("llama", "mistral"), ("gemma2", "llama"), ("gpt-oss", "mistral")])
-@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize(
+    "name, draft_name, k", [("llama", "mistral", None), ("mistral", "llama", 3), ("gemma2", "mistral", None)]
+)
 def test_random_traffic_with_a_draft(folders, tokenizer, name, draft_name, k):
     """Which lags behind, and may have windows of its own."""
     model, draft = load_model(folders(name)), load_model(folders(draft_name))
@@ -307,7 +317,7 @@ def test_windows_go_on_where_their_rings_still_hold_what_is_seen(folders, tokeni
     engine.setup(2, LENGTH)
     reference.setup(1, LENGTH)
     for free in (0, 1):  # the row itself, or one that it is copied to
-        for cut in (160, 130, 112, 111, 70, 20):
+        for cut in (160, 112, 111, 20):
             monkeypatch.undo()
             engine.forget()
             ids = text(120)

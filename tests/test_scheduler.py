@@ -11,7 +11,9 @@ from conftest import GREEDY, ids_of, run_rows, set_up
 from checkpoint import load_model
 from engine import Engine, Request, Stats
 from sampling import SamplingParams
-from scheduler import Scheduler
+from scheduler import Row, Scheduler
+from stopping import StopStrings
+from tokenizer import StreamingDetokenizer
 
 
 @functools.cache
@@ -115,3 +117,11 @@ def test_speculation_that_switched_itself_off_says_so():
     assert str(never).endswith("in 1 of 1 steps")
     assert never.report()["speculated_share"] == 0 and "acceptance_rate" not in never.report()
     assert "speculated_share" not in Stats(steps=5).report() and str(Stats(steps=5)).endswith(" GB")
+
+
+@pytest.mark.parametrize("text, held", [("a", "a"), ("日", "\ufffd")], ids=["of a stop string", "of a character"])
+def test_a_shown_mark_follows_what_was_held_back(tokenizer, text, held):
+    mark, *first = tokenizer.encode("</s>" + text, add_special_tokens=False)[:2]
+    request = Request([5], GREEDY, 10, stop=("ab",), shown_ids=frozenset({mark}))
+    row = Row(0, request, 0, StreamingDetokenizer(tokenizer, request.shown_ids), StopStrings(request.stop), None)
+    assert [row.put(token_id).text for token_id in (*first, mark, *first)] == ["", held + "</s>", ""]

@@ -494,9 +494,10 @@ def test_backends_that_cannot_be(script, base_folder, monkeypatch, backend, node
 def test_rank_0_tells(two):
     rank_0, rank_1 = two["told"][0]
     failed = "UserError: no such thing; try another"
-    assert rank_0 == [0, failed, 0, None]
+    assert rank_0 == [0, failed, 0, None, False]
     assert rank_1[:3] == [0, failed, 0]
     assert re.fullmatch("UserError: --top_k is 11 here and 10 on rank 0; .*", rank_1[3])
+    assert rank_1[4] is False
 
 
 def test_shared_memory_is_what_cpus_use(two):
