@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from model import Transformer
 
 EPS = 1e-6  # of all norms here
-BLOCK = 256  # patches that a CPU takes through all but the attention of a layer at a time
+BLOCK = 1024  # patches that a CPU takes through all but the attention of a layer at a time
 Grid = tuple[int, int, int]  # patches of an image: in time, down, across
 Runs = list[tuple[int, int]]  # (number, length) of segments that follow one another
 
@@ -95,7 +95,7 @@ class VisionBlock(nn.Module):
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
-    """The rows of x, on a CPU in pieces of which all that a layer makes stays in its cache."""
+    """The rows of x, on a CPU in pieces: what a layer makes of one stays in the cache, if not in the first."""
     size = BLOCK if x.device.type == "cpu" else max(len(x), 1)
     return (slice(start, start + size) for start in range(0, len(x), size))
 
@@ -260,8 +260,8 @@ class Sight:
         self._positions = torch.empty(3, 0, dtype=torch.int64)
 
     def look(self, row: int, request: "Request", first: int, end: int, padding: int = 0) -> Seen | None:
-        """What is seen in a prompt's tokens first:end, which are run in this row with so much padding behind them; None
-        where they are all text."""
+        """What is seen in a prompt's tokens first:end, which are run in this row with so much padding behind them. None
+        where they are all text; then the row's `rope_offset` is theirs."""
         if not self._begin(request):
             if self.model.rope_offset is not None:
                 self.model.rope_offset[row] = 0
@@ -281,10 +281,9 @@ class Sight:
         seen = weight.new_zeros(1, length, self.model.config.dim)
         for image in inside:
             begin, stop = max(first, image.start), min(end, image.start + image.count)
-            places[:, begin - first : stop - first] = True
-            seen[0, begin - first : stop - first] = self._embeddings[image.digest][begin - image.start :][
-                : stop - begin
-            ]
+            columns = slice(begin - first, stop - first)
+            places[:, columns] = True
+            seen[0, columns] = self._embeddings[image.digest][begin - image.start : stop - image.start]
         positions = F.pad(self._positions[:, None, first:end], (0, padding))
         return Seen(places, seen, positions.to(weight.device))
 
