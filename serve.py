@@ -48,6 +48,7 @@ from tp import Group, join
 LENGTH = 8192  # of a conversation, where the model's context is longer and no other is asked for
 ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "api_key_file")  # what may differ between ranks
 PAGE = Path(__file__).parent / "web" / "index.html"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAST_WORDS = 5.0  # seconds in which clients may still take what has been said when the server ends
 KEEP_ALIVE = 75  # seconds for which a connection without a request stays open
 
@@ -108,7 +109,8 @@ def seconds(text: str) -> float:
 
 def main() -> None:
     args = parse_args()
-    access = Access(read_keys(args), tuple(args.cors or ()))
+    keys = read_keys(args)
+    access = Access(keys, tuple(args.cors or ()), local=not keys and args.host in LOOPBACK)
     with join(args.device, args.backend, args.threads) as group:
         if group.rank == 0:
             with listening(args.host, args.port) as listener:
@@ -155,7 +157,7 @@ def lead(args: argparse.Namespace, group: Group, access: Access, listener: socke
     service = Service(computer, args.max_waiting)
     server = HttpServer(make_app(service, model, access, PAGE), service, listener)
     signal.signal(signal.SIGTERM, lambda *_: server.stop(args.grace))
-    if not access.keys and args.host not in ("127.0.0.1", "::1", "localhost"):
+    if not access.keys and args.host not in LOOPBACK:
         log(f"warning: anybody who reaches {args.host} can use this server; --api_key asks for a key")
     sys.setswitchinterval(0.001)  # seconds that the thread that computes waits for another one's Python
     gc.collect()

@@ -136,6 +136,7 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
         check_ids("tokens", body.tokens, model)
         return {"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """503 once the server ends, or has failed."""
@@ -148,6 +149,7 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
         """Counts and times for Prometheus."""
         return Response(metrics.text(), media_type=metrics.media_type)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def chat_page() -> Response:
         if not page.is_file():

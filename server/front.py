@@ -1,10 +1,12 @@
 """What all requests pass before an endpoint sees them: keys, the size of a body, counting. And errors as OpenAI's."""
 
 import hmac
+import ipaddress
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -30,6 +32,7 @@ RETRY_AFTER = 1  # seconds
 KINDS = {  # OpenAI's, of an error with a status
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
@@ -99,10 +102,12 @@ def validation_error(error: RequestValidationError) -> JSONResponse:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the server: without keys anybody. `origins`: the web sites whose pages may."""
+    """Who may use the server: without keys anybody. `origins`: the web sites whose pages may. `local`: what any other
+    page in a browser on this machine says is refused, also if its site's name leads to this machine."""
 
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    local: bool = False
 
     def allows(self, authorization: bytes) -> bool:
         """Whether the header holds a key, found out in a time that says nothing about the right ones."""
@@ -110,10 +115,26 @@ class Access:
         same = [hmac.compare_digest(key.strip(), own.encode()) for own in self.keys]
         return not self.keys or (kind.lower() == b"bearer" and any(same))
 
+    def expects(self, host: bytes) -> bool:
+        """Whether a request to this host is meant for this server. A site can give its own name any address (DNS
+        rebinding), so the name of one that is local is that of this machine, a number, or that of an origin."""
+        if not self.local or "*" in self.origins:
+            return True
+        try:
+            name = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
+        except ValueError:
+            return False
+        if name in ("", "localhost") or name.endswith(".localhost"):  # browsers always send one
+            return True
+        try:
+            return bool(ipaddress.ip_address(name))
+        except ValueError:
+            return name in {urlsplit(origin).hostname for origin in self.origins}
+
 
 class Front:
-    """ASGI middleware: a 401 without a key, a 413 for a body that is too large, a 500 for a bug here. It counts all
-    responses."""
+    """ASGI middleware: a 401 without a key, a 403 for another host, a 413 for a body that is too large, a 500 for a bug
+    here. It counts all responses."""
 
     def __init__(self, app: ASGIApp, access: Access, count: Callable[[Scope, int], None], max_body: int = MAX_BODY):
         self.app, self.access, self.count, self.max_body = app, access, count, max_body
@@ -147,6 +168,9 @@ class Front:
             wrong = "not the right one" if b"authorization" in headers else "missing"
             message = f"the API key is {wrong}; send it as `Authorization: Bearer KEY`"
             app = error_response(401, message, code="invalid_api_key")
+        elif not self.access.expects(headers.get(b"host", b"")):
+            message = "the host that the request names is not this server's; use its address, --cors or --api_key"
+            app = error_response(403, message)
         elif length.isdigit() and int(length[:20]) > self.max_body:
             app = error_response(413, too_large(self.max_body))
         try:

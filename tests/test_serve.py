@@ -28,6 +28,7 @@ from errors import UserError
 from prompts import Target
 from serve import listening, refused_address
 from server.api import ChatBody, chat_work, make_model
+from server.front import Access
 from tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai")
@@ -885,6 +886,30 @@ def test_origins(locked, server):
     for headers in ({"Origin": "http://editor.example"}, {"Origin": "http://editor.example"} | ask):
         _, answered, _ = server.request("OPTIONS", "/v1/models", headers=headers)
         assert not any(name.startswith("access-control") for name in answered)
+
+
+def test_hosts(locked, server):
+    """A site whose name is made to lead to this machine (DNS rebinding) gets nothing from a server without a key."""
+    for host in ("127.0.0.1", "localhost:8000", "brisk.localhost", "[::1]:8000", "192.168.1.7:80"):
+        assert server.request("GET", "/v1/models", headers={"Host": host})[0] == 200
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "é"):
+        for path in ("/", "/v1/models", "/metrics"):
+            status, _, data = server.request("GET", path, headers={"Host": host.encode()})
+            assert status == 403 and "host" in json.loads(data)["error"]["message"]
+    headers = {"Host": "evil.example", "Authorization": "Bearer first-key"}
+    assert locked.request("GET", "/v1/models", headers=headers)[0] == 200
+
+
+def test_hosts_of_origins():
+    access = Access(origins=("https://chat.example",), local=True)
+    assert access.expects(b"chat.example") and not access.expects(b"other.example")
+    assert Access(origins=("*",), local=True).expects(b"other.example")
+
+
+def test_head(server):
+    for path in ("/", "/health"):
+        status, headers, data = server.request("HEAD", path)
+        assert status == 200 and int(headers["content-length"]) > 0 and not data
 
 
 # ---------------------------------------------------------------- clients that leave, or do not read
