@@ -191,6 +191,11 @@ class Model:
         """The target's."""
         return self.target.tokenizer
 
+    @property
+    def sees(self) -> bool:
+        """Whether messages may have images: the chat template has to mark their places."""
+        return self.target.images is not None and self.tokenizer.has_chat_template
+
 
 def make_model(
     name: str,
@@ -285,8 +290,7 @@ def render(
 ) -> "tuple[str, list[int], tuple[ImageInput, ...]]":
     """The text, the tokens and the images of a chat's prompt. A model without a chat template continues what was
     said."""
-    sees = model.target.images is not None and model.tokenizer.has_chat_template
-    messages = check_messages(body.messages, model.form, sees)
+    messages = check_messages(body.messages, model.form, model.sees)
     if model.merges_system:
         messages = merged_system(messages)
     if not model.tokenizer.has_chat_template:

@@ -122,7 +122,8 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
         if name != model.name:
             raise HTTPException(404, "there is no model of this name; /v1/models lists what there is")
         owner, length = "gpt-brisk", model.target.limit
-        return {"id": model.name, "object": "model", "created": created, "owned_by": owner, "max_model_len": length}
+        senses = {"input_modalities": ["text", "image"] if model.sees else ["text"], "max_model_len": length}
+        return {"id": model.name, "object": "model", "created": created, "owned_by": owner} | senses
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:

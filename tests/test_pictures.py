@@ -291,6 +291,11 @@ def test_data_urls(server, made):
     assert other_bytes.usage.prompt_tokens_details.cached_tokens < 54
 
 
+def test_the_model_says_that_it_sees(server):
+    (model,) = server.client().models.list().data
+    assert model.input_modalities == ["text", "image"]
+
+
 def test_several_choices_and_a_stream(server, made):
     content = [part(data_url()), text("x")]
     said = expected(made, content, [PICTURE])
