@@ -323,11 +323,12 @@ def test_beams(both, engine):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_for_an_image(tmp_path):
-    """Rows with and without images take the steps that were compiled before."""
+def test_nothing_is_compiled_for_an_image(tmp_path, monkeypatch):
+    """Prompts with and without images take the prefill and the steps that were compiled before."""
+    monkeypatch.setattr("engine.PREFILL_LENGTHS", (64,))
     made = make("qwen2_5_vl", tmp_path / "hf")
     folder = converted(made, tmp_path / "ours")
-    engine, tokenizer = Engine(load_model(folder), compile=True), load_tokenizer(folder)
+    engine, tokenizer = Engine(load_model(folder), compile=True, compile_prefill=True), load_tokenizer(folder)
     requests = [request(folder, *case) for case in CASES.values()]
     set_up(engine, requests, batch_size=2, max_seq_length=512)
     engine.warm_up()
@@ -418,6 +419,7 @@ def test_tensors_that_are_missing_or_misshapen(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("both", KINDS[1:], indirect=True)
 def test_two_ranks(both, files, script, tmp_path):
     """Each sees all of an image, which rank 0 has read."""
     _, folder = both
