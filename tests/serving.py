@@ -105,7 +105,7 @@ class Server:
         connection.settimeout(60)
         connection.connect((self.host, self.port))
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         return connection
 

@@ -668,7 +668,7 @@ def test_a_body_that_is_too_large(server):
     assert status == 413 and "MiB" in json.loads(answer)["error"]["message"]
     chunked = b"".join(b"100000\r\n" + b"a" * (1 << 20) + b"\r\n" for _ in range(9)) + b"0\r\n\r\n"
     with socket.create_connection((server.host, server.port), timeout=30) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + chunked)
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
