@@ -32,7 +32,6 @@ COMMANDS = ("/image", "/set", "/show", "/system", "/clear", "/help", "/exit", "/
 QUOTES = '"""'
 REPLY_SHARE = 4  # a reply has room for this fraction of the context, or for max_new_tokens if those are fewer
 
-
 Content = str | list[dict[str, Any]]  # of a message: its text, or parts
 Prompt = tuple[list[int], "tuple[ImageInput, ...]"]
 

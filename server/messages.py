@@ -14,6 +14,7 @@ from typing import Any
 from errors import UserError
 from server.toolcalls import NAME
 
+MAX_IMAGES = 64  # of a request: each may be as large as ever, or have to be fetched
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = {  # beside "role" and "content"
     "system": ("name",),
@@ -34,6 +35,10 @@ def check_messages(messages: Any, form: str | None = None, sees: bool = False) -
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message; give it one")
     checked = [check_message(message, f"messages[{i}]", sees) for i, message in enumerate(messages)]
+    contents = [message["content"] for message in checked if isinstance(message["content"], list)]
+    images = sum(part["type"] == "image_url" for content in contents for part in content)
+    if images > MAX_IMAGES:
+        raise UserError(f"messages have {images} images, more than {MAX_IMAGES}; send fewer")
     if form in ("mistral", "mistral_args"):
         for message in checked:
             shorten_ids(message)

@@ -316,6 +316,7 @@ def test_several_choices_and_a_stream(server, made):
         ([{"type": "image_url"}], "image_url"),
         ([{"type": "input_audio", "input_audio": {}}], "'text' or 'image_url'"),
         ([part(data_url())] * 14, "of 14 images"),
+        ([part("data:")] * 65, "65 images, more than 64"),
         ([part(data_url()), text("<|image_pad|>")], "2 places for 1 images"),
     ],
 )
