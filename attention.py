@@ -61,6 +61,7 @@ def rope_angles(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [B, S, 1, rotary_dim / 2], of positions [B, S]; `padding` is the padding position.
 
+    Positions may be [3, B, S]: in time, down and across an image, see RopeConfig.sections.
     `dynamic` and `longrope` depend on the length `reached` [B] by each row, by default with these positions; keys in
     the cache stay as they are.
     """
@@ -77,7 +78,12 @@ def rope_angles(
             freqs = freqs * growth**-exponent
         else:
             freqs = torch.where(reached > rope.original_length, freqs[1], freqs[0])
-    angles = input_pos[:, :, None].float() * freqs
+    if input_pos.ndim == 3:
+        turns = torch.tensor(rope.sections, device=freqs.device)
+        of_pair = (torch.arange(len(turns), device=freqs.device) % 3).repeat_interleave(turns)
+        angles = input_pos[of_pair].permute(1, 2, 0).float() * freqs
+    else:
+        angles = input_pos[:, :, None].float() * freqs
     return (angles.cos() * rope.attention_factor)[:, :, None], (angles.sin() * rope.attention_factor)[:, :, None]
 
 

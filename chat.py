@@ -8,14 +8,18 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import Engine, Request
 from errors import UserError, log
-from prompts import SETTINGS, Target, check_settings, make_request
+from prompts import SETTINGS, Target, check_settings, encode_chat, make_request, read_images, told
 from scheduler import Token, generate
 
-HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop ["\\n", "User:"]
+if TYPE_CHECKING:
+    from images import ImageInput
+
+HELP = """/image PATH       show the model an image with the next message: before it, or where <image> stands in it
+/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop ["\\n", "User:"]
 /set NAME null    what the setting was when the chat began
 /show             all settings
 /system TEXT      start anew with this system message; without TEXT, with none
@@ -24,9 +28,12 @@ HELP = """/set NAME VALUE   change a setting; VALUE is text or JSON: /set stop [
 A message that begins with a slash is written with two: //text. Text of several lines is one message where it is
 pasted, or between lines of three quotes: \"\"\". Ctrl-C ends a reply; before a message it ends the chat.
 The first message after the seed was set draws with it, each further one with the next number."""
-COMMANDS = ("/set", "/show", "/system", "/clear", "/help", "/exit", "/quit")
+COMMANDS = ("/image", "/set", "/show", "/system", "/clear", "/help", "/exit", "/quit")
 QUOTES = '"""'
 REPLY_SHARE = 4  # a reply has room for this fraction of the context, or for max_new_tokens if those are fewer
+
+Content = str | list[dict[str, Any]]  # of a message: its text, or parts
+Prompt = tuple[list[int], "tuple[ImageInput, ...]"]
 
 
 @dataclass
@@ -35,30 +42,30 @@ class Conversation:
 
     system: str | None
     variables: dict[str, Any]  # of the chat template
-    messages: list[dict[str, str]] = field(default_factory=list)  # of the user and the model, in turns
+    messages: list[dict[str, Any]] = field(default_factory=list)  # of the user and the model, in turns
     tokens: list[int] = field(default_factory=list)  # all of it, where there is no chat template
+    images: "list[ImageInput]" = field(default_factory=list)  # for the next message
     questions: int = 0  # since the seed was set
 
     def start_anew(self, system: str | None) -> None:
-        self.system, self.messages, self.tokens = system, [], []
+        self.system, self.messages, self.tokens, self.images = system, [], [], []
 
-    def prompt(self, target: Target, text: str, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of the conversation, or of these messages of it, and of the user's next words."""
+    def prompt(self, target: Target, content: Content, messages: list[dict[str, Any]]) -> Prompt:
+        """The tokens and images of the conversation, or of these messages of it, and of what the user says next."""
         tokenizer = target.tokenizer
         if not tokenizer.has_chat_template:
-            new = tokenizer.encode("\n" + text if self.tokens else text, add_special_tokens=not self.tokens)
-            return self.tokens + new
+            new = tokenizer.encode("\n" + content if self.tokens else content, add_special_tokens=not self.tokens)
+            return self.tokens + new, ()
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *messages, {"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(messages, variables=self.variables)
-        return tokenizer.encode(rendered, add_special_tokens=False)
+        messages = [*system, *messages, {"role": "user", "content": content}]
+        return encode_chat(target, messages, self.variables, tokenizer.encode)[1:]
 
-    def fitting_prompt(self, target: Target, text: str, wanted: int) -> tuple[list[int], list[dict[str, str]]]:
+    def fitting_prompt(self, target: Target, content: Content, wanted: int) -> tuple[Prompt, list[dict[str, Any]]]:
         """A prompt with room for `wanted` tokens behind it, and the messages that are in it. Where all of them leave
         less, the first are left out, a few more than need be, since what follows has to be prefilled again. UserError
         where the words alone leave no room."""
         messages, limit = self.messages, target.limit
-        ids = self.prompt(target, text, messages)
+        ids, images = self.prompt(target, content, messages)
         if limit - len(ids) < wanted:
             wanted += limit // REPLY_SHARE
             if not target.tokenizer.has_chat_template and self.tokens:
@@ -67,10 +74,10 @@ class Conversation:
                 ids = bos + ids[len(ids) - kept :]
             while limit - len(ids) < wanted and messages:
                 messages = messages[2:]
-                ids = self.prompt(target, text, messages)
+                ids, images = self.prompt(target, content, messages)
         if len(ids) >= limit:
-            raise UserError(f"these {len(ids)} tokens leave no room in {limit}; give a shorter text")
-        return ids, messages
+            raise UserError(f"these {len(ids)} tokens{told(images)} leave no room in {limit}; give a shorter text")
+        return (ids, images), messages
 
 
 def write(text: str) -> None:
@@ -120,10 +127,12 @@ def run_command(
     """Does what `/COMMAND REST` says -> the settings from now on."""
     if command not in COMMANDS:
         raise UserError(f"{command} is not a command; /help lists them, //... is a message that begins with a slash")
-    if rest and command not in ("/set", "/system"):
+    if rest and command not in ("/image", "/set", "/system"):
         raise UserError(f"{command} stands alone; for a message that begins with a slash write //...")
     if command == "/clear":
         conversation.start_anew(conversation.system)
+    elif command == "/image":
+        show(engine, target, conversation, rest)
     elif command == "/system":
         if not target.tokenizer.has_chat_template:
             raise UserError("this model has no chat template for a system message; write it as text")
@@ -141,13 +150,32 @@ def run_command(
     return settings
 
 
+def show(engine: Engine, target: Target, conversation: Conversation, path: str) -> None:
+    """Reads an image for the next message."""
+    if not path:
+        raise UserError("/image needs the path of a file; name one")
+    if not target.tokenizer.has_chat_template:
+        raise UserError("this model has no chat template to show it images by; use one that is trained to chat")
+    part = {"type": "image", "image": path}
+    message = engine.group.from_rank_0(lambda: read_images([{"role": "user", "content": [part]}], target)[0])
+    image = message["content"][0]["image"]
+    conversation.images.append(image)
+    log(f"{path} is {image.count} tokens, and goes with the next message")
+
+
 def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, conversation: Conversation) -> None:
     """Writes the model's answer to `text`, and adds both to the conversation."""
     new = make_request(target, [0], settings).max_new_tokens  # if there is room for them
-    ids, messages = conversation.fitting_prompt(target, text, min(new, target.limit // REPLY_SHARE))
+    content: Content = text
+    if conversation.images:
+        from images import with_images
+
+        content = with_images(text, conversation.images)
+        conversation.images = []
+    (ids, images), messages = conversation.fitting_prompt(target, content, min(new, target.limit // REPLY_SHARE))
     room = target.limit - len(ids)
     own = {"max_new_tokens": min(new, room), "seed": (settings["seed"] + conversation.questions) % 2**63}
-    request = make_request(target, ids, settings | own)
+    request = make_request(target, ids, settings | own, images)
     if len(messages) < len(conversation.messages) or ids[: len(conversation.tokens)] != conversation.tokens:
         log(f"the context of {target.limit} tokens is full: what was said first is forgotten")
     conversation.messages = messages
@@ -163,7 +191,7 @@ def answer(engine: Engine, target: Target, settings: dict[str, Any], text: str, 
         log(f"cut off after {request.max_new_tokens} tokens; {more}")
     said = "".join(token.text for token in reply)
     if target.tokenizer.has_chat_template:
-        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
         conversation.messages = [*messages, *turns]
     else:
         ended = reply[-1].id in request.eos_ids

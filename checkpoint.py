@@ -125,10 +125,10 @@ def load_model(
     """Loads a checkpoint, a folder or one weight file in it, for inference (eval mode, no gradients); of the ranks of
     a group each its slices.
 
-    `dtype` None keeps what is stored. On a CPU an embedding of which only rows are read stays mapped from the file; the
-    other weights are copied into huge pages, where a decode step reads them faster. Quantized layers are packed for
-    the device; `dtype` is then that of all the rest. UserError when a file or tensor is missing, unexpected or
-    misshapen, or when the memory does not suffice.
+    `dtype` None keeps what is stored. On a CPU an embedding of which only rows are read stays mapped from the file, and
+    so does what sees images, which is read where there are some; the other weights are copied into huge pages, where a
+    decode step reads them faster. Quantized layers are packed for the device; `dtype` is then that of all the rest.
+    UserError when a file or tensor is missing, unexpected or misshapen, or when the memory does not suffice.
     """
     path, device = weights_path(path), torch.device(device)
     config = load_config(path.parent)
@@ -152,6 +152,7 @@ def load_model(
     def part(name: str) -> Tensor:
         return slices.slice(name, stored[name].read())
 
+    mapped = ("tok_embeddings.weight",) if "output" in quantized or not config.tied else ()
     state = {}
     for name in stored:
         if name in packed:
@@ -159,7 +160,7 @@ def load_model(
         source = part(name)
         if device.type != "cpu":
             state[name] = source.to(device, dtype)
-        elif name == "tok_embeddings.weight" and source.dtype == dtype and ("output" in quantized or not config.tied):
+        elif source.dtype == dtype and (name in mapped or name.startswith("vision.")):
             state[name] = source
         else:
             state[name] = allocate(source.shape, dtype, device).copy_(source)

@@ -6,10 +6,10 @@ families.py says what the fields of each family mean, config_fields.py which fie
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from config_fields import FieldReader
+from config_fields import ACTIVATIONS, FieldReader
 from families import Family
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -37,11 +37,88 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()  # longrope: what divides each frequency, up to original_length ...
     long_factors: tuple[float, ...] = ()  # ... and beyond
     query_beta: float = 0.0  # queries grow by beta * log(1 + position // original_length)
+    # Of the pairs so many turn by a token's place in time, so many by that down an image, so many by that across it,
+    # and so on by turns; (): all by its place in the text, which is the same three times where there is no image.
+    sections: tuple[int, ...] = ()
 
     def by_length(self, length: int) -> bool:
         """Whether a position's angles depend on how long the text is, up to this length: then the keys of a shorter
         text do not fit, and tokens that are only proposed would change the others."""
         return self.type == "dynamic" or (self.type == "longrope" and length > self.original_length)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """What sees the images of a prompt: see vision.py."""
+
+    token: int  # the id that stands for each piece of an image
+    dim: int
+    n_layers: int
+    n_heads: int
+    ffn_dim: int
+    out_dim: int  # of the language model
+    patch: int = 14  # pixels of a side
+    frames: int = 2  # that a patch covers
+    channels: int = 3
+    merge: int = 2  # patches of a side of what becomes one token
+    norm: str = "layer"  # or "rms"
+    gated: bool = False  # feed-forwards
+    activation: str = "quick_gelu"  # or one of config_fields.ACTIVATIONS
+    theta: float = 10000.0  # of RoPE
+    window: int = 0  # patches of a side that see each other, in the layers without full attention; 0: no windows
+    full_layers: tuple[int, ...] = ()  # those with full attention, where there are windows
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], kind: str, dim: int) -> "VisionConfig":
+        """Of the fields of config.json, `vision_config` among them, of a model of this model_type and width."""
+        outer = FieldReader(config)
+        read = FieldReader(outer.value("vision_config", {}), "config.json: vision_config")
+        newer = kind == "qwen2_5_vl"
+        width, out = ("hidden_size", "out_hidden_size") if newer else ("embed_dim", "hidden_size")
+        own = read.integer(width, default=3584 if newer else 1280, maximum=2**20)
+        heads = read.integer("num_heads", default=16, maximum=2**16)
+        if own % (4 * heads):
+            raise read.error("num_heads", f"{heads} heads of {width} {own} have no pairs to rotate by two places")
+        if read.integer(out, default=dim) != dim:
+            raise read.error(out, f"{read.value(out)} is not the {dim} of the language model")
+        channels = read.integer("in_channels", default=read.integer("in_chans", default=3))
+        if channels != 3:
+            raise read.error("in_channels", f"{channels} is not supported, only 3 are")
+        rope = FieldReader(read.value("rope_parameters", {}), "config.json: vision_config: rope_parameters")
+        if rope.value("rope_type", "axial") not in ("axial", "default"):
+            raise rope.error("rope_type", f"{rope.value('rope_type')!r} is not supported, only 'axial' is")
+        activation = read.value("hidden_act", "silu" if newer else "quick_gelu")
+        known = {"quick_gelu": "quick_gelu"} | ACTIVATIONS
+        if activation not in known:
+            raise read.error("hidden_act", f"{activation!r} is not supported; supported are {', '.join(known)}")
+        options: dict[str, Any] = {}
+        layers = read.integer("depth", default=32, maximum=10_000)
+        patch, merge = read.integer("patch_size", default=14), read.integer("spatial_merge_size", default=2)
+        if newer:
+            full = read.value("fullatt_block_indexes", [7, 15, 23, 31])
+            if not isinstance(full, list) or any(type(i) is not int for i in full):
+                raise read.error("fullatt_block_indexes", f"{full!r} is no list of layers")
+            window = read.integer("window_size", default=112) // merge // patch * merge
+            if not window:
+                raise read.error("window_size", f"{read.value('window_size')} is less than {merge} patches of {patch}")
+            options = {"norm": "rms", "gated": True, "window": window, "full_layers": tuple(full)}
+            ffn = read.integer("intermediate_size", default=3420, maximum=2**22)
+        else:
+            ffn = int(own * read.number("mlp_ratio", default=4))
+        return cls(
+            token=outer.integer("image_token_id", default=151655),
+            dim=own,
+            n_layers=layers,
+            n_heads=heads,
+            ffn_dim=ffn,
+            out_dim=dim,
+            patch=patch,
+            frames=read.integer("temporal_patch_size", default=2),
+            merge=merge,
+            activation=known[activation],
+            theta=rope.number("rope_theta", default=1e4),
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +183,7 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     expert_layers: tuple[bool, ...] = ()  # those that have them
     tied: bool = False  # the output projection is the embedding
+    vision: VisionConfig | None = None  # what sees images, if it has eyes
 
     def window(self, layer: int) -> int | None:
         return self.sliding_window if self.window_layers and self.window_layers[layer] else None
@@ -182,6 +260,7 @@ class ModelConfig:
             experts=experts,
             expert_layers=expert_layers,
             tied=read.flag("tie_word_embeddings"),
+            vision=VisionConfig.from_hf(read.config, read.value("model_type"), dim) if family.sees else None,
             **options,
         )
         if config.learned_positions and config.context_length > 2**20:
@@ -237,6 +316,12 @@ def read_ropes(
         if not isinstance(value, dict):
             raise read.error(name, "is not an object")
     where = "rope_scaling" if older else "rope_parameters" if newer else "rope"
+    if family.sees:
+        given, sections = read_sections(read, older or newer, where, rotary_dim // 2)
+        rope = read_rope(read, given, where, "rope_theta", max_positions, rotary_dim)
+        if rope.by_length(2**31):
+            raise read.error(where, f"rope_type {rope.type!r} is not supported where places are of images")
+        return replace(rope, sections=sections), None
     if not family.window_theta:
         return read_rope(read, older or newer, where, "rope_theta", max_positions, rotary_dim), None
     kinds = {"full_attention", "sliding_attention"}
@@ -248,6 +333,19 @@ def read_ropes(
     rope = read_rope(read, full, where, "rope_theta", max_positions, rotary_dim)
     other = read_rope(read, local, where, family.window_theta, max_positions, rotary_dim)
     return rope, None if other == rope else other
+
+
+def read_sections(
+    read: FieldReader, given: dict[str, Any], where: str, pairs: int
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Qwen2-VL's M-RoPE, https://arxiv.org/abs/2409.12191: the other fields, and RopeConfig.sections of its own."""
+    fields = {name: value for name, value in given.items() if name != "mrope_section"}
+    kinds = {name: "default" for name in ("type", "rope_type") if fields.get(name) == "mrope"}
+    sections = given.get("mrope_section") or [16, 24, 24]
+    numbers = isinstance(sections, list) and all(type(count) is int and count > 0 for count in sections)
+    if not numbers or sum(sections) != pairs:
+        raise read.error(f"{where}: mrope_section", f"{sections!r} is no list of numbers that add up to {pairs} pairs")
+    return fields | kinds, tuple(sections)
 
 
 def read_rope(

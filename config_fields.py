@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from errors import UserError
-from families import FAMILIES, REASONS, WRAPPERS, Family
+from families import FAMILIES, WRAPPERS, Family
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -34,6 +34,11 @@ READ = {
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "quantization_config",
     "compression_config", "text_config",
 }  # fmt: skip
+
+# The ids of what stands before, behind and for images; chat templates write them.
+VISION_TOKENS = (
+    "image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id",
+)  # fmt: skip
 
 # Fields of some families, or of transformers itself, that change what is computed: the value with which they do not,
 # beside null, false, 0 and what is empty. Families that read them are not concerned.
@@ -79,6 +84,23 @@ IGNORED = {
     "seq_aux", "norm_topk_prob", "moe_intermediate_size", "router_aux_loss_coef",
 }  # fmt: skip
 
+# Why families are refused that are not in families.py.
+LINEAR = "its linear attention or state-space layers have no keys and values to cache"
+LATENT = "its latent attention (MLA) keeps compressed keys and values"
+REASONS = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv",
+                     "nemotron_h", "recurrent_gemma", "qwen3_next", "lfm2", "granitemoehybrid", "minimax",
+                     "kimi_linear", "olmo_hybrid"), LINEAR),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "glm4_moe_lite"), LATENT),
+    **dict.fromkeys(("bert", "roberta", "t5", "bart", "whisper", "clip"), "it is no decoder-only language model"),
+    "gemma3n": "its layers share caches and have inputs of their own",
+    "gemma4": "its layers share caches and have heads of several sizes",
+    "llama4": "its attention is cut in chunks",
+    "bloom": "its attention is biased by distance (ALiBi)",
+    "mpt": "its attention is biased by distance (ALiBi)",
+    "falcon": "its attention may be biased by distance (ALiBi)",
+}  # fmt: skip
+
 
 def unknown_fields(config: dict[str, Any]) -> list[str]:
     """The fields of a parsed config.json of which it is not known whether they matter, without those that are empty."""
@@ -96,6 +118,8 @@ def read_by(family: Family) -> set[str]:
         names.add("sliding_window_pattern")
     if family.rotated == "listed":
         names |= {"no_rope_layers", "no_rope_layer_interval"}
+    if family.sees:
+        names |= {"vision_config", *VISION_TOKENS}
     if family.experts:
         names |= {*vars(family.experts).values(), "num_experts_per_tok", "scoring_func"}
     if "decoder_sparse_step" in family.defaults:
@@ -105,16 +129,22 @@ def read_by(family: Family) -> set[str]:
 
 def text_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a parsed config.json that concern text: of a nested `text_config` too, where the outer ones are
-    silent. Of a model with eyes they are those of the nested one, and outer ones where that is silent."""
-    nested = config.get("text_config")
+    silent. Of a model with eyes they are those of the nested one, and outer ones where that is silent; what it sees by
+    if that is used."""
+    nested, kind = config.get("text_config"), config.get("model_type")
     if not isinstance(nested, dict):
         return dict(config)
-    if config.get("model_type") not in WRAPPERS:
+    sees = FAMILIES.get(str(kind), Family("")).sees
+    if kind not in WRAPPERS and not sees:
         return nested | config
     outer = ("architectures", "tie_word_embeddings", "quantization_config", "eos_token_id", "bos_token_id", "dtype",
              "torch_dtype", "transformers_version")  # fmt: skip
-    fields = {"tie_word_embeddings": True} | {name: config[name] for name in outer if name in config}
-    return fields | nested | {"architectures": []}
+    fields = {name: config[name] for name in outer if name in config}
+    if sees:
+        own = {name: config[name] for name in ("vision_config", *VISION_TOKENS) if name in config}
+        tied = any(part.get("tie_word_embeddings") is True for part in (config, nested))
+        return nested | fields | own | {"model_type": kind, "tie_word_embeddings": tied}
+    return {"tie_word_embeddings": True} | fields | nested | {"architectures": []}
 
 
 def _is_empty(value: Any) -> bool:

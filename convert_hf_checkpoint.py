@@ -40,9 +40,9 @@ import checkpoint
 from arguments import add_threads
 from config import ModelConfig
 from errors import ArgumentParser, UserError, log
-from families import FAMILIES, WRAPPERS
+from families import FAMILIES
 from files import check_disk, gb, link_or_copy, read_json, replace_folder, write_atomically
-from formats.hub import CONFIG_FILES, TOKENIZER_FILES, cached, download
+from formats.hub import CONFIG_FILES, IMAGE_FILES, TOKENIZER_FILES, cached, download
 from formats.names import Piece, plan_tensors, settle_tie
 from formats.packed import Packed, slices
 from formats.source import Source, open_source
@@ -55,6 +55,8 @@ from writer import write_safetensors
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+COPIED = (*CONFIG_FILES, *TOKENIZER_FILES, *IMAGE_FILES)  # as they are
 
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what is written: name -> dtype and shape
 
@@ -73,6 +75,13 @@ def choose_dtype(config: dict[str, Any], plan: Mapping[str, list[Piece]]) -> tor
         embedding = plan["tok_embeddings.weight"][0].tensor
         stored = {named or (torch.bfloat16 if isinstance(embedding, Packed) else embedding.dtype)}
     return torch.float32 if stored == {torch.float64} else stored.pop()
+
+
+def set_options(raw_config: dict[str, Any], **options: Any) -> None:
+    """Sets them in a config.json, which may have those of the language part apart."""
+    for fields in (raw_config, raw_config.get("text_config")):
+        if isinstance(fields, dict):
+            fields.update(options)
 
 
 def check_tokenizer(source: Source, config: ModelConfig) -> None:
@@ -141,17 +150,18 @@ def write_checkpoint(
     declared = ModelConfig.from_hf(source.config)
     config, tensors = settle_tie(declared, source.tensors, source.names)
     raw_config = copy.deepcopy(source.config)
-    own = raw_config["text_config"] if raw_config.get("model_type") in WRAPPERS else raw_config
     if config.tied != declared.tied:
-        own["tie_word_embeddings"] = config.tied
+        set_options(raw_config, tie_word_embeddings=config.tied)
     keep_quantized = not adapters and (source.method != "gguf" or dtype is None)
     plan = plan_tensors(config, tensors, source.names, keep_quantized)
     dtype = dtype or choose_dtype(raw_config, plan)
     if adapters:
         tied, vocab_size = config.tied, config.vocab_size
         config, plan = merge(config, plan, [(read_adapter(path, raw_config, base), by) for path, by in adapters])
-        own |= {"tie_word_embeddings": config.tied} if config.tied != tied else {}
-        own |= {"vocab_size": config.vocab_size} if config.vocab_size != vocab_size else {}
+        if config.tied != tied:
+            set_options(raw_config, tie_word_embeddings=config.tied)
+        if config.vocab_size != vocab_size:
+            set_options(raw_config, vocab_size=config.vocab_size)
     check_tokenizer(source, config)
 
     stored, quantized = stored_tensors(config, plan, dtype)
@@ -168,7 +178,7 @@ def write_checkpoint(
         kept.extend(reusable_files(out, plan, stored, dtype_name, overwrite))
         for name in kept:
             link_or_copy(path / name, folder / name)
-        for name in (*CONFIG_FILES, *TOKENIZER_FILES):
+        for name in COPIED:
             if (source.folder / name).is_file():
                 with write_atomically(folder / name) as file:
                     file.write((source.folder / name).read_bytes())
@@ -179,7 +189,7 @@ def write_checkpoint(
         if not weight_files(folder):
             check_disk(size, path)
             write_weights(folder, plan, stored, metadata, shard_bytes)
-        if replaced := [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if kept and differ(path, folder, name)]:
+        if replaced := [name for name in COPIED if kept and differ(path, folder, name)]:
             log(f"warning: {', '.join(replaced)} in {out} differed from the source, and is now as there")
 
     replace_folder(path, check_replaceable, write)
@@ -355,7 +365,7 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path} is a file; name another folder as --out")
     entries, has_weights = sorted(path.iterdir()), False
     for entry in entries:
-        ours = entry.name in (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
+        ours = entry.name in (*COPIED, "model.safetensors.index.json")
         ours = ours or re.fullmatch(r"\.\S+\.tmp", entry.name)  # of a killed run
         if entry.suffix == ".safetensors":
             ours = has_weights = is_our_file(entry)

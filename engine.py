@@ -33,13 +33,15 @@ from kernels import Int4Linear, Int8Linear
 from kernels.experts import Int4Experts, Int8Experts
 from lora_layers import Adapters, LowRank
 from model import Experts, Transformer, cache_slots
-from prefix import Places
+from prefix import Places, compared
 from sampling import Sampler, SamplingParams, logprobs
 from speculate import AUTO, CATCH_UP, DRAFT_LAG, Pace, catch_up, decode_step, in_vocabulary, scored
 from tp import ALONE
+from vision import Sight
 
 if TYPE_CHECKING:
     from grammar import Constraint
+    from images import ImageInput
 
 QUANTIZED = (Int8Linear, Int4Linear, Int8Experts, Int4Experts)
 PREFILL_LENGTHS = (32, 128, 512)  # tokens a chunk; a compiled prefill pads to one of them, so it compiles these shapes
@@ -58,6 +60,7 @@ class Request:
     echo: bool = False  # yields the prompt's tokens too, with their log-probabilities
     grammar: "Constraint | None" = None  # what the text has to match, from grammar.Grammars
     adapter: str | None = None  # the name of one of the engine's adapters
+    images: "tuple[ImageInput, ...]" = ()  # in the order of their places in the prompt
 
 
 @dataclass
@@ -173,6 +176,7 @@ class Engine:
         if compile_prefill and self.device.type == "cpu":
             prepare_compiler()
         self._hidden = {model: model.hidden for model in self.models}
+        self._sights = {model: Sight(model) for model in self.models}
         self.stats = Stats()
 
     def _check_speculation(self, length: int) -> None:
@@ -261,7 +265,7 @@ class Engine:
         """Gives one of the free rows to a request -> the row. What any row holds of the prompt is in it then: the first
         tokens, those of `places[row]`. To echo, all have to be run."""
         adapter = self.adapters.identity(request.adapter)
-        row, source, shared = self.places.choose([] if request.echo else request.prompt, free, adapter)
+        row, source, shared = self.places.choose([] if request.echo else compared(request), free, adapter)
         place = self.places[row]
         if shared == 0:
             place.written = 0
@@ -269,7 +273,7 @@ class Engine:
             place.tokens = []  # Ctrl-C may end this in the middle
             self.copy_row(source, row, 0, shared)
             place.written = self.places[source].written
-        place.tokens, place.drafted = request.prompt[:shared], max(shared - CATCH_UP, 0)
+        place.tokens, place.drafted = compared(request)[:shared], max(shared - CATCH_UP, 0)
         place.prompt_length, place.adapter = len(request.prompt), adapter
         self.adapters.give(row, request.adapter)
         self.places.touch(row)
@@ -289,15 +293,16 @@ class Engine:
         end = len(prompt) if most is None else min(begin + most, len(prompt))
         place.written = max(place.written, end)
         self.adapters.use([row])
-        hidden = self._run(self.model, row, prompt, begin, end, request.echo)
+        hidden = self._run(self.model, row, request, begin, end, request.echo)
         if self.draft is not None:
-            self._run(self.draft, row, prompt, min(place.drafted, end - 1), end, every=False)
+            self._run(self.draft, row, request, min(place.drafted, end - 1), end, every=False)
             place.drafted = end
-        place.tokens = prompt[:end]
+        place.tokens = compared(request)[:end]
         return hidden
 
-    def _run(self, model: Transformer, row: int, prompt: list[int], begin: int, end: int, every: bool) -> Tensor:
+    def _run(self, model: Transformer, row: int, request: Request, begin: int, end: int, every: bool) -> Tensor:
         """Runs tokens begin:end of a prompt in a row -> hidden [1, dim] of the last one, or [S, dim] of every one."""
+        prompt, sight = request.prompt, self._sights[model]
         chunk = PREFILL_LENGTHS[-1]
         reached = torch.tensor([len(prompt)], device=self.device) if model.config.by_length(len(prompt)) else None
         pads = self.fixed_lengths and not every
@@ -307,6 +312,7 @@ class Engine:
             ids = prompt[first : min(first + chunk, end)]
             count = len(ids)
             padding = fixed_length(count) - count if pads else 0
+            seen = sight.look(row, request, first, first + count, padding)
             positions = [*range(first, first + count), *[model.max_seq_length] * padding]  # padding: the spare slot
             input_ids = torch.tensor([ids + [0] * padding], device=self.device)
             if model is self.draft:
@@ -317,10 +323,11 @@ class Engine:
                 for tensor in (input_ids, input_pos):
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
             if every:
-                hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows, reached)[0])
+                hidden.append(model.hidden(input_ids, input_pos, key_pos, None, rows, reached, seen)[0])
             else:
                 only = torch.tensor([count - 1], device=self.device)
-                hidden = [self._hidden[model](input_ids, input_pos, key_pos, only, rows, reached)[0]]
+                hidden = [self._hidden[model](input_ids, input_pos, key_pos, only, rows, reached, seen)[0]]
+        sight.leave(row, request, end)
         return torch.cat(hidden)
 
     @torch.no_grad()
@@ -406,6 +413,8 @@ class Engine:
         for model in self.models:
             for layer in model.layers:
                 layer.attention.kv_cache.copy_row(source, row, begin, end)
+            if model.rope_offset is not None:
+                model.rope_offset[row] = model.rope_offset[source]
 
     @without_collection()
     def warm_up(self, prompt_length: int | None = None, constrained: bool = False) -> float:
@@ -420,9 +429,10 @@ class Engine:
                 lengths = (min(prompt_length, chunk + prompt_length % chunk),)
         params = SamplingParams(temperature=0 if self.sampler.plain else 1)
         with kernels_together() if self.fixed_lengths and self.device.type == "cpu" else contextlib.nullcontext():
-            for length in lengths:
+            for length, images in itertools.product(lengths, self._sights[self.model].samples()):
                 self.forget()
-                self.start(0, Request([0] * min(length, self.model.max_seq_length), params, 1))
+                prompt = [0] * min(length, self.model.max_seq_length)
+                self.start(0, Request(prompt, params, 1, images=images))
         choices = sorted({*self.pace.choices, *([0] if constrained else [])})
         for count, k in itertools.product(self.row_counts, choices):
             rows = list(range(count))
@@ -453,8 +463,7 @@ def weight_bytes(model: Transformer) -> int:
     for layer in model.modules():
         if isinstance(layer, LowRank):
             unread += layer.weight_bytes - layer.weight_bytes // len(layer.a)
-    if model.pos_embeddings is not None:
-        unread += model.pos_embeddings.weight.nbytes
+    unread += sum(resident_bytes(part) for part in (model.pos_embeddings, model.vision) if part is not None)
     experts = model.config.experts
     if experts is not None:
         stacked = sum(resident_bytes(module) for module in model.modules() if isinstance(module, Experts))

@@ -2,7 +2,6 @@
 
     FAMILIES["gemma2"].options                               # {"norm": "rms_plus_one", "norm_place": "both", ...}
     FAMILIES["gemma2"].names.parts["ffn_norm"]               # ["pre_feedforward_layernorm"]
-    REASONS["mamba"]                                         # why a model_type is refused
 
 A family that needs no new option of config.ModelConfig is an entry here, and a line in the tests.
 """
@@ -65,6 +64,7 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=dict)  # what `hidden_act` means here and nowhere else
     ignores: tuple[str, ...] = ()  # fields that do not matter here
     architectures: tuple[str, ...] = ()  # classes beside the one that is called like the family
+    sees: bool = False  # images, by what `vision_config` says; `text_config` may hold the other fields
     ffn_rule: str = ""  # of intermediate_size where it is missing: "8/3", rounded up to a multiple of 64, or "4"
     names: Names = Names({})
 
@@ -130,6 +130,12 @@ QWEN = size(151936, 4096, 22016, 32, 32, 32, 32768) | {
     "rms_norm_eps": 1e-6, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False,
 }  # fmt: skip
 QWEN_EXPERTS = ("num_experts", "moe_intermediate_size", "norm_topk_prob")
+QWEN_VL: dict[str, Any] = {  # of Family
+    "defaults": QWEN | size(152064, 8192, 29568, 80, 64, 8, 32768) | {
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80,
+    },
+    "options": {"qkv_bias": True}, "windows": "late", "sees": True, "names": HF,
+}  # fmt: skip
 MISTRAL = size(32000, 4096, 14336, 32, 32, 8, 131072) | {"rms_norm_eps": 1e-6, "sliding_window": 4096}
 GRANITE = {
     "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
@@ -180,6 +186,8 @@ FAMILIES = {
         windows="late",
         names=HF,
     ),
+    "qwen2_vl": Family("Qwen2-VL, with its eyes", architectures=("Qwen2VLForConditionalGeneration",), **QWEN_VL),
+    "qwen2_5_vl": Family("Qwen2.5-VL, with its eyes", architectures=("Qwen2_5_VLForConditionalGeneration",), **QWEN_VL),
     "gemma": Family(
         "Gemma 1, CodeGemma",
         defaults=size(256000, 3072, 24576, 28, 16, 16, 8192) | GEMMA_SIZE,
@@ -478,21 +486,5 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
-# Why others are refused.
-LINEAR = "its linear attention or state-space layers have no keys and values to cache"
-LATENT = "its latent attention (MLA) keeps compressed keys and values"
-REASONS = {
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv",
-                     "nemotron_h", "recurrent_gemma", "qwen3_next", "lfm2", "granitemoehybrid", "minimax",
-                     "kimi_linear", "olmo_hybrid"), LINEAR),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "glm4_moe_lite"), LATENT),
-    **dict.fromkeys(("bert", "roberta", "t5", "bart", "whisper", "clip"), "it is no decoder-only language model"),
-    "gemma3n": "its layers share caches and have inputs of their own",
-    "gemma4": "its layers share caches and have heads of several sizes",
-    "llama4": "its attention is cut in chunks",
-    "bloom": "its attention is biased by distance (ALiBi)",
-    "mpt": "its attention is biased by distance (ALiBi)",
-    "falcon": "its attention may be biased by distance (ALiBi)",
-}  # fmt: skip
-# Models with eyes: of these the language part is run, whose config is nested as `text_config`.
+# Models with eyes that are not used: of these the language part is run, whose config is nested as `text_config`.
 WRAPPERS = ("gemma3", "mistral3")

@@ -49,6 +49,7 @@ from prompts import (
     check_settings,
     default_settings,
     draw_seed,
+    image_options,
     make_request,
     read_jobs,
     read_text,
@@ -61,23 +62,26 @@ CHAT_LENGTH = 4096  # what a conversation has room for by default
 CHAT_WORDS = (64, 16)  # so many bad words, of so many tokens, may be set in a chat
 SPECULATION, OUTPUT = ("draft_checkpoint_path", "prompt_lookup"), ("num_samples", "batch_size", "logprobs", "echo")
 WITHOUT = {  # what does not go together
-    "interactive": ("json", "num_beams", "chat", *OUTPUT),
+    "interactive": ("json", "num_beams", "chat", "image", *OUTPUT),
+    "image": ("prompt_file", "prompt_text_file"),
     "num_beams": (*NO_BEAMS, *SPECULATION, *OUTPUT, "prompt_cache"),
 }
 NEEDS = {  # what has a meaning only beside one of these
-    "system": ("chat", "interactive"),
-    "template_vars": ("chat", "interactive", "prompt_file"),
+    "system": ("chat", "interactive", "image"),
+    "template_vars": ("chat", "interactive", "prompt_file", "image"),
     "adapter_scale": ("adapters",),
     "length_penalty": ("num_beams",),
     "early_stopping": ("num_beams",),
     "num_return_sequences": ("num_beams",),
     "logprobs": ("json",),
     "skip_bad_lines": ("prompt_file",),
+    "image": ("prompt",),
     "speculate_k": SPECULATION,
     "draft_tp": ("draft_checkpoint_path",),
 }
 # What may differ between ranks, which may be on different machines.
-ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "adapters", "prompt_file", "prompt_text_file", "profile")
+FILES = ("prompt_file", "prompt_text_file", "image", "profile")
+ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "adapters", *FILES)
 RANGES = {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, DECODE_QUERIES - 1)}
 
 
@@ -135,6 +139,13 @@ def parse_args() -> argparse.Namespace:
         "--interactive", action="store_true", help="a chat (through the chat template, if there is one)"
     )
     add("--chat", action="store_true", help="render each prompt by the chat template, as a user's message")
+    add(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="an image that the prompt is about, once for each: before its text, or where <image> stands in it; it is "
+        "then rendered as by --chat",
+    )
     add("--system", metavar="TEXT", help="the system message of --chat and --interactive")
     add(
         "--template_vars",
@@ -257,8 +268,8 @@ def run(args: argparse.Namespace, group: Group) -> None:
     limit = args.max_seq_length or context
     if args.interactive and not args.max_seq_length:
         limit = cache_length(max(CHAT_LENGTH, 2 * (args.max_new_tokens or 0)), context)
-    limited_by = "context" if limit == context else "cache"
-    target = Target(tokenizer, config.vocab_size, eos_ids, limit, limited_by, tuple(adapters))
+    limited_by, images = "context" if limit == context else "cache", image_options(path.parent, config)
+    target = Target(tokenizer, config.vocab_size, eos_ids, limit, limited_by, tuple(adapters), images)
     if args.interactive and settings["seed"] is None:
         settings["seed"] = group.from_rank_0(draw_seed)
     jobs = [] if args.interactive else group.from_rank_0(lambda: read_jobs(args, target, settings))

@@ -108,7 +108,9 @@ def quantized_shapes(
 
 def is_quantizable(layer: str, shape: tuple[int, ...]) -> bool:
     """Whether a layer with a weight of this shape may be quantized: all that multiply, but for what chooses among
-    experts."""
+    experts and what sees images."""
+    if layer.startswith("vision."):
+        return False
     is_embedding = layer in ("tok_embeddings", "pos_embeddings")
     chooses = layer.endswith((".router", ".shared_gate"))
     return len(shape) in (2, 3) and not is_embedding and not chooses and not layer.endswith("_norm")

@@ -25,6 +25,7 @@ from attention import (
     seen_by,
 )
 from config import ModelConfig
+from vision import Seen, VisionTransformer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers
@@ -328,6 +329,9 @@ class Transformer(nn.Module):
         self.norm = Norm(config, config.dim, bias=config.norm_bias)
         self.output = None if config.tied else Linear(config.dim, config.vocab_size, config.output_bias)
         self.vocabulary: nn.Module | None = None  # where this process has a slice of it: tp.AllGather
+        self.vision = None if config.vision is None else VisionTransformer(config.vision)
+        # int64 [rows]: how far from its position a row's text, behind images, is rotated. None: there can be no image.
+        self.register_buffer("rope_offset", None, persistent=False)
         self.embedding_scale = config.embedding_scale
         self.max_batch_size = self.max_seq_length = 0
 
@@ -346,6 +350,8 @@ class Transformer(nn.Module):
             layer.attention.kv_cache = KVCache(shape, weight.dtype, weight.device, padding)
         self.setup_rope(weight.device)
         self.register_buffer("key_pos", torch.arange(max_seq_length, device=weight.device), persistent=False)
+        if config.rope.sections:
+            self.rope_offset = torch.zeros(max_batch_size, dtype=torch.int64, device=weight.device)
         # As transformers has it, in the dtype of the weights.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=weight.dtype).item()
 
@@ -370,14 +376,18 @@ class Transformer(nn.Module):
         only: Tensor | None = None,
         rows: Tensor | None = None,
         reached: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> Tensor:
         """The normalized output of the last layer, [B, S, dim]; with `only` [B] that of one token a row, [B, 1, dim].
 
         A prefill needs no more, and saves most of the last layer's work. `rows` [B] are the rows of the cache that the
         tokens belong to, by default the first B. `reached` [B]: see rope_angles; of a prompt in chunks its length.
+        `seen`: the images among the tokens, of one row.
         """
         x = self.embed(tokens, input_pos)
-        angles = self.angles(input_pos, reached)
+        if seen is not None:
+            x = torch.where(seen.places[..., None], seen.embeddings, x)
+        angles = self.angles(self.rotated_by(input_pos, rows) if seen is None else seen.positions, reached)
         key_pos = self.key_pos if key_pos is None else key_pos
         # What padding sees does not matter, so let it be little: it would read the whole cache.
         query_pos = input_pos.masked_fill(input_pos == self.max_seq_length, 0)
@@ -395,10 +405,17 @@ class Transformer(nn.Module):
             x = x + self.pos_embeddings(input_pos.clamp(max=self.config.context_length - 1))
         return x
 
+    def rotated_by(self, input_pos: Tensor, rows: Tensor | None) -> Tensor:
+        """Positions [B, S] of text -> what it is rotated by, which differs behind images."""
+        if self.rope_offset is None:
+            return input_pos
+        offset = self.rope_offset[: len(input_pos)] if rows is None else self.rope_offset[rows]
+        return input_pos + offset[:, None]
+
     def angles(
         self, input_pos: Tensor, reached: Tensor | None = None
     ) -> list[tuple[Tensor, Tensor] | tuple[None, None]]:
-        """cos and sin of each layer at positions [B, S], None where it has no RoPE."""
+        """cos and sin of each layer at positions [B, S], or [3, B, S] with images; None where it has no RoPE."""
         config, kinds = self.config, []
         for i, rope in enumerate(config.ropes if config.rotary_dim else []):
             kinds.append(rope_angles(rope, getattr(self, f"rope_freqs_{i}"), input_pos, self.max_seq_length, reached))

@@ -13,21 +13,33 @@ beyond them, by steps that a text ended before or by a prefill that was interrup
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from config import RopeConfig
 from model import Transformer
 from speculate import CATCH_UP
+
+if TYPE_CHECKING:
+    from engine import Request
 
 # A shorter prefix is not worth it. All prompts begin with a bos token or the same tokens of a chat template, a prefill
 # of so few more takes the same time, and it rounds as that of the same prompt anywhere else does.
 LEAST_SHARED = 8
 
 
+def compared(request: "Request") -> list[int]:
+    """A prompt as others are compared with it: in the places of an image's tokens a number, below 0, of that image."""
+    tokens = list(request.prompt) if request.images else request.prompt
+    for image in request.images:
+        tokens[image.start : image.start + image.count] = [image.key] * image.count
+    return tokens
+
+
 @dataclass
 class Place:
     """What a row of the caches holds."""
 
-    tokens: list[int] = field(default_factory=list)  # whose keys and values it holds, at the positions from 0 on
+    tokens: list[int] = field(default_factory=list)  # whose keys and values it holds, from position 0 on: see compared
     drafted: int = 0  # during a prefill: how many of them the draft has seen
     # No position from here on has ever been written. Steps write some beyond the tokens, and in a ring each takes the
     # slot of an earlier one.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attention import KVCache
+from config import ModelConfig
 from engine import Engine
 from errors import UserError
 from files import check_disk
@@ -114,7 +115,7 @@ def load_row(engine: Engine, row: int, path: Path, checksums: list[str], adapter
     try:
         tokens = stored["tokens"].read().tolist()
         prompt_length = int(metadata["prompt_length"])
-        check_tokens(tokens, stored["tokens"], engine.model.config.vocab_size)
+        check_tokens(tokens, stored["tokens"], engine.model.config)
         held = Place(tokens[:limit], written=len(tokens[:limit]), prompt_length=prompt_length)
         for name, cache in caches(engine).items():
             first = load_layer(cache, row, stored[f"{name}.k"], stored[f"{name}.v"], len(tokens), len(held.tokens))
@@ -129,11 +130,11 @@ def load_row(engine: Engine, row: int, path: Path, checksums: list[str], adapter
     return len(place.tokens)
 
 
-def check_tokens(tokens: list[int], stored: StoredTensor, vocab_size: int) -> None:
+def check_tokens(tokens: list[int], stored: StoredTensor, config: ModelConfig) -> None:
     if stored.dtype != torch.int64 or len(stored.shape) != 1 or not tokens:
         raise ValueError(f"tokens are {stored.dtype} {list(stored.shape)}")
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
-        raise ValueError(f"there is no token {max(tokens)}")
+    if (min(tokens) < 0 and config.vision is None) or max(tokens) >= config.vocab_size:  # below 0 are images
+        raise ValueError(f"there is no token {min(tokens) if min(tokens) < 0 else max(tokens)}")
 
 
 def load_layer(cache: KVCache, row: int, k: StoredTensor, v: StoredTensor, count: int, wanted: int) -> int:

@@ -15,16 +15,21 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from config import ModelConfig
 from engine import Request
 from errors import UserError, log
 from files import read_bounded
 from grammar import Constraint, Grammars
 from sampling import SamplingParams
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from images import ImageInput, ImageOptions
 
 DEMO_PROMPT = "def read_lines(path):"
 
@@ -93,6 +98,7 @@ class Target:
     limit: int
     limited_by: str
     adapters: tuple[str, ...] = ()  # their names
+    images: "ImageOptions | None" = None  # how the model wants them; None: it has no eyes
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -155,7 +161,9 @@ def spell(word: str, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
     return map(tuple, spellings)
 
 
-def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) -> Request:
+def make_request(
+    target: Target, prompt: list[int], settings: dict[str, Any], images: "tuple[ImageInput, ...]" = ()
+) -> Request:
     """The request that these settings make of a prompt. UserError where they make no sense or there is no room."""
     if not prompt:
         raise UserError("the tokenizer has no tokens for the prompt; give it another")
@@ -166,8 +174,8 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) ->
         raise UserError(f"max_new_tokens {new} is out of range; it must be 1 or more")
     if new > room:
         raise UserError(
-            f"a prompt of {len(prompt)} tokens and {new} new ones exceed the {target.limited_by} of {target.limit}; "
-            "shorten the prompt or lower max_new_tokens"
+            f"a prompt of {len(prompt)} tokens{told(images)} and {new} new ones exceed the {target.limited_by} of "
+            f"{target.limit}; shorten the prompt or lower max_new_tokens"
         )
     params = sampling_params(settings, target.tokenizer)
     if params.min_new_tokens > new:
@@ -185,7 +193,33 @@ def make_request(target: Target, prompt: list[int], settings: dict[str, Any]) ->
     if adapter is not None and adapter not in target.adapters:
         there = f"there are {', '.join(target.adapters)}" if target.adapters else "there are none"
         raise UserError(f"adapter {adapter[:40]!r} is unknown, {there}; name one of them, or load it")
-    return Request(prompt, params, new, eos_ids, stop, grammar=make_constraint(target, settings), adapter=adapter)
+    grammar = make_constraint(target, settings)
+    return Request(prompt, params, new, eos_ids, stop, grammar=grammar, adapter=adapter, images=images)
+
+
+def told(images: "tuple[ImageInput, ...]") -> str:
+    """How many tokens of a prompt its images are, for a message about its length."""
+    return f" ({sum(image.count for image in images)} of them of {len(images)} images)" if images else ""
+
+
+def encode_chat(
+    target: Target, messages: list[dict[str, Any]], variables: dict[str, Any], encode: Callable[..., list[int]]
+) -> "tuple[str, list[int], tuple[ImageInput, ...]]":
+    """Messages, whose images have been read (see images.read_parts), -> the text of the prompt by the chat template,
+    its tokens by `encode` and its images. UserError as of Tokenizer.apply_chat_template, and where an image has no
+    place."""
+    images: list[ImageInput] = []
+    if holds_images(messages):
+        from images import bare  # here, as Pillow takes a while to import and only images need it
+
+        messages, images = bare(messages)
+    text = target.tokenizer.apply_chat_template(messages, variables=variables)
+    ids = encode(text, add_special_tokens=False)  # a rendered chat has its own
+    if not images:
+        return text, ids, ()
+    from images import place_images
+
+    return text, *place_images(ids, images, target.images)
 
 
 def make_constraint(target: Target, settings: dict[str, Any]) -> Constraint | None:
@@ -215,7 +249,7 @@ def read_jobs(args: argparse.Namespace, target: Target, settings: dict[str, Any]
     elif args.prompt_text_file is not None:
         text = read_text("prompt_text_file", args.prompt_text_file)
         jobs = [make_job({"prompt": text}, args, target, settings)]
-    elif not args.chat and (length := synthetic_length(args.prompt)):
+    elif not args.chat and not args.image and (length := synthetic_length(args.prompt)):
         jobs = [synthetic_job(length, target, settings)]
     elif args.prompt is None and (args.checkpoint_path is not None or args.repo is not None):
         raise UserError('nothing to continue; give --prompt "...", --prompt_file, --prompt_text_file or --interactive')
@@ -350,34 +384,69 @@ def is_message(value: Any) -> bool:
 
 
 def is_content(value: Any) -> bool:
-    """A text, or a list of parts that are texts: [{"type": "text", "text": "..."}, ...]."""
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    return all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-               for part in value)  # fmt: skip
+    """A text, or a list of parts that are texts or images: [{"type": "text", "text": "..."}, {"type": "image", "image":
+    "a.jpg"}, {"type": "image_url", "image_url": {"url": "data:..."}}]."""
+    return isinstance(value, str) or (isinstance(value, list) and all(map(is_part, value)))
+
+
+def is_part(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image", "image_url"):
+        return False
+    held = part.get(kind)
+    return isinstance(held.get("url") if kind == "image_url" and isinstance(held, dict) else held, str)
 
 
 def make_job(own: dict[str, Any], args: argparse.Namespace, target: Target, settings: dict[str, Any]) -> Job:
     """The job of a prompt with fields of its own: "prompt" or "messages", "id", "template_vars" and settings."""
-    if own.get("prompt") == "":
+    if own.get("prompt") == "" and not args.image:
         raise UserError("the prompt is empty; give it some text")
     messages = own.get("messages")
     if "template_vars" in own and messages is None and not args.chat:
         raise UserError("template_vars are for messages; add --chat, or leave them out")
-    if messages is None and args.chat:
-        messages = [{"role": "user", "content": own["prompt"]}]
+    if messages is None and (args.chat or args.image):
+        content = own["prompt"]
+        if args.image:
+            from images import with_images
+
+            content = with_images(content, args.image)
+        messages = [{"role": "user", "content": content}]
         if args.system is not None:
             messages.insert(0, {"role": "system", "content": args.system})
+    images: tuple[ImageInput, ...] = ()
     if messages is None:
         text = own["prompt"]
+        prompt = target.tokenizer.encode(text)
     else:
         variables = (args.template_vars or {}) | own.get("template_vars", {})
-        text = target.tokenizer.apply_chat_template(messages, variables=variables)
-    prompt = target.tokenizer.encode(text, add_special_tokens=messages is None)  # a rendered chat has its own
+        text, prompt, images = encode_chat(target, read_images(messages, target), variables, target.tokenizer.encode)
     if not own.keys().isdisjoint(GRAMMARS):
         settings = settings | dict.fromkeys(GRAMMARS)  # the line's takes the place of any other
     settings = settings | {name: value for name, value in own.items() if name in SETTINGS}
-    return Job(make_request(target, prompt, settings), text, {"id": own["id"]} if "id" in own else {})
+    return Job(make_request(target, prompt, settings, images), text, {"id": own["id"]} if "id" in own else {})
+
+
+def image_options(folder: Path, config: ModelConfig) -> "ImageOptions | None":
+    """How a checkpoint's model wants images, if it has eyes."""
+    if config.vision is None:
+        return None
+    from images import load_options
+
+    return load_options(folder, config.vision)
+
+
+def read_images(messages: list[dict[str, Any]], target: Target) -> list[dict[str, Any]]:
+    """The messages, with the images that they name read."""
+    if not holds_images(messages):
+        return messages
+    from images import read_parts
+
+    return read_parts(messages, target.images)
+
+
+def holds_images(messages: list[dict[str, Any]]) -> bool:
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return any(isinstance(part, dict) and part.get("type") != "text" for content in contents for part in content)
 
 
 def check_draft(tokenizer: Tokenizer, draft: Tokenizer) -> None:

@@ -38,7 +38,7 @@ from errors import ArgumentParser, UserError, count, log
 from files import check_memory, read_text
 from generate import described, find_models, load_models
 from lora_layers import Adapters, read_adapters
-from prompts import Target
+from prompts import Target, image_options
 from scheduler import Scheduler
 from server.api import MAX_LOGPROBS, Model, make_model
 from server.endpoints import make_app
@@ -76,6 +76,7 @@ def parse_args() -> argparse.Namespace:
         help="seconds for requests to end in after SIGTERM; torchrun waits 30",
     )
     add("--merge_system", action="store_true", help="system messages become part of the user's first one")
+    add("--allow_image_urls", action="store_true", help="fetch images that clients name by URL, from public addresses")
     add_speed(parser)
     add_device(parser)
     args = parser.parse_args()
@@ -197,9 +198,9 @@ def load(args: argparse.Namespace, group: Group) -> tuple[Computer, Model]:
     warm_up(engine)
     if not tokenizer.has_chat_template:
         log("this model has no chat template: chats are continued as plain text")
-    limited_by = "context" if length == context else "cache"
-    target = Target(tokenizer, config.vocab_size, eos_ids, length, limited_by, tuple(inserted.names))
-    model = make_model(name_of(path.parent), target, recommended, args.merge_system)
+    limited_by, images = "context" if length == context else "cache", image_options(path.parent, config)
+    target = Target(tokenizer, config.vocab_size, eos_ids, length, limited_by, tuple(inserted.names), images)
+    model = make_model(name_of(path.parent), target, recommended, args.merge_system, args.allow_image_urls)
     scheduler = Scheduler(engine, tokenizer, args.prefill_chunk)
     return Computer(scheduler, group, MAX_LOGPROBS, lambda: target.grammars), model
 

@@ -47,7 +47,7 @@ class Slices:
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's slice of a tensor: a view, or a copy of no more than the slice."""
-        if self.ranks == 1:
+        if self.ranks == 1 or name.startswith("vision."):  # each rank sees all of an image
             return tensor
         layer, _, kind = name.rpartition(".")
         if kind == "bias" and self.rank > 0 and inputs_shared(self.whole, layer):  # it is added once
@@ -73,6 +73,8 @@ class Slices:
         layer, _, kind = name.rpartition(".")
         matrix, config = layer.rpartition(".")[2], self.whole
         everything = 0, [(0, shape[0], shape[0])]
+        if name.startswith("vision."):
+            return everything
         outputs = int(".experts." in layer)  # the dimension of a layer's outputs: experts come before it
         if inputs := inputs_shared(config, layer):
             if kind == "bias" or (kind == "scales" and len(shape) == outputs + 1):

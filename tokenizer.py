@@ -68,6 +68,7 @@ class Tokenizer:
         self.backend = backend
         self.named = named
         self.chat_template = chat_template
+        self.image_template = chat_template  # of chats with images, for which some models have another
         self.has_chat_template = chat_template is not None
         self.clean_up = clean_up
         self.decoder_steps = _decoder_steps(backend)
@@ -120,7 +121,9 @@ class Tokenizer:
         from templates import render_chat
 
         given = {**self.named, "add_generation_prompt": add_generation_prompt, **(variables or {})}
-        return render_chat(self.chat_template, messages, given)
+        parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+        of_text = all(part.get("type") == "text" for part in parts if isinstance(part, dict))
+        return render_chat(self.chat_template if of_text else self.image_template, messages, given)
 
 
 class StreamingDetokenizer:
@@ -238,8 +241,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     backend.no_truncation()
     backend.no_padding()
+    image_template = _read_json(folder / "chat_template.json").get("chat_template")  # of processors of images
     with _blaming(path):
-        tokenizer = Tokenizer(backend, named, chat_template, clean_up)
+        tokenizer = Tokenizer(backend, named, chat_template or image_template, clean_up)
+        tokenizer.image_template = image_template or tokenizer.chat_template
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model only {vocab_size}; "

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from config_fields import REASONS
 from errors import UserError
-from families import FAMILIES, REASONS, Family, Names
+from families import FAMILIES, Family, Names
 from formats.gguf import GgufFile
 from formats.gguf_families import (
     ARCHITECTURES,

@@ -153,7 +153,7 @@ ARCHITECTURES = {
     "gpt-oss": Architecture("gpt_oss", parts=SECOND_NORM, yarn={"truncate": False}),
 }  # fmt: skip
 
-# Of some that cannot be read the model_type, under which families.REASONS has why.
+# Of some that cannot be read the model_type, under which config_fields.REASONS has why.
 MODEL_TYPES = {"deepseek2": "deepseek_v2", "qwen3next": "qwen3_next", "granitehybrid": "granitemoehybrid"}
 
 # Names of classes that do not follow from the model_type.

@@ -24,6 +24,7 @@ from formats import quantized
 from weights import read_index
 
 CONFIG_FILES = ("config.json", "generation_config.json")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")  # how a model with eyes wants its images
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -118,7 +119,7 @@ def fetch(repo: str, revision: str | None, file: str | None) -> Path:
     if gguf := choose_gguf(sizes, repo, file):
         check_room(gguf, info.sha)
         return get(gguf, revision)
-    small = [*CONFIG_FILES, *quantized.CONFIG_FILES, *TOKENIZER_FILES]
+    small = [*CONFIG_FILES, *quantized.CONFIG_FILES, *TOKENIZER_FILES, *IMAGE_FILES]
     indexes = [name for name in sizes if any(fnmatch.fnmatchcase(name, f"{form}.index.json") for form in WEIGHT_FILES)]
     refuse_other_kinds(sizes, repo)
     # By the name of the branch, which the cache then knows offline as well; what follows is of the same commit.

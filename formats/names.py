@@ -34,9 +34,20 @@ IGNORED = re.compile(
 OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\..*")
 
 
-def text_names(tensors: Mapping[str, Source], names: Names) -> Mapping[str, Source]:
-    """The tensors of the language part, by the names that a model without eyes and with a head has."""
+VISION = {  # of Qwen2-VL's eyes and Qwen2.5-VL's, ours -> theirs
+    "patch_embed": ["patch_embed.proj"], "attention_norm": ["norm1"], "ffn_norm": ["norm2"], "wqkv": ["attn.qkv"],
+    "wo": ["attn.proj"], "w1": ["mlp.fc1"], "w2": ["mlp.fc2"], "w13": ["mlp.gate_proj", "mlp.up_proj"],
+    "merger.norm": ["merger.ln_q"], "merger.w1": ["merger.mlp.0"], "merger.w2": ["merger.mlp.2"],
+}  # fmt: skip
+
+
+def text_names(tensors: Mapping[str, Source], names: Names, sees: bool = False) -> Mapping[str, Source]:
+    """The tensors of the language part, by the names that a model without eyes and with a head has; where it `sees`
+    those of its eyes too, as `visual.`."""
     nested = re.compile(r"(language_model\.model|model\.language_model)\.")
+    if sees:
+        renamed = {nested.sub("model.", name).replace("model.visual.", "visual.", 1): name for name in tensors}
+        return {name: tensors[theirs] for name, theirs in renamed.items()}
     if any(nested.match(name) for name in tensors):
         text = {name: tensor for name, tensor in tensors.items() if not OTHER_SENSES.fullmatch(name)}
         if left_out := len(tensors) - len(text):
@@ -177,8 +188,27 @@ class Wanted:
         return self.transform(rows.t() if rows.ndim == 2 and swaps(self.transform) else rows)
 
 
+def wanted_for_vision(config: ModelConfig, ours: str, shape: tuple[int, ...]) -> Iterator[Wanted]:
+    """The same of what sees images."""
+    layer, part, kind = re.fullmatch(r"vision\.(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()
+    stems = VISION[part]
+    if part == "w2" and config.vision.gated:
+        stems = ["mlp.down_proj"]
+    prefix = f"visual.blocks.{layer}." if layer else "visual."
+    if part == "patch_embed":  # a convolution whose steps are as wide as its kernel
+        vision = config.vision
+        kernel = (vision.dim, vision.channels, vision.frames, vision.patch, vision.patch)
+        yield Wanted(f"{prefix}{stems[0]}.{kind}", kernel, lambda tensor: tensor.flatten(1))
+        return
+    for stem in stems:
+        yield Wanted(f"{prefix}{stem}.{kind}", (shape[0] // len(stems), *shape[1:]))
+
+
 def wanted_for(config: ModelConfig, ours: str, shape: tuple[int, ...], names: Names) -> Iterator[Wanted]:
     """What one of our tensors is made of, in order."""
+    if ours.startswith("vision."):
+        yield from wanted_for_vision(config, ours, shape)
+        return
     layer, part, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", ours).groups()
     prefix = names.layer.format(layer) if layer else ""
     stems = names.parts[part]

@@ -106,8 +106,9 @@ def open_folder(path: Path) -> Source:
         log(f"warning: config.json: {name}: this field is unknown and is ignored; check that it does not matter")
     fields = read_quantization(config, folder)
     tensors = collapse(fields, tensors)
-    names = minimind.V1 if minimind.is_v1(tensors) else FAMILIES[text_fields(config)["model_type"]].names
-    tensors = text_names(tensors, names)
+    family = FAMILIES[text_fields(config)["model_type"]]
+    names = minimind.V1 if minimind.is_v1(tensors) else family.names
+    tensors = text_names(tensors, names, family.sees)
     return Source(path, folder, config, names, tensors, fields["quant_method"] if fields else None)
 
 

@@ -12,7 +12,8 @@ absent. What is absent is as generation_config.json says, or else as OpenAI has 
 import argparse
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from typing_extensions import TypeAliasType
@@ -20,11 +21,24 @@ from typing_extensions import TypeAliasType
 from engine import Request
 from errors import UserError
 from grammar import Constraint, Matcher
-from prompts import GRAMMARS, SETTINGS, Target, default_settings, draw_seed, make_request
+from prompts import (
+    GRAMMARS,
+    SETTINGS,
+    Target,
+    default_settings,
+    draw_seed,
+    encode_chat,
+    holds_images,
+    make_request,
+    told,
+)
 from server.messages import check_messages, check_tool_choice, check_tools, template_tools
 from server.toolcalls import CallReader, detect_form, open_thinking, shown_ids, thinking_mark
 from server.toolgrammar import tool_grammar
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from images import ImageInput
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128  # of a request
@@ -170,11 +184,17 @@ class Model:
     form: str | None  # of its tool calls
     shown_ids: frozenset[int]  # special tokens that a reader of answers has to see
     most_characters: int  # of a prompt: all of its tokens would be the longest
+    fetches_images: bool = False  # from URLs
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The target's."""
         return self.target.tokenizer
+
+    @property
+    def sees(self) -> bool:
+        """Whether messages may have images: the chat template has to mark their places."""
+        return self.target.images is not None and self.tokenizer.has_chat_template
 
     @property
     def names(self) -> list[str]:
@@ -195,7 +215,13 @@ class Model:
         return adapter
 
 
-def make_model(name: str, target: Target, recommended: dict[str, Any], merges_system: bool = False) -> Model:
+def make_model(
+    name: str,
+    target: Target,
+    recommended: dict[str, Any],
+    merges_system: bool = False,
+    fetches_images: bool = False,
+) -> Model:
     """The model that clients see. `recommended`: what its generation_config.json says."""
     settings = default_settings(argparse.Namespace(**dict.fromkeys(SETTINGS), num_beams=1), recommended)
     if settings["temperature"] is None:
@@ -203,7 +229,8 @@ def make_model(name: str, target: Target, recommended: dict[str, Any], merges_sy
     tokenizer = target.tokenizer
     form = detect_form(tokenizer.chat_template)
     most_characters = target.limit * max(map(len, tokenizer.backend.get_vocab()))
-    return Model(name, target, settings, merges_system, form, shown_ids(tokenizer, form), most_characters)
+    shown = shown_ids(tokenizer, form)
+    return Model(name, target, settings, merges_system, form, shown, most_characters, fetches_images)
 
 
 @dataclass
@@ -225,7 +252,7 @@ def chat_work(body: ChatBody, model: Model) -> Work:
         raise UserError("max_tokens and max_completion_tokens do not go together; leave the first one out")
     tools = check_tools(body.tools)
     choice = check_tool_choice(body.tool_choice, tools)
-    text, prompt = render(body, model, tools, choice)
+    text, prompt, images = render(body, model, tools, choice)
     settings = settings_of(body, model)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted is None and not model.tokenizer.has_chat_template:
@@ -245,7 +272,7 @@ def chat_work(body: ChatBody, model: Model) -> Work:
             tools, choice, model.form, model.tokenizer, parallel=parallel, thinking=thinking, open_mark=mark
         )
     try:
-        requests = requests_of(prompt, wanted, settings, body.n, model.target)
+        requests = requests_of(prompt, wanted, settings, body.n, model.target, images)
     except UserError as error:
         if tools and str(error).startswith("grammar "):
             raise UserError(f"tools: their {error}") from error
@@ -278,19 +305,24 @@ def completion_work(body: CompletionBody, model: Model) -> Work:
 
 def render(
     body: ChatBody | TokenizeBody, model: Model, tools: list[dict], choice: str | dict[str, Any]
-) -> tuple[str, list[int]]:
-    """The text and the tokens of a chat's prompt. A model without a chat template continues what was said."""
-    messages = check_messages(body.messages, model.form)
+) -> "tuple[str, list[int], tuple[ImageInput, ...]]":
+    """The text, the tokens and the images of a chat's prompt. A model without a chat template continues what was
+    said."""
+    messages = check_messages(body.messages, model.form, model.sees)
     if model.merges_system:
         messages = merged_system(messages)
     if not model.tokenizer.has_chat_template:
         if tools and choice != "none":
             raise UserError("tools: this model has no chat template for them; leave them out")
         text = "\n".join(message["content"] for message in messages)
-        return text, encode(text, model)
+        return text, encode(text, model), ()
+    if holds_images(messages):
+        from images import read_parts  # Pillow takes a while to import
+        from server.pictures import read_url
+
+        messages = read_parts(messages, model.target.images, partial(read_url, may_fetch=model.fetches_images))
     variables = body.chat_template_kwargs | {"tools": template_tools(tools, choice)}
-    text = model.tokenizer.apply_chat_template(messages, variables=variables)
-    return text, encode(text, model, add_special_tokens=False)
+    return encode_chat(model.target, messages, variables, partial(encode, model=model))
 
 
 def token_ids(body: TokenizeBody, model: Model) -> list[int]:
@@ -312,7 +344,12 @@ def merged_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = next((i for i, message in enumerate(others) if message["role"] == "user"), None)
     if first is None:
         return [{"role": "user", "content": "\n\n".join(said)}, *others]
-    others[first] = others[first] | {"content": "\n\n".join([*said, others[first]["content"]])}
+    content = others[first]["content"]
+    if isinstance(content, list):  # of parts
+        content = [{"type": "text", "text": "\n\n".join([*said, ""])}, *content]
+    else:
+        content = "\n\n".join([*said, content])
+    others[first] = others[first] | {"content": content}
     return others
 
 
@@ -384,18 +421,23 @@ def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
 
 
 def requests_of(
-    prompt: list[int], wanted: int | None, settings: dict[str, Any], n: int, target: Target
+    prompt: list[int],
+    wanted: int | None,
+    settings: dict[str, Any],
+    n: int,
+    target: Target,
+    images: "tuple[ImageInput, ...]" = (),
 ) -> list[Request]:
     """n requests, whose seeds follow one another, for `wanted` new tokens, or as many as there is room for."""
     room = target.limit - len(prompt)
     if room < 1:
         raise ContextExceeded(
-            f"the prompt has {len(prompt)} tokens, and the {target.limited_by} holds {target.limit}, of which at least "
-            "one is to be new; shorten the prompt"
+            f"the prompt has {len(prompt)} tokens{told(images)}, and the {target.limited_by} holds {target.limit}, of "
+            "which at least one is to be new; shorten the prompt"
         )
     new = room if wanted is None else min(wanted, room)
     seed = draw_seed() if settings["seed"] is None else settings["seed"]
-    request = make_request(target, prompt, settings | {"max_new_tokens": new, "seed": seed})
+    request = make_request(target, prompt, settings | {"max_new_tokens": new, "seed": seed}, images)
     params = request.params
     requests = [replace(request, params=replace(params, seed=(seed + i) % 2**63)) for i in range(n)]
     return [replace(request, grammar=request.grammar and Started(request.grammar)) for request in requests]

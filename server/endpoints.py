@@ -32,7 +32,16 @@ from server.api import (
     completion_work,
     token_ids,
 )
-from server.front import Access, Front, error_body, error_response, user_error, validation_error
+from server.front import (
+    MAX_BODY,
+    MAX_BODY_WITH_IMAGES,
+    Access,
+    Front,
+    error_body,
+    error_response,
+    user_error,
+    validation_error,
+)
 from server.metrics import Metrics, Timer
 from server.service import Refused, Service, Stream
 
@@ -50,7 +59,8 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
     """The application, with all endpoints. `page`: the file of the chat page."""
     app = FastAPI(title="gpt-brisk", telemetry=NO_TELEMETRY)
     metrics, created = Metrics(service), int(time.time())
-    app.add_middleware(Front, access=access, count=metrics.count)
+    max_body = MAX_BODY if model.target.images is None else MAX_BODY_WITH_IMAGES
+    app.add_middleware(Front, access=access, count=metrics.count, max_body=max_body)
     if access.origins:
         allowed = ["Authorization", "Content-Type"]
         app.add_middleware(
@@ -112,7 +122,8 @@ def make_app(service: Service, model: Model, access: Access, page: Path) -> Fast
         if name not in model.names:
             raise HTTPException(404, "there is no model of this name; /v1/models lists what there is")
         owner, length = "gpt-brisk", model.target.limit
-        return {"id": name, "object": "model", "created": created, "owned_by": owner, "max_model_len": length}
+        senses = {"input_modalities": ["text", "image"] if model.sees else ["text"], "max_model_len": length}
+        return {"id": name, "object": "model", "created": created, "owned_by": owner} | senses
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from server.api import (
     UnknownModel,
 )
 
-MAX_BODY = 8 << 20  # bytes
+MAX_BODY = 8 << 20  # bytes,
+MAX_BODY_WITH_IMAGES = 32 << 20  # or where there may be images in it
 KEYLESS = ("/", "/health", "/docs", "/openapi.json", "/docs/oauth2-redirect")  # nothing of a model or a client is there
 RETRY_AFTER = 1  # seconds
 KINDS = {  # OpenAI's, of an error with a status
@@ -138,8 +139,8 @@ class Front:
     """ASGI middleware: a 401 without a key, a 403 for another host, a 413 for a body that is too large, a 500 for a bug
     here. It counts all responses."""
 
-    def __init__(self, app: ASGIApp, access: Access, count: Callable[[Scope, int], None]):
-        self.app, self.access, self.count = app, access, count
+    def __init__(self, app: ASGIApp, access: Access, count: Callable[[Scope, int], None], max_body: int = MAX_BODY):
+        self.app, self.access, self.count, self.max_body = app, access, count, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -159,8 +160,8 @@ class Front:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise HTTPException(413, too_large())
+            if size > self.max_body:
+                raise HTTPException(413, too_large(self.max_body))
             return message
 
         headers = dict(scope["headers"])
@@ -173,8 +174,8 @@ class Front:
         elif not self.access.expects(headers.get(b"host", b"")):
             message = "the host that the request names is not this server's; use its address, --cors or --api_key"
             app = error_response(403, message)
-        elif length.isdigit() and int(length[:20]) > MAX_BODY:
-            app = error_response(413, too_large())
+        elif length.isdigit() and int(length[:20]) > self.max_body:
+            app = error_response(413, too_large(self.max_body))
         try:
             await app(scope, bounded_receive, counted_send)
         except Exception as error:
@@ -187,6 +188,6 @@ class Front:
             await error_response(500, "the server has a bug, which its log tells of")(scope, receive, counted_send)
 
 
-def too_large() -> str:
+def too_large(max_body: int) -> str:
     """What a 413 says."""
-    return f"the body is larger than {MAX_BODY >> 20} MiB; send less"
+    return f"the body is larger than {max_body >> 20} MiB; send less"

@@ -14,6 +14,7 @@ from typing import Any
 from errors import UserError
 from server.toolcalls import NAME
 
+MAX_IMAGES = 64  # of a request: each may be as large as ever, or have to be fetched
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = {  # beside "role" and "content"
     "system": ("name",),
@@ -23,16 +24,21 @@ FIELDS = {  # beside "role" and "content"
 }
 
 
-def check_messages(messages: Any, form: str | None = None) -> list[dict[str, Any]]:
+def check_messages(messages: Any, form: str | None = None, sees: bool = False) -> list[dict[str, Any]]:
     """Messages as templates take them: contents are text, a developer is the system, arguments of tool calls are
     objects. Fields that are null or empty are left out. UserError, naming the field, for what is no message.
 
-    form: `detect_form`'s. Mistral's templates want ids of nine letters and digits: others are replaced, the same id by
-    the same one each time. Llama 3's take one call a message: several become several messages, each with its result.
+    sees: a user's content may have images, and is then a list of parts. form: `detect_form`'s. Mistral's templates want
+    ids of nine letters and digits: others are replaced, the same id by the same one each time. Llama 3's take one call
+    a message: several become several messages, each with its result.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message; give it one")
-    checked = [check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    checked = [check_message(message, f"messages[{i}]", sees) for i, message in enumerate(messages)]
+    contents = [message["content"] for message in checked if isinstance(message["content"], list)]
+    images = sum(part["type"] == "image_url" for content in contents for part in content)
+    if images > MAX_IMAGES:
+        raise UserError(f"messages have {images} images, more than {MAX_IMAGES}; send fewer")
     if form in ("mistral", "mistral_args"):
         for message in checked:
             shorten_ids(message)
@@ -41,7 +47,7 @@ def check_messages(messages: Any, form: str | None = None) -> list[dict[str, Any
     return checked
 
 
-def check_message(message: Any, path: str) -> dict[str, Any]:
+def check_message(message: Any, path: str, sees: bool = False) -> dict[str, Any]:
     """One message as templates take it. `path`: what errors call it."""
     if not isinstance(message, dict):
         raise UserError(f"{path} is {shown(message)}, not an object; give it a role and a content")
@@ -59,7 +65,7 @@ def check_message(message: Any, path: str) -> dict[str, Any]:
         if role != "assistant":
             raise UserError(f"{path}.content is missing; give it a string or a list of text parts")
         content = ""  # templates add to it
-    checked["content"] = check_content(content, f"{path}.content")
+    checked["content"] = check_content(content, f"{path}.content", sees and role == "user")
     for name in ("name", "reasoning_content", "tool_call_id"):
         if name in given:
             checked[name] = check_string(given[name], f"{path}.{name}")
@@ -73,19 +79,37 @@ def check_message(message: Any, path: str) -> dict[str, Any]:
     return checked
 
 
-def check_content(content: Any, path: str) -> str:
-    """The text of a content that is a string or a list of parts."""
+def check_content(content: Any, path: str, sees: bool = False) -> str | list[dict[str, Any]]:
+    """The text of a content that is a string or a list of parts; the parts where there are images among them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise UserError(f"{path} is {shown(content)}; give a string or a list of text parts")
-    texts = []
+    parts, has_images = [], False
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise UserError(f"{path}[{i}] is {shown(kind or part)}; this model takes parts of type 'text' only")
-        texts.append(check_string(part.get("text"), f"{path}[{i}].text"))
-    return "".join(texts)
+        if kind == "image_url" and sees:
+            parts.append(
+                {"type": "image_url", "image_url": check_image(part.get("image_url"), f"{path}[{i}].image_url")}
+            )
+            has_images = True
+        elif kind == "text":
+            parts.append({"type": "text", "text": check_string(part.get("text"), f"{path}[{i}].text")})
+        else:
+            known = "'text' or 'image_url'" if sees else "'text'"
+            raise UserError(f"{path}[{i}] is {shown(kind or part)}; this model takes parts of type {known} only")
+    return parts if has_images else "".join(part["text"] for part in parts)
+
+
+def check_image(image: Any, path: str) -> dict[str, str]:
+    """A URL, and in how much detail the image is to be seen."""
+    image = {"url": image} if isinstance(image, str) else image
+    if not isinstance(image, dict):
+        raise UserError(f"{path} is {shown(image)}, not an object; give it a url")
+    detail = image.get("detail") or "auto"
+    if detail not in ("auto", "low", "high"):
+        raise UserError(f"{path}.detail is {shown(detail)}; use 'auto', 'low' or 'high'")
+    return {"url": check_string(image.get("url"), f"{path}.url"), "detail": detail}
 
 
 def check_call(call: Any, path: str) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class PageServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.api_key = api_key
         self.models = ["brisk-1b"]
+        self.sees = False  # images
         self.answers: deque[Answer] = deque()
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.completions: list[dict] = []
@@ -158,7 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self.reply(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif self.path == "/v1/models":
-            data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.server.models]
+            senses = {"input_modalities": ["text", "image"] if self.server.sees else ["text"]}
+            head = {"object": "model", "created": 0, "owned_by": "test"} | senses
+            data = [{"id": name} | head for name in self.server.models]
             self.reply(200, json.dumps({"object": "list", "data": data}).encode())
         else:
             self.refuse(404, f"No such address: {self.path}")

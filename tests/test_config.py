@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from config import ModelConfig
-from config_fields import ACTIVATIONS, IGNORED, READ, REFUSED, read_by, unknown_fields
+from config_fields import ACTIVATIONS, IGNORED, READ, REASONS, REFUSED, read_by, unknown_fields
 from convert_hf_checkpoint import read_planned
 from errors import UserError
-from families import FAMILIES, REASONS
+from families import FAMILIES
 from formats.names import plan_tensors
 from model import Transformer, expected_shapes
 from weights import read_safetensors
@@ -350,7 +350,7 @@ def test_a_refused_field_may_have_the_value_with_which_it_does_not_matter(family
 
 
 def test_families_are_complete():
-    assert set(FAMILIES) == {*CLASSES, "minimind"}
+    assert set(FAMILIES) == {*CLASSES, "minimind", "qwen2_vl", "qwen2_5_vl"}
     assert not REASONS.keys() & FAMILIES.keys()
     with pytest.raises(UserError, match="num_hidden_layers: the field is missing"):
         ModelConfig.from_hf({"model_type": "minimind"})

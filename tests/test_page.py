@@ -6,6 +6,7 @@ Needs playwright and a Chromium: the one that CHROMIUM names, or `chromium` on t
 import base64
 import hashlib
 import html.parser
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import secrets
 import shutil
 import time
 
+import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -1162,6 +1164,78 @@ def test_it_scrolls_along_only_at_the_end(page, server):
     assert page.evaluate("document.querySelector('#scroller').scrollTop") == top
     page.click("#latest")
     expect(page.locator(".answer >> text=the end")).to_be_in_viewport()
+
+
+# ---------------------------------------------------------------- images
+
+PASTED = """([name, data]) => {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name, { type: "image/png" }));
+  draft.dispatchEvent(new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true }));
+}"""
+
+
+def png(width, height):
+    file = io.BytesIO()
+    PIL.Image.new("RGBA", (width, height), (250, 10, 10, 255)).save(file, "PNG")
+    return file.getvalue()
+
+
+def shown_to(message):
+    """The sizes of a message's images, and its texts."""
+    kinds = [part["type"] for part in message["content"]]
+    urls = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
+    assert kinds == ["image_url"] * len(urls) + ["text"] * (len(kinds) - len(urls))
+    data = [base64.b64decode(url.removeprefix("data:image/jpeg;base64,")) for url in urls]
+    images = [PIL.Image.open(io.BytesIO(image)) for image in data]
+    assert all(image.getpixel((0, 0))[0] > 240 > 20 > image.getpixel((0, 0))[1] for image in images)
+    return [image.size for image in images], [part["text"] for part in message["content"] if part["type"] == "text"]
+
+
+def test_images_are_shown_to_models_that_see(context, server, watch):
+    """From files and from the clipboard, reduced where they are large; they stay in the chat and in its file."""
+    server.sees = True
+    page = watch.page(context.new_page())
+    open_page(page, server)
+    expect(page.locator("#attach")).to_be_visible()
+    large, broken = png(3000, 1000), b"not an image"
+    files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": x} for i, x in enumerate((large, broken, large))]
+    page.set_input_files("#image-file", files)
+    expect(page.locator("#toast")).to_contain_text("1.png is not an image")
+    page.evaluate(PASTED, ["b.png", base64.b64encode(png(40, 30)).decode()])
+    expect(page.locator("#attached img")).to_have_count(3)
+    page.locator("#attached button").first.click()
+    expect(page.locator("#attached img")).to_have_count(2)
+    ask(page, server, "What is it?", "Red.")
+    expect(page.locator("#attached img")).to_have_count(0)
+    expect(page.locator(".question img")).to_have_count(2)
+    assert shown_to(server.completions[-1]["messages"][0]) == ([(1280, 427), (40, 30)], ["What is it?"])
+    reload(page)
+    expect(page.locator(".question img")).to_have_count(2)
+    page.click(".question >> text=Edit")
+    page.fill("#edit", "And now?")
+    page.press("#edit", "Enter")
+    finished(page)
+    assert shown_to(server.completions[-1]["messages"][0])[1] == ["And now?"]
+    page.evaluate(PASTED, ["c.png", base64.b64encode(png(60, 60)).decode()])
+    expect(page.locator("#attached img")).to_have_count(1)
+    page.click("#send")  # without a word
+    finished(page)
+    assert shown_to(server.completions[-1]["messages"][-1]) == ([(60, 60)], [])
+    with page.expect_download() as download:
+        page.click("#export")
+    data = {"name": "a.json", "mimeType": "application/json", "buffer": download.value.path().read_bytes()}
+    page.locator("#chats li").first.hover()
+    page.get_by_label(re.compile("^Delete")).first.click()
+    page.set_input_files("#import-file", data)
+    names(page).first.click()
+    expect(page.locator(".question img")).to_have_count(3)
+
+
+def test_no_images_where_the_model_does_not_see(page):
+    expect(page.locator("#attach")).to_be_hidden()
+    page.evaluate(PASTED, ["b.png", base64.b64encode(png(40, 30)).decode()])
+    expect(page.locator("#attached img")).to_have_count(0)
 
 
 # ---------------------------------------------------------------- the scripted server itself

@@ -808,7 +808,8 @@ def test_any_tokens(server, path, body):
 
 
 def test_models(server, client):
-    assert server.get("/v1/models")[1]["data"][0]["max_model_len"] == CONTEXT
+    (model,) = server.get("/v1/models")[1]["data"]
+    assert model["max_model_len"] == CONTEXT and model["input_modalities"] == ["text"]
     name = client.models.list().data[0].id
     assert client.models.retrieve(name).id == name
     with pytest.raises(openai.NotFoundError):
