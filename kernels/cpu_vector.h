@@ -64,7 +64,7 @@ INLINE void keep_in_register(V& v) {
 #endif
 }
 
-INLINE f32s all(float x) { return f32s{} + x; }
+INLINE f32s all(float x) { return x - f32s{}; }  // adding 0 would take an instruction, as it changes -0
 INLINE f32s to_f32(i32s v) { return __builtin_convertvector(v, f32s); }
 
 // GCC makes several steps of conversions that have an instruction.
