@@ -1,8 +1,7 @@
-"""Attention over a static KV cache, and the rotation of its queries and keys.
+"""The static KV cache of attention, and the rotation of its queries and keys.
 
     cos, sin = rope_angles(rope, rope_frequencies(rope, rotary_dim), input_pos)
     cache = KVCache((rows, kv_heads, slots, head_dim), dtype, device)
-    y = attend(q, k, v, mask, scale)                        # many queries; few take torch.ops.brisk.decode_attention
 
 Attention masks by position, so whatever lies in the cache beyond a row's position is never seen. The cache of a layer
 with a window is a ring: it holds the last positions only.
@@ -11,13 +10,13 @@ with a window is a ring: it holds the last positions only.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import RopeConfig
 from kernels.packing import allocate
 
-DECODE_QUERIES = 16  # of a row: up to so many attention takes the decode kernel, and no decode step has more
+# Of a row: up to so many attention takes kernels.decode_attention, and no decode step has more; else prefill_attention.
+DECODE_QUERIES = 16
 # What a ring keeps beyond its window: the proposals of a step, those of one that the device is ahead by, and as many
 # positions as a row may go back by.
 LOOKBACK = 3 * DECODE_QUERIES
@@ -140,22 +139,13 @@ class KVCache(nn.Module):
         self.k[rows[:, None], :, slots] = k
         self.v[rows[:, None], :, slots] = v
 
-    def first(self, length: int, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first positions of rows, by default the first `count`, [B, kv_heads, length,
-        head_dim]."""
-        chosen: slice | Tensor = slice(count) if rows is None else rows
-        if count == 1 and rows is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            row = int(rows)
-            chosen = slice(row, row + 1)  # no copy, which takes a tenth of a prefill's time
-        return self.k[:, :, :length][chosen], self.v[:, :, :length][chosen]
-
     def before(self, input_pos: Tensor, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What a ring holds of the `count` positions before the first of each row: k and v [B, count, kv_heads,
-        head_dim] and their positions [B, count], below 0 where there are none."""
+        head_dim] and the first of these positions [B]; anything at those below 0."""
         positions = input_pos[:, :1] + torch.arange(-count, 0, device=input_pos.device)
         rows = first_rows(input_pos) if rows is None else rows
         slots = self.slots(positions)
-        return self.k[rows[:, None], :, slots], self.v[rows[:, None], :, slots], positions
+        return self.k[rows[:, None], :, slots], self.v[rows[:, None], :, slots], input_pos[:, 0] - count
 
     def copy_row(self, source: int, row: int, begin: int, end: int) -> None:
         """Copies positions begin:end of one row to another."""
@@ -175,65 +165,3 @@ def first_rows(x: Tensor) -> Tensor:
 def of_rows(buffer: Tensor, rows: Tensor | None) -> Tensor:
     """Rows int64 [R] of a buffer, by default all."""
     return buffer if rows is None else buffer[rows]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention of many queries
-
-
-def seen_by(input_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
-    """Which keys, at positions [L] or [B, 1, L], queries at positions [B, S] see: [B, S, L]."""
-    seen = key_pos <= input_pos[:, :, None]
-    return seen if window is None else seen & (key_pos > input_pos[:, :, None] - window)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Queries [B, S, heads, D], keys and values [B, kv_heads, L, D], mask [B, S, L] -> like q.
-
-    `scale`, `softcap` and `sinks` as in kernels.decode_attention.
-    """
-    B, S, n_heads, D = q.shape
-    n_kv_heads = k.shape[1]
-    if softcap or sinks is not None:  # which no fused attention of PyTorch's has
-        return attend_by_heads(q, k, v, mask, D**-0.5 if scale is None else scale, softcap, sinks)
-    mask = mask[:, None]
-    if S == 1:
-        # The queries of a group share their keys: as rows of one small matrix they read them once.
-        q = q.view(B, n_kv_heads, n_heads // n_kv_heads, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(B, 1, n_heads, D)
-    if q.device.type == "cuda" and n_heads != n_kv_heads:
-        # There no fused kernel takes both a mask and groups, and the others make scores of float32.
-        k, v = (cache.repeat_interleave(n_heads // n_kv_heads, 1) for cache in (k, v))
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=n_heads != k.shape[1]
-    )
-    return y.transpose(1, 2).contiguous()
-
-
-def attend_by_heads(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float, sinks: Tensor | None
-) -> Tensor:
-    """The same step by step, for the queries of one head of keys after the other: all scores may be gigabytes."""
-    B, S, n_heads, _ = q.shape
-    group = n_heads // k.shape[1]
-    outputs = []
-    for head, queries in enumerate(q.split(group, dim=2)):
-        scores = (queries.transpose(1, 2) @ k[:, head, None].transpose(2, 3)).float() * scale  # [B, group, S, L]
-        if softcap:
-            scores = softcap * (scores / softcap).tanh()
-        scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        if sinks is not None:
-            sink = sinks[head * group : (head + 1) * group].float()[None, :, None, None].expand(B, group, S, 1)
-            weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
-        outputs.append((weights.to(v.dtype) @ v[:, head, None]).transpose(1, 2))
-    return torch.cat(outputs, dim=2)

@@ -14,17 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import (
-    DECODE_QUERIES,
-    LOOKBACK,
-    KVCache,
-    apply_rope,
-    attend,
-    rope_angles,
-    rope_frequencies,
-    seen_by,
-)
+from attention import DECODE_QUERIES, LOOKBACK, KVCache, apply_rope, rope_angles, rope_frequencies
 from config import ModelConfig
+from kernels.attention import prefill_attention
 from vision import Seen, VisionTransformer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,29 +150,26 @@ class Attention(nn.Module):
         rows: Tensor | None,
     ) -> Tensor:
         """Writes k and v to the cache -> the queries' sums of values, like q, or of one query a row."""
-        cache, before, seen_from = self.kv_cache, None, input_pos
+        cache, device, options = self.kv_cache, q.device.type, (self.window, self.sinks, self.scale, self.softcap)
+        seen_from = input_pos
         if only is not None:
             q, query_pos, seen_from = (pick(x, only) for x in (q, query_pos, input_pos))
-        by_kernel = q.device.type in ("cpu", "cuda") and q.shape[1] <= DECODE_QUERIES
+        few = device in ("cpu", "cuda") and q.shape[1] <= DECODE_QUERIES
         if cache.is_ring and input_pos.shape[1] > DECODE_QUERIES:
-            by_kernel = False  # new keys may take the place of some that the first queries see
-        if cache.is_ring and not by_kernel:
-            before = cache.before(input_pos, self.window - 1, rows)
-        cache.update(input_pos, k, v, rows)
-        if by_kernel:
-            # Reads what each row's positions allow, so its cost follows them and not key_pos.
-            return torch.ops.brisk.decode_attention(
-                q, cache.k, cache.v, query_pos, self.window, self.sinks, self.scale, self.softcap, cache.is_ring, rows
-            )
-        if before is not None:
-            old_k, old_v, old_pos = before
+            few = False  # new keys may take the place of some that the first queries see
+        # Both kernels read what each row's positions allow, so their cost follows these and not key_pos.
+        if few:
+            cache.update(input_pos, k, v, rows)
+            return torch.ops.brisk.decode_attention(q, cache.k, cache.v, query_pos, *options, cache.is_ring, rows)
+        attend = torch.ops.brisk.prefill_attention if device == "cpu" else prefill_attention
+        if cache.is_ring:
+            old_k, old_v, first_pos = cache.before(input_pos, self.window - 1, rows)
+            cache.update(input_pos, k, v, rows)
             keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in ((old_k, k), (old_v, v)))
-            all_pos = torch.cat((old_pos, input_pos), 1)[:, None]
-            mask = seen_by(seen_from, all_pos, self.window) & (all_pos >= 0)
-        else:
-            keys, values = cache.first(len(key_pos), len(q), rows)
-            mask = seen_by(seen_from, key_pos, self.window)
-        return attend(q, keys, values, mask, self.scale, self.softcap, self.sinks)
+            return attend(q, keys, values, seen_from, first_pos, *options)
+        cache.update(input_pos, k, v, rows)
+        keys, values = (x[:, :, : len(key_pos)] for x in (cache.k, cache.v))
+        return attend(q, keys, values, query_pos, None, *options, rows)
 
 
 def qk_norm(config: ModelConfig, heads: int) -> Norm | None:

@@ -5,11 +5,12 @@
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
     y = torch.ops.brisk.linear_experts(x, weight, chosen, bias)          # of many weights, those chosen for each row
     y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows)
+    y = torch.ops.brisk.prefill_attention(q, k, v, input_pos, first_pos, window, sinks, scale, softcap, rows)
 
-Each op has a reference version in plain PyTorch, here, which runs on any device; one in C++ for CPUs (cpu_*.cpp, which
-build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at the first use). Without
-a compiler there is one warning, and the reference versions do the work. packing.py brings weights into the order in
-which the CPU kernels read them, cuda.py into one of its own.
+Each op has a reference version in plain PyTorch, here and in attention.py, which runs on any device; one in C++ for
+CPUs (cpu_*.cpp, which build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at
+the first use). Without a compiler there is one warning, and the reference versions do the work. packing.py brings
+weights into the order in which the CPU kernels read them, cuda.py into one of its own.
 
 On CPUs the quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of
 K: the weight's own groups, or groups of 128 where a row of an int8 weight has one scale. So products are of integers,
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from errors import log
 from kernels import packing
+from kernels.attention import decode_attention, prefill_attention
 from kernels.build import cpu_library
 from kernels.packing import GROUPSIZES, dequantize, unpack_nibbles
 
@@ -60,6 +62,10 @@ _library.define(
 _library.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None, "
     "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False, Tensor? rows=None) -> Tensor"
+)
+_library.define(
+    "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor input_pos, Tensor? first_pos=None, int? window=None, "
+    "Tensor? sinks=None, float? scale=None, float softcap=0.0, Tensor? rows=None) -> Tensor"
 )
 _library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
 _library.define("all_reduce(Tensor x) -> Tensor")
@@ -177,58 +183,8 @@ def linear_int4_experts(
     return _reference_experts(linear_int4, x, (packed,), chosen, out_features, options, bias)
 
 
-@_op(lambda q, k_cache, v_cache, input_pos, *options: torch.empty_like(q, memory_format=torch.contiguous_format))
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    input_pos: Tensor,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    ring: bool = False,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B, KV, T, D] -> [B, S, H, D].
-
-    A query sees the keys up to its position, with `window` only so many of them. Its cost follows what it sees, and
-    what else the cache holds does not matter, not even NaN. Query head h goes with the keys of head h // (H / KV).
-
-    scale: of the products q k, by default D ** -0.5.
-    softcap: unless it is 0, scores are softcap * tanh(scale * q k / softcap), as in Gemma 2.
-    sinks: [H], of any float dtype: a score for each head that takes part in the softmax, but has no value (gpt-oss).
-    ring: the cache holds the last positions only, position p in slot p % (T - 1), and what is written to slot T - 1 is
-        never seen. With S queries, the last of them must not have taken the slot of the first one's oldest key.
-    rows: int64 [B], the rows of the caches that the queries look at, by default the first B.
-
-    Raises ValueError (RuntimeError where the C++ version runs) for a ring without a window of at most T - 1, a scale
-    that is not positive, and a negative softcap.
-    """
-    B, S, H, D = q.shape
-    kv_heads, T = k_cache.shape[1:3]
-    if ring and (window is None or window > T - 1):
-        raise ValueError(f"ring: expected a window of at most {T - 1}, got {window}")
-    scale = D**-0.5 if scale is None else scale
-    if not (scale > 0 and softcap >= 0):
-        raise ValueError(f"expected scale > 0 and softcap >= 0, got {scale} and {softcap}")
-    slot, at = torch.arange(T, device=q.device), input_pos[:, :, None]
-    distance = (at - slot) % (T - 1) if ring else at - slot  # from a slot's key to the query
-    seen = (distance >= 0) & (distance < (T + 1 if window is None else window))  # [B, S, T]
-    if ring:
-        seen = seen & (distance <= at) & (slot < T - 1)
-    caches = (cache[:B] if rows is None else cache[rows] for cache in (k_cache, v_cache))
-    k, v = (cache.float().repeat_interleave(H // kv_heads, 1) for cache in caches)
-    scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.float().view(H, 1, 1).expand(*scores.shape[:3], 1)), -1)
-    weights = scores.softmax(-1)[..., :T]
-    # What a query does not see may be NaN, which a weight of 0 does not hide.
-    y = [weights[:, :, s, None] @ v.masked_fill(~seen[:, s, None, :, None], 0) for s in range(S)]
-    return torch.cat(y, 2).transpose(1, 2).to(q.dtype).contiguous()
+for _attention in (decode_attention, prefill_attention):
+    _op(lambda q, *args: torch.empty_like(q, memory_format=torch.contiguous_format))(_attention)
 
 
 @_op(lambda numbers, weights, limit: torch.empty_like(limit))

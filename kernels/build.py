@@ -3,7 +3,7 @@
     library = cpu_library()           # registers torch.ops.brisk for CPUs; None, after a warning, without a compiler
 
 They are built at the first use, by g++ (11 or newer), clang++ (14 or newer) or what CXX names, and kept in
-~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=avx512|avx2|portable chooses the instruction set.
+~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=amx|avx512|avx2|portable chooses the instruction set.
 """
 
 import contextlib
@@ -27,17 +27,19 @@ import torch
 
 from errors import UserError, log
 
-ISAS = ("avx512", "avx2", "portable")  # the best first
+ISAS = ("amx", "avx512", "avx2", "portable")  # the best first
 FOLDER = Path(__file__).parent
 HEADERS = ["cpu.h", "cpu_vector.h", "cpu_ops.h"]
-KERNELS = ["cpu_linear.cpp", "cpu_bf16.cpp", "cpu_attention.cpp", "cpu_lora.cpp"]
+KERNELS = ["cpu_linear.cpp", "cpu_bf16.cpp", "cpu_attention.cpp", "cpu_prefill.cpp", "cpu_lora.cpp"]
+TABLES = ("brisk_linear", "brisk_bf16", "brisk_attention", "brisk_prefill", "brisk_lora")  # of functions, one a file
 OPS = ["cpu_ops.cpp", "cpu_linear_ops.cpp", "cpu_lora_ops.cpp", "cpu_ranks.cpp"]
-# What an instruction set needs, as Linux calls it; the compiler's flags have no underscores.
+# What an instruction set needs, as Linux calls it.
 AVX2 = ["avx2", "fma", "f16c"]
 AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16"))]
+AMX = [*AVX512, "amx_tile", "amx_bf16", "amx_int8"]
 COMPILERS = "g++ 11 or newer, or clang++ 14 or newer"
 KEPT, KEPT_SECONDS = 100, 30 * 24 * 3600  # files that were compiled: how many, and for how long after their last use
-ISA_FEATURES = {"avx512": AVX512, "avx2": AVX2, "portable": []}
+ISA_FEATURES = {"amx": AMX, "avx512": AVX512, "avx2": AVX2, "portable": []}
 
 
 def processor_flags() -> list[str]:
@@ -50,7 +52,14 @@ def processor_flags() -> list[str]:
 def available_isas() -> list[str]:
     """The instruction sets that this processor has, the best first."""
     have = set(processor_flags())
-    return [isa for isa in ISAS if set(ISA_FEATURES[isa]) <= have]
+    return [isa for isa in ISAS if set(ISA_FEATURES[isa]) <= have and (isa != "amx" or amx_is_permitted())]
+
+
+@functools.cache
+def amx_is_permitted() -> bool:
+    """Asks Linux for the tiles of AMX, which a process may not use before."""
+    ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
 
 
 @functools.cache
@@ -83,8 +92,7 @@ def use_isa(isa: str) -> None:
 
 
 def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
-    names = ("brisk_linear", "brisk_bf16", "brisk_attention", "brisk_lora")
-    tables = (ctypes.c_char.in_dll(kernels, name) for name in names)
+    tables = (ctypes.c_char.in_dll(kernels, name) for name in TABLES)
     ops.brisk_use(*map(ctypes.byref, tables))  # they stay: ctypes never unloads a library
 
 
@@ -184,8 +192,9 @@ def commands(name: str) -> tuple[str, list[str], list[str]]:
         compile += ["-Werror=unknown-pragmas"]
         link += ["-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"]
     else:
-        compile += [f"-DBRISK_ISA={name}", *(f"-m{feature.replace('_', '')}" for feature in ISA_FEATURES[name])]
-        compile += ["-mprefer-vector-width=512"] * (name == "avx512")
+        flags = (feature.replace("amx_", "amx-").replace("_", "") for feature in ISA_FEATURES[name])
+        compile += [f"-DBRISK_ISA={name}", *(f"-m{flag}" for flag in flags)]
+        compile += ["-mprefer-vector-width=512"] * (name in ("amx", "avx512"))
     texts = [path.read_bytes() for path in (*(FOLDER / header for header in HEADERS), *sources)]
     version = digest(repr((texts, compile, link, torch.__version__, platform.machine())).encode())
     return f"brisk_{name}_{version[:16]}", compile, link

@@ -1,7 +1,8 @@
-// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_attention.cpp, cpu_lora.cpp) and the ops (cpu_*ops.cpp) share.
+// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_attention.cpp, cpu_prefill.cpp, cpu_lora.cpp) and the ops
+// (cpu_*ops.cpp) share.
 //
 // Kernels are serial functions, each over a part of the work. build.py compiles them for one instruction set, with
-// its flags and -DBRISK_ISA=avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
+// its flags and -DBRISK_ISA=amx|avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
 // kernel computes each number in one order however the work is shared, so results do not depend on the threads.
 
 #pragma once
@@ -104,6 +105,25 @@ struct AttentionKernels {
     // attend_scratch(G, D) floats. The next call goes on after `end`, unless that is `last`.
     void (*attend)(const Attention& a, int64_t q_offset, int64_t kv_offset, int64_t begin, int64_t end, int64_t last,
                    float* largest, float* sum, float* out, float* scratch);
+};
+
+struct Prefill {  // what all tasks of an op for many queries share
+    Vector q, k, v;
+    int64_t G, D;              // queries that share a head of keys, elements of each
+    int64_t q_step, key_step;  // elements from a token's queries to the next one's, from a key to the next
+    float scale, softcap;      // as above
+};
+
+struct Seen {  // the keys [begin, end) that a token's queries see
+    int64_t begin, end;
+};
+
+struct PrefillKernels {
+    // The queries [tokens, G, D] of one head of keys, and a score for each of the G that has no value, or null -> y,
+    // of q's type, where the queries are. `scratch` is aligned to 64 bytes.
+    void (*attend)(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Seen* seen,
+                   const float* sinks, void* y, float* scratch);
+    int64_t (*scratch)(int64_t queries, int64_t D);  // how many floats that takes
 };
 
 constexpr int64_t KEYS = 128;  // keys that attention takes at once

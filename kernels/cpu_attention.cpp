@@ -106,15 +106,6 @@ INLINE void softmax(float* scores, int64_t count, float scale, float* largest, f
                 store(at, load<f32s>(at) * keep[i * NK<NQ>]);
 }
 
-// Scores -> cap * tanh(score * scale). Lanes without a key, -infinity, stay so.
-__attribute__((noinline)) void cap_scores(float* scores, int64_t count, float scale, float cap) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const f32s score = load<f32s>(scores + i), x = score * scale;
-        const f32s e = exp_negative(larger(x, -x) * -2.0f), tanh = (1.0f - e) / (1.0f + e);
-        store(scores + i, score == -__builtin_inff() ? score : (x < 0.0f ? -tanh : tanh) * cap);
-    }
-}
-
 // What values are added up in: of bf16 the even columns of a step apart from the odd, which attend puts in order.
 INLINE Pairs values_of(const uint16_t* v) { return pairs_of(v); }
 INLINE f32s values_of(const float* v) { return load<f32s>(v); }

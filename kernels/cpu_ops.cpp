@@ -1,5 +1,5 @@
 // The ops of this folder on CPUs, but for those of cpu_linear_ops.cpp, cpu_lora_ops.cpp and cpu_ranks.cpp. The work
-// itself is done by the kernels in cpu_attention.cpp.
+// itself is done by the kernels in cpu_attention.cpp and cpu_prefill.cpp.
 
 #include <cmath>
 #include <utility>
@@ -119,6 +119,84 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
     return y;
 }
 
+// A task is some tokens of one row and a head of keys. The longest come first, so that all threads end together.
+Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& input_pos,
+                         const OptionalTensor& first_pos, std::optional<int64_t> window, const OptionalTensor& sinks,
+                         std::optional<double> scale, double softcap, const OptionalTensor& rows) {
+    constexpr int64_t QUERIES = 128;  // of a task, about
+    const bool alike = query.dim() == 4 && k.dim() == 4 && k.sizes().equals(v.sizes()) && k.stride(3) == 1 &&
+                       k.strides().equals(v.strides()) && k.scalar_type() == v.scalar_type();
+    STD_TORCH_CHECK(alike, "expected q [B, S, H, D], k and v [max_B, KV, L, D] of one type and layout, D together");
+    const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
+    const int64_t KV = k.size(1), L = k.size(2);
+    STD_TORCH_CHECK((rows.has_value() || k.size(0) >= B) && k.size(3) == D && KV && H % KV == 0, "q ",
+                    shape_of(query), " does not go with k ", shape_of(k));
+    const auto numbers = [&](const OptionalTensor& x, const char* name) {
+        STD_TORCH_CHECK(!x.has_value() || (x->scalar_type() == ScalarType::Long && x->dim() == 1 && x->size(0) == B),
+                        name, ": expected int64 [", B, "]");
+        return x.has_value() ? std::optional(in_order(*x)) : std::nullopt;
+    };
+    STD_TORCH_CHECK(input_pos.scalar_type() == ScalarType::Long && input_pos.dim() == 2 && input_pos.size(0) == B &&
+                        input_pos.size(1) == S,
+                    "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
+    STD_TORCH_CHECK(!window.has_value() || *window > 0, "window: expected 1 or more, got ", window.value_or(0));
+    STD_TORCH_CHECK(!sinks.has_value() || (sinks->dim() == 1 && sinks->size(0) == H), "sinks: expected [", H, "]");
+    STD_TORCH_CHECK(scale.value_or(1) > 0 && softcap >= 0, "expected scale > 0 and softcap >= 0, got ",
+                    scale.value_or(1), " and ", softcap);
+    const OptionalTensor cache_rows = numbers(rows, "rows"), starts = numbers(first_pos, "first_pos");
+    const auto number = [](const OptionalTensor& x, int64_t b, int64_t otherwise) {
+        return x.has_value() ? ((const int64_t*)x->const_data_ptr())[b] : otherwise;
+    };
+    for (int64_t b = 0; b < B; b++) {
+        const int64_t row = number(cache_rows, b, b);
+        STD_TORCH_CHECK(row >= 0 && row < k.size(0), "rows: there is no row ", row);
+    }
+    const Tensor q = in_order(query), pos = in_order(input_pos);
+    Tensor y = empty_output(q, D);
+    if (!y.numel()) return y;
+    const Tensor sink_floats = sinks.has_value() ? in_order(torch::stable::to(*sinks, ScalarType::Float)) : q;
+    const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
+
+    const int64_t* at = (const int64_t*)pos.const_data_ptr();
+    std::vector<Seen> seen(B * S);
+    for (int64_t b = 0; b < B; b++) {
+        const int64_t start = number(starts, b, 0);
+        for (int64_t s = 0; s < S; s++) {
+            const int64_t from = window.has_value() ? at[b * S + s] - *window + 1 : 0;
+            const int64_t end = std::min(std::max<int64_t>(at[b * S + s] - start, -1), L - 1) + 1;
+            seen[b * S + s] = {std::clamp<int64_t>(std::max<int64_t>(from, 0) - start, 0, end), end};
+        }
+    }
+    struct Task {
+        int64_t b, head, begin, end, keys;
+    };
+    const int64_t G = H / KV, most = std::max<int64_t>(QUERIES / G, 1), blocks = (S + most - 1) / most;
+    std::vector<Task> tasks;
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t block = 0; block < blocks; block++) {
+            const Range part = share(S, block, blocks);
+            int64_t keys = 0;
+            for (int64_t s = part.begin; s < part.end; s++) keys += seen[b * S + s].end - seen[b * S + s].begin;
+            for (int64_t head = 0; head < KV; head++) tasks.push_back({b, head, part.begin, part.end, keys});
+        }
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.keys > y.keys; });
+
+    const Prefill work = {vector_of(q), vector_of(k), vector_of(v), G, D, H * D, k.stride(2),
+                          float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
+    std::atomic<size_t> next{0};
+    parallel([&](int, int) {
+        const Memory scratch = allocate(prefill->scratch(most * G, D) * 4);
+        for (size_t i = next++; i < tasks.size(); i = next++) {
+            const auto [b, head, begin, end, keys] = tasks[i];
+            prefill->attend(work, ((b * S + begin) * H + head * G) * D,
+                            number(cache_rows, b, b) * k.stride(0) + head * k.stride(1), end - begin,
+                            seen.data() + b * S + begin, sink_data ? sink_data + head * G : nullptr,
+                            y.mutable_data_ptr(), (float*)scratch.get());
+        }
+    });
+    return y;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling: up to where the smallest numbers of a row reach a weight
 
@@ -172,11 +250,14 @@ Tensor reach(const Tensor& numbers, const std::optional<Tensor>& weights, const 
 extern "C" __attribute__((visibility("default"))) void brisk_use(const brisk::LinearKernels* linear,
                                                                  const brisk::Bf16Kernels* bf16,
                                                                  const brisk::AttentionKernels* attention,
+                                                                 const brisk::PrefillKernels* prefill,
                                                                  const brisk::LoraKernels* lora) {
-    brisk::linear = linear, brisk::bf16 = bf16, brisk::attention = attention, brisk::lora = lora;
+    brisk::linear = linear, brisk::bf16 = bf16, brisk::attention = attention, brisk::prefill = prefill;
+    brisk::lora = lora;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
     m.impl("decode_attention", TORCH_BOX(&brisk::decode_attention));
+    m.impl("prefill_attention", TORCH_BOX(&brisk::prefill_attention));
     m.impl("reach", TORCH_BOX(&brisk::reach));
 }

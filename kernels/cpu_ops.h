@@ -36,6 +36,7 @@ using OptionalTensor = std::optional<Tensor>;
 inline const LinearKernels* linear = nullptr;
 inline const Bf16Kernels* bf16 = nullptr;
 inline const AttentionKernels* attention = nullptr;
+inline const PrefillKernels* prefill = nullptr;
 inline const LoraKernels* lora = nullptr;
 
 inline Type type_of(ScalarType type) {

@@ -1,4 +1,4 @@
-// Vectors as wide as the registers of the instruction set, which -DBRISK_ISA=avx512|avx2|portable names, and what the
+// Vectors as wide as the registers of the instruction set, which -DBRISK_ISA=amx|avx512|avx2|portable names, and what the
 // kernels do with them: conversions, sums over the lanes, e^x.
 //
 // No standard library here: its templates, compiled for AVX512, could be linked into code for any processor.
@@ -7,12 +7,14 @@
 
 #include "cpu.h"
 
+#define ISA_amx 3  // and all that AVX512 has
 #define ISA_avx512 2
 #define ISA_avx2 1
 #define ISA_portable 0
 #define ISA_LEVEL_(name) ISA_##name
 #define ISA_LEVEL(name) ISA_LEVEL_(name)
-#define AVX512 (ISA_LEVEL(BRISK_ISA) == 2)
+#define AMX (ISA_LEVEL(BRISK_ISA) == 3)
+#define AVX512 (ISA_LEVEL(BRISK_ISA) >= 2)
 #define AVX2 (ISA_LEVEL(BRISK_ISA) == 1)
 #if AVX512 || AVX2
 #include <immintrin.h>
@@ -62,7 +64,7 @@ INLINE void keep_in_register(V& v) {
 #endif
 }
 
-INLINE f32s all(float x) { return f32s{} + x; }
+INLINE f32s all(float x) { return x - f32s{}; }  // adding 0 would take an instruction, as it changes -0
 INLINE f32s to_f32(i32s v) { return __builtin_convertvector(v, f32s); }
 
 // GCC makes several steps of conversions that have an instruction.
@@ -257,17 +259,25 @@ INLINE f32s sum_each(const f32s (&v)[LANES]) {
 #endif
 }
 
-// Lane j of vector i <-> lane i of vector j: of blocks of 1, 2, 4 lanes, those off the diagonal change places.
-#if !AVX512
+// Lane j of vector i <-> lane i of vector j: of blocks of 1, 2, 4, 8 lanes, those off the diagonal change places.
 INLINE void transpose(f32s (&v)[LANES]) {
-#define EXCHANGE(size, LOW, HIGH)                                     \
-    UNROLL for (int i = 0; i < LANES; i++) if (!(i & size)) {         \
-        const f32s a = v[i], b = v[i + size];                         \
-        v[i] = SHUFFLE(a, b, LOW);                    \
-        v[i + size] = SHUFFLE(a, b, HIGH);            \
+#define EXCHANGE(size, LOW, HIGH)                             \
+    UNROLL for (int i = 0; i < LANES; i++) if (!(i & size)) { \
+        const f32s a = v[i], b = v[i + size];                 \
+        v[i] = SHUFFLE(a, b, LOW);                            \
+        v[i + size] = SHUFFLE(a, b, HIGH);                    \
     }
 #define LIST(...) __VA_ARGS__
-#if AVX2
+#if AVX512
+    EXCHANGE(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+             LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+    EXCHANGE(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+             LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    EXCHANGE(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+             LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    EXCHANGE(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+             LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#elif AVX2
     EXCHANGE(1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
     EXCHANGE(2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
     EXCHANGE(4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
@@ -278,7 +288,6 @@ INLINE void transpose(f32s (&v)[LANES]) {
 #undef EXCHANGE
 #undef LIST
 }
-#endif
 
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23, 0x4b400000: adding it rounds to an integer, left in the low bits
 
@@ -295,6 +304,15 @@ INLINE f32s exp_negative(f32s x) {
     p = p * r * r + r + 1.0f;
     f32s scaled = (f32s)((i32s)p + ((i32s)shifted << 23));  // the low bits of `shifted`, into the exponent
     return x < -87.0f ? f32s{} : scaled;
+}
+
+// Scores of attention -> cap * tanh(score * scale). Lanes without a key, -infinity, stay so.
+__attribute__((unused, noinline)) void cap_scores(float* scores, int64_t count, float scale, float cap) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const f32s score = load<f32s>(scores + i), x = score * scale;
+        const f32s e = exp_negative(larger(x, -x) * -2.0f), tanh = (1.0f - e) / (1.0f + e);
+        store(scores + i, score == -__builtin_inff() ? score : (x < 0.0f ? -tanh : tanh) * cap);
+    }
 }
 
 // Into the second level cache: that was faster than into the first, by half for bf16.

@@ -45,18 +45,18 @@ def op(request, library, tmp_path_factory):
     elif request.param in build.available_isas():
         build.use_isa(request.param)
         yield torch.ops.brisk
-    elif request.param == "avx512":
-        build._use(kernels.cpu_library(), emulated_avx512(tmp_path_factory.mktemp("emulated") / "avx512.so"))
+    elif request.param in ("amx", "avx512"):
+        build._use(kernels.cpu_library(), emulated(request.param, tmp_path_factory.mktemp("emulated") / "kernels.so"))
         yield torch.ops.brisk
     else:
         pytest.skip(f"this processor has no {request.param}")
     build.use_isa(best)
 
 
-def emulated_avx512(library: Path) -> ctypes.CDLL:
-    """The kernels for AVX512 on a processor without it: emulated/immintrin.h is found before the compiler's own."""
+def emulated(isa: str, library: Path) -> ctypes.CDLL:
+    """The kernels on a processor without this instruction set: emulated/immintrin.h is found before the compiler's."""
     sources = [build.FOLDER / source for source in build.KERNELS]
-    flags = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DBRISK_ISA=avx512", "-shared"]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", f"-DBRISK_ISA={isa}", "-shared"]
     subprocess.run(
         [os.environ.get("CXX", "g++"), *flags, "-I", ROOT / "tests" / "emulated", *sources, "-o", library], check=True
     )
@@ -449,6 +449,53 @@ def test_attention(op, shape):
     assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all()
 
 
+@few
+@given(
+    shape=attention_shapes,
+    S=st.integers(1, 70),
+    L=st.integers(1, 400),
+    first=st.sampled_from([None, -5, 0, 1000]),
+    dense=st.booleans(),
+)
+@example(FULL | {"D": 64, "G": 4}, 40, 300, None, True)
+@example(FULL | {"D": 128, "B": 3, "window": 40}, 40, 300, -5, False)
+@example(ALL | {"D": 64, "B": 2}, 70, 150, 1000, True)
+def test_prefill_attention(op, shape, S, L, first, dense):
+    B, KV, G, D = (shape[name] for name in ("B", "KV", "G", "D"))
+    reference = op is kernels  # rounds scores to its dtype, and does not hide NaN
+    dtype = torch.float32 if reference else DTYPES[shape["dtype"]]
+    generator, S, H = torch.Generator().manual_seed(shape["seed"]), min(S, L), KV * G
+    options = {name: shape[name] for name in ("window", "scale", "softcap")}
+    options["sinks"] = shape["sinks"] and (torch.randn(H, generator=generator) * 3).to(DTYPES[shape["sinks"]])
+    slots = torch.randint(0, L - S + 1, (B, 1), generator=generator) + torch.arange(S)
+    slots[0, -1] = torch.randint(0, L, (), generator=generator)  # padding may be anywhere
+    q = (torch.randn(B, S, H, D, generator=generator) * shape["size"]).to(dtype)
+    k, v = (torch.randn(B + 1, KV, L, D, generator=generator).to(dtype) for _ in range(2))
+    rows = torch.randperm(B + 1, generator=generator)[:B]
+    begin = max(0, -(first or 0))  # the slot of position 0
+    sees, (expected, size) = slots >= begin, torch.zeros(2, *q.shape, dtype=torch.float64)
+    for b, row in enumerate(rows):
+        keys, values = (cache[row : row + 1, :, begin:] for cache in (k, v))
+        at = q[b : b + 1, sees[b]], keys, values, slots[b : b + 1, sees[b]] - begin
+        expected[b, sees[b]], _ = exact_attention(*at, **options)
+        size[b, sees[b]], _ = exact_attention(at[0], keys, values.abs(), at[3], **options)
+        if not reference:  # what is before position 0 or beyond all queries may be anything
+            for cache in (k, v):
+                cache[row, :, :begin] = float("nan")
+                cache[row, :, slots[b].max() + 1 :] = float("nan")
+    pos, first_pos = slots + (first or 0), None if first is None else torch.full((B,), first)
+    largest = q.double().abs().amax() * k.double().nan_to_num().abs().amax() * D * (options["scale"] or D**-0.5)
+    if not dense:  # as of [B, L, KV, D]
+        k, v = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (k, v))
+    y = op.prefill_attention(q, k, v, pos, first_pos, rows=rows, **options)
+    scores = largest.item() + options["softcap"]
+    bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2**-22 * (8 + scores) * 6 + torch.finfo(dtype).tiny
+    if dtype == torch.bfloat16:  # weights may be rounded to it
+        bound += torch.finfo(dtype).eps / 2 * size
+    assert y.dtype == dtype and y.shape == q.shape and y.is_contiguous()
+    assert ((y.double() - expected).abs() <= bound)[sees].all()
+
+
 def test_attention_sees_nothing_of_other_queries(op):
     """Of two queries of one row, the earlier one must not be touched by what the later one sees."""
     q = torch.randn(1, 2, 4, 64).bfloat16()
@@ -547,6 +594,13 @@ def examples() -> dict[str, tuple]:
         "linear_int8_grouped": (x[..., :96], kernels.pack_int8(int8), kernels.pack_scales(grid), 48, 32, None),
         "linear_int4": (x, packed, 48, 32, scales.dtype, zero, None),
         "decode_attention": (torch.randn(2, 1, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7], [299]]), 100),
+        "prefill_attention": (
+            torch.randn(2, 20, 8, 32).bfloat16(), cache, cache + 1, torch.arange(20) + torch.tensor([[7], [270]])
+        ),
+        "prefill_attention with options": (
+            torch.randn(2, 20, 8, 32).bfloat16(), cache, cache + 1, torch.arange(20) + torch.tensor([[0], [1170]]),
+            torch.tensor([-10, 900]), 100, *options[1:-1], torch.tensor([1, 0]),
+        ),
         "decode_attention with options": (
             torch.randn(2, 3, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7, 8, 9], [900, 901, 5000]]), *options
         ),
@@ -647,7 +701,7 @@ def test_the_instruction_set_can_be_forced():
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("GPT_BRISK_ISA", "sse9")
-    with pytest.raises(UserError, match="sse9 is unknown; set it to one of avx512, avx2, portable"):
+    with pytest.raises(UserError, match="sse9 is unknown; set it to one of amx, avx512, avx2, portable"):
         kernels.cpu_library.__wrapped__()
 
 

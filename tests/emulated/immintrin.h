@@ -1,4 +1,4 @@
-// AVX512 as far as the kernels use it, in plain C++: so their tests run on any processor. Results are those of Intel's
+// AVX512 and AMX as far as the kernels use them, in plain C++: so their tests run on any processor. Results are those of Intel's
 // Intrinsics Guide, but for denormal numbers in dpbf16, which processors take as zero.
 
 #pragma once
@@ -133,4 +133,33 @@ __attribute__((noinline)) static __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a
         for (int j = 1; j >= 0; j--)  // the odd ones first, each product added without a rounding between
             sums[i] = __builtin_fmaf(emulated::from_bf16(a[2 * i + j]), emulated::from_bf16(b[2 * i + j]), sums[i]);
     return sums;
+}
+
+// Tiles are of 16 rows of 64 bytes, as the kernels configure them.
+namespace emulated {
+typedef uint8_t Tile[16][64];
+static thread_local Tile tiles[8];
+}  // namespace emulated
+
+static inline void _tile_loadconfig(const void*) {}
+static inline void _tile_release() {}
+static inline void _tile_zero(int tile) { memset(emulated::tiles[tile], 0, 1024); }
+static inline void _tile_loadd(int tile, const void* from, int64_t stride) {
+    for (int i = 0; i < 16; i++) memcpy(emulated::tiles[tile][i], (const char*)from + i * stride, 64);
+}
+static inline void _tile_stored(int tile, void* to, int64_t stride) {
+    for (int i = 0; i < 16; i++) memcpy((char*)to + i * stride, emulated::tiles[tile][i], 64);
+}
+static inline void _tile_dpbf16ps(int sums, int a, int b) {  // [16][16] floats += [16][32] times [16][16][2]
+    for (int i = 0; i < 16; i++) {
+        __m512 row;
+        memcpy(&row, emulated::tiles[sums][i], 64);
+        for (int k = 0; k < 16; k++) {
+            __m512bh pair, other;
+            for (int j = 0; j < 16; j++) memcpy((char*)&pair + 4 * j, emulated::tiles[a][i] + 4 * k, 4);
+            memcpy(&other, emulated::tiles[b][k], 64);
+            row = _mm512_dpbf16_ps(row, pair, other);
+        }
+        memcpy(emulated::tiles[sums][i], &row, 64);
+    }
 }
