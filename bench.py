@@ -25,8 +25,9 @@ the rounds (of the bandwidth, over all measurements), and ratios are ratios of m
   allows. Ratios are against the better of the two, for prefill and for decode.
 - llama.cpp and its fork ik_llama.cpp read the same weights from a GGUF file, through their C API and without their
   sampler: as BF16 for bf16, all matrices as Q8_0 for int8 and as Q4_0 for int4 (their own quantizer would make the
-  output projection a larger Q6_K), but for routers, which choose among experts and are floats in all programs. Both
-  run with flash attention; ik_llama.cpp repacks the tensors as it loads them.
+  output projection a larger Q6_K), but for routers, which choose among experts and are floats in all programs.
+  ik_llama.cpp repacks the tensors as it loads them and uses flash attention. llama.cpp runs with it and without, since
+  on CPUs it makes prefill faster and decoding at long positions slower; ratios are against the better of the two.
 - All use --threads threads. A GPU's work is timed by its events, up to a synchronisation.
 
 A decode step reads every weight once (of an embedding that is not also the output, one row; of experts, those that are

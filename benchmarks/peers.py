@@ -1,7 +1,7 @@
 """The programs that bench.py times beside ours: transformers, llama.cpp and ik_llama.cpp, on the same weights.
 
     peers = transformers_peers(hf_config, model, max_length=544)        # {"transformers, eager": ..., ...}
-    peer, path, kind = llama_cpp_peer("llama.cpp", model, "int8", folder, max_length=544, threads=2)  # a GGUF of Q8_0
+    peers, path = llama_cpp_peers("llama.cpp", model, "int8", folder, max_length=544, threads=2)    # a GGUF of Q8_0
 
 A contender, here or in bench.py, has two methods, both greedy, at batch 1:
 
@@ -204,7 +204,7 @@ class LlamaCpp:
     module: str
     api: str  # in the module, where the functions of C are
     model_options: dict[str, Any]
-    context_options: dict[str, Any]
+    context_options: dict[str, dict[str, Any]]  # of each variant, by what it adds to the name
 
 
 LLAMA_CPPS = {
@@ -213,38 +213,36 @@ LLAMA_CPPS = {
         "ik_llama_cpp",
         "_ctypes_api",
         {"repack_tensors": True, "use_mmap": False},  # it repacks nothing that is mapped
-        {"flash_attn": True},
+        {"": {"flash_attn": True}},
     ),
-    "llama.cpp": LlamaCpp("llama-cpp-python", "llama_cpp", "llama_cpp", {}, {"flash_attn_type": 1}),
+    "llama.cpp": LlamaCpp(
+        "llama-cpp-python",
+        "llama_cpp",
+        "llama_cpp",
+        {},
+        # On CPUs flash attention, which is its default, makes prefill a sixth faster and decoding at position 4096
+        # three times slower.
+        {"": {"flash_attn_type": 0}, ", flash attention": {"flash_attn_type": 1}},
+    ),
 }
 
 
 class LlamaCppPeer:
-    """llama.cpp or ik_llama.cpp through the C API that its package wraps, without its sampler."""
+    """A context of llama.cpp or ik_llama.cpp, through the C API that its package wraps and without its sampler."""
 
-    def __init__(self, program: str, path: Path, vocab_size: int, max_length: int, threads: int, gpu: bool):
-        settings, self.api, self.vocab_size = LLAMA_CPPS[program], llama_cpp_api(program), vocab_size
-        log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self.log = log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
-        self.api._lib.llama_log_set(self.log, None)
-        self.api.llama_backend_init()
-        params = self.api.llama_model_default_params()
-        for name, value in ({"n_gpu_layers": 999 if gpu else 0} | settings.model_options).items():
-            setattr(params, name, value)
-        self.model = self.api.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.model:
-            raise Unavailable(f"{program} does not load {path}")
-        params = self.api.llama_context_default_params()
+    def __init__(self, api: ModuleType, model: int, vocab_size: int, max_length: int, threads: int, options: dict):
+        self.api, self.vocab_size = api, vocab_size
+        params = api.llama_context_default_params()
         params.n_ctx = -(-max_length // 256) * 256
         params.n_batch = max(512, max_length)  # tokens a call may take; it computes n_ubatch of them at a time
         params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = threads
-        for name, value in settings.context_options.items():
+        for name, value in options.items():
             setattr(params, name, value)
-        self.context = self.api.llama_init_from_model(self.model, params)
+        self.context = api.llama_init_from_model(model, params)
         if not self.context:
-            raise Unavailable(f"{program} has no room for a context of {max_length} tokens")
-        self.batch = self.api.llama_batch_init(params.n_batch, 0, 1)  # token ids, each of one sequence
+            raise Unavailable(f"it has no room for a context of {max_length} tokens")
+        self.batch = api.llama_batch_init(params.n_batch, 0, 1)  # token ids, each of one sequence
         for i in range(params.n_batch):
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
 
@@ -284,22 +282,36 @@ def llama_cpp_api(program: str) -> ModuleType:
     return getattr(require(settings.package, settings.module), settings.api)
 
 
-def llama_cpp_peer(
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def no_log(level, text, data):
+    pass
+
+
+def llama_cpp_peers(
     program: str, model: Transformer, mode: str, folder: Path, max_length: int, threads: int
-) -> tuple[LlamaCppPeer, Path, str]:
-    """llama.cpp or ik_llama.cpp on these unquantized weights in the format that `mode` is compared with; its file, and
-    the format.
+) -> tuple[dict[str, LlamaCppPeer], Path]:
+    """llama.cpp or ik_llama.cpp on these unquantized weights in the format that `mode` is compared with, each variant
+    by its name: {"llama.cpp Q8_0": ..., ...}; and their file. Unavailable where it does not run.
 
     `folder` keeps GGUF files of these weights, and of no others.
     """
-    api = llama_cpp_api(program)
+    settings, api, kind = LLAMA_CPPS[program], llama_cpp_api(program), GGUF_KINDS[mode]
     gpu = model.tok_embeddings.weight.device.type == "cuda"
     if gpu and not ctypes.c_bool(api._lib.llama_supports_gpu_offload()):
-        package = LLAMA_CPPS[program].package
-        raise Unavailable(f"{package} is built without CUDA (reinstall it with CMAKE_ARGS=-DGGML_CUDA=on)")
-    kind = GGUF_KINDS[mode]
+        raise Unavailable(f"{settings.package} is built without CUDA (reinstall it with CMAKE_ARGS=-DGGML_CUDA=on)")
     path = write_gguf(model, folder, kind)
-    return LlamaCppPeer(program, path, model.config.vocab_size, max_length, threads, gpu), path, kind
+    api._lib.llama_log_set(no_log, None)
+    api.llama_backend_init()
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = 999 if gpu else 0
+    for name, value in settings.model_options.items():
+        setattr(params, name, value)
+    loaded = api.llama_model_load_from_file(os.fsencode(path), params)
+    if not loaded:
+        raise Unavailable(f"it does not load {path}")
+    sizes = model.config.vocab_size, max_length, threads
+    variants = settings.context_options.items()
+    return {f"{program} {kind}{name}": LlamaCppPeer(api, loaded, *sizes, options) for name, options in variants}, path
 
 
 def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:

@@ -72,6 +72,11 @@ LLAMA_CPPS = [
 ]
 
 
+def variants(program: str, kind: str) -> list[str]:
+    """What bench.py calls llama.cpp or ik_llama.cpp."""
+    return [f"{program} {kind}", *([f"{program} {kind}, flash attention"] if program == "llama.cpp" else [])]
+
+
 def tiny_model(**fields) -> Transformer:
     """In float32, with weights that make attention look at some positions much more than at others."""
     model = models.random_model(ModelConfig.from_hf(TINY | fields), "cpu", torch.float32)
@@ -139,13 +144,15 @@ def test_transformers_shares_our_tensors():
 @pytest.mark.parametrize("program", LLAMA_CPPS)
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_runs_our_model(name, program, tmp_path, request):
-    if program == "ik_llama.cpp" and name in ("llama3", "linear"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="ik_llama.cpp 0.1.5 leaves out stretched RoPE"))
+    if program == "ik_llama.cpp" and name in ("llama3", "linear", "mixtral"):
+        reason = "ik-llama-cpp-python 0.1.5 leaves out stretched RoPE, and the residual around a Mixtral's experts"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model = tiny_model(**MODELS[name])
-    peer, path, kind = peers.llama_cpp_peer(program, model, "fp32", tmp_path, max_length=64, threads=1)
-    assert kind == "F32"
-    assert their_tokens(peer, PROMPT, 8) == our_tokens(model, PROMPT, 8)[0]
-    assert contenders.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
+    found, path = peers.llama_cpp_peers(program, model, "fp32", tmp_path, max_length=64, threads=1)
+    assert list(found) == variants(program, "F32")
+    for peer in found.values():
+        assert their_tokens(peer, PROMPT, 8) == our_tokens(model, PROMPT, 8)[0]
+        assert contenders.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
     # The file is kept, and is of this format alone.
     assert list(tmp_path.iterdir()) == [path]
     written = path.stat().st_mtime_ns
@@ -158,11 +165,12 @@ def test_llama_cpp_runs_our_model(name, program, tmp_path, request):
 @pytest.mark.parametrize("name", ["plain", "tied", "moe"])
 def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, program, tmp_path):
     model = tiny_model(**MODELS[name])
-    peer, path, found = peers.llama_cpp_peer(program, model, mode, tmp_path, max_length=64, threads=1)
+    found, path = peers.llama_cpp_peers(program, model, mode, tmp_path, max_length=64, threads=1)
     quantized = models.quantize_model(model, mode, 32)
-    assert found == kind
-    assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
-    assert contenders.logits_error(peer, model, PROMPT) < limit
+    assert list(found) == variants(program, kind)
+    for peer in found.values():
+        assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
+        assert contenders.logits_error(peer, model, PROMPT) < limit
     read = {layer: tensor.numel() for layer, tensor in model.named_parameters() if tensor.ndim >= 2}
     if not model.config.tied:
         del read["tok_embeddings.weight"]
@@ -243,7 +251,7 @@ def test_what_gguf_cannot_hold_is_skipped(fields, what, tmp_path):
     [
         ("transformers", "transformers", lambda m, p: peers.transformers_peers(TINY, m, 64)),
         *(
-            (s.module, s.package, lambda m, p, program=program: peers.llama_cpp_peer(program, m, "int8", p, 64, 1))
+            (s.module, s.package, lambda m, p, program=program: peers.llama_cpp_peers(program, m, "int8", p, 64, 1))
             for program, s in peers.LLAMA_CPPS.items()
         ),
         ("gguf", "gguf", lambda m, p: peers.write_gguf(m, p, "F32")),
@@ -385,7 +393,8 @@ def test_report(run_here, tmp_path):
             assert f"skipped: {program}: " in out
     assert len(report["skipped"]) == len(peers.LLAMA_CPPS) - len(installed)
     names = [ours[0], "transformers, eager", "transformers, static cache, compiled"]
-    names += [*(f"{program} BF16" for program in installed), ours[1], *(f"{program} Q4_0" for program in installed)]
+    names += [name for program in installed for name in variants(program, "BF16")]
+    names += [ours[1], *(name for program in installed for name in variants(program, "Q4_0"))]
     assert list(contenders) == names
 
     model = checkpoint.load_model(checkpoint.DEMO)
@@ -421,12 +430,12 @@ def test_report(run_here, tmp_path):
     for ratio in report["ratios"]:
         theirs = [c for c in contenders.values() if (c["program"], c["mode"]) == (ratio["program"], ratio["mode"])]
         (own,) = (contenders[name] for name in ours if contenders[name]["mode"] == ratio["mode"])
-        assert len(theirs) == ratio["variants"] == (2 if ratio["program"] == "transformers" else 1)
+        assert len(theirs) == ratio["variants"] == (1 if ratio["program"] == "ik_llama.cpp" else 2)
         for key in ("decode", "prefill"):
             assert ratio[key] == pytest.approx(own[f"{key}_tok_s"] / max(their[f"{key}_tok_s"] for their in theirs))
     errors = report["logits_error"]
     assert list(errors) == [name for name in names if name not in ours]
-    assert all(error < (0.5 if name.endswith("llama.cpp Q4_0") else 0.05) for name, error in errors.items())
+    assert all(error < (0.5 if "llama.cpp Q4_0" in name else 0.05) for name, error in errors.items())
 
     for mode in ("bf16", "int4"):
         cache = report["long_cache"][mode]
