@@ -168,6 +168,8 @@ def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, progr
     found, path = peers.llama_cpp_peers(program, model, mode, tmp_path, max_length=64, threads=1)
     quantized = models.quantize_model(model, mode, 32)
     assert list(found) == variants(program, kind)
+    if program == "ik_llama.cpp":  # the scales of its quantized activations are bfloat16, llama.cpp's are float16
+        limit *= 1.1
     for peer in found.values():
         assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
         assert contenders.logits_error(peer, model, PROMPT) < limit
@@ -434,7 +436,7 @@ def test_report(run_here, tmp_path):
         for key in ("decode", "prefill"):
             assert ratio[key] == pytest.approx(own[f"{key}_tok_s"] / max(their[f"{key}_tok_s"] for their in theirs))
     errors = report["logits_error"]
-    assert list(errors) == [name for name in names if name not in ours]
+    assert errors.keys() == set(names) - set(ours)
     assert all(error < (0.5 if "llama.cpp Q4_0" in name else 0.05) for name, error in errors.items())
 
     for mode in ("bf16", "int4"):
