@@ -1,7 +1,7 @@
 """How fast: prefill and decode in tokens a second, the share of what the memory allows, and other programs beside it.
 
     python bench.py                                                   # the 1b shape, random weights, bf16
-    python bench.py --mode bf16 int8 int4 --against llama.cpp transformers
+    python bench.py --mode bf16 int8 int4 --against llama.cpp ik_llama.cpp transformers
     python bench.py --shape 8b --device cuda --mode int8 int4
     python bench.py --shape moe --mode int4 --against llama.cpp       # a mixture of experts, 8 of 64 for each token
     python bench.py --checkpoint_path checkpoints/org/name/model_int8.safetensors
@@ -23,9 +23,11 @@ the rounds (of the bandwidth, over all measurements), and ratios are ratios of m
 - transformers runs its forward on views of the same unquantized tensors: once eager with its default, growing cache,
   once compiled (prefill and decode apart, each for its exact shape) with a static cache that is as short as the run
   allows. Ratios are against the better of the two, for prefill and for decode.
-- llama.cpp reads the same weights from a GGUF file, through its C API and without its sampler: as BF16 for bf16, all
-  matrices as Q8_0 for int8 and as Q4_0 for int4 (its own quantizer would make the output projection a larger Q6_K),
-  but for routers, which choose among experts and are floats in both programs.
+- llama.cpp and its fork ik_llama.cpp read the same weights from a GGUF file, through their C API and without their
+  sampler: as BF16 for bf16, all matrices as Q8_0 for int8 and as Q4_0 for int4 (their own quantizer would make the
+  output projection a larger Q6_K), but for routers, which choose among experts and are floats in all programs.
+  ik_llama.cpp repacks the tensors as it loads them and uses flash attention. llama.cpp runs with it and without, since
+  on CPUs it makes prefill faster and decoding at long positions slower; ratios are against the better of the two.
 - All use --threads threads. A GPU's work is timed by its events, up to a synchronisation.
 
 A decode step reads every weight once (of an embedding that is not also the output, one row; of experts, those that are
@@ -55,7 +57,7 @@ from arguments import add_threads
 from benchmarks.contenders import PEERS, make_peers, measure_contenders
 from benchmarks.decoding import measure_ragged, measure_sampling, measure_speculation
 from benchmarks.models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model
-from benchmarks.peers import versions
+from benchmarks.peers import LLAMA_CPPS, versions
 from benchmarks.report import markdown, plot
 from benchmarks.serving import measure_serving, soak
 from benchmarks.startup import measure_startup, write_checkpoint
@@ -235,7 +237,7 @@ def benchmark(args: argparse.Namespace, group: Group) -> None:
     check_compiler()
     torch._dynamo.config.recompile_limit = 1000  # each mode, cache and batch is one of the same function
     stored, models = make_models(args, path, config, group)
-    copies = sum(resident_bytes(model) for model in models.values()) if "llama.cpp" in args.against else 0
+    copies = sum(resident_bytes(model) for model in models.values()) * len(LLAMA_CPPS.keys() & set(args.against))
     caches = cache_bytes(stored, len(models), length + sum(args.batch_size) * needed + len(args.against) * 2 * needed)
     check_memory(copies + caches + BUFFER_BYTES[device.type], "the benchmark beside the model", device)
     args.out.mkdir(parents=True, exist_ok=True)

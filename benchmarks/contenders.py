@@ -1,4 +1,4 @@
-"""Prefill and decode of ours beside transformers and llama.cpp, all taking turns: the main table of bench.py."""
+"""Prefill and decode of ours beside those of other programs, all taking turns: the main table of bench.py."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from benchmarks.models import format_of, mode_of, rebuild
-from benchmarks.peers import Unavailable, gguf_bytes, llama_cpp_peer, transformers_peers
+from benchmarks.peers import LLAMA_CPPS, Unavailable, gguf_bytes, llama_cpp_peers, transformers_peers
 from benchmarks.report import summarize
 from benchmarks.turns import Ours, take_turns
 from engine import cache_bytes, peak_memory, weight_bytes
 from errors import log
 from model import Transformer
 
-PEERS = ("transformers", "llama.cpp")
+PEERS = ("transformers", "llama.cpp", "ik_llama.cpp")
 # Errors of a peer's logits from which it does not compute the same. Where a choice among experts is on the verge,
 # rounding decides: bfloat16 alone changes a token's logits by a tenth, or by three.
 DIFFERENT = {"int8": 0.2, "int4": 0.8}
@@ -54,18 +54,19 @@ def make_peers(
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """The contenders of these programs, and why some programs are left out; `folder` keeps files of these weights."""
     contenders, skipped = {}, {}
-    size, unquantized, threads = weight_bytes(stored), mode_of(stored), torch.get_num_threads()
+    unquantized, threads = mode_of(stored), torch.get_num_threads()
     for program in dict.fromkeys(programs):
         try:
             if unquantized in ("int8", "int4"):
                 raise Unavailable("it needs the unquantized weights; name them and, with --mode, what to make of them")
-            if program == "llama.cpp":
+            if program in LLAMA_CPPS:
                 for mode in modes:
-                    peer, path, kind = llama_cpp_peer(stored, mode, folder, max_length, threads)
-                    contenders[f"llama.cpp {kind}"] = Contender(peer, program, mode, gguf_bytes(path, stored.config))
+                    found, path = llama_cpp_peers(program, stored, mode, folder, max_length, threads)
+                    size = gguf_bytes(path, stored.config)
+                    contenders |= {name: Contender(peer, program, mode, size) for name, peer in found.items()}
             elif unquantized in modes:
-                for name, peer in transformers_peers(hf_config, stored, max_length).items():
-                    contenders[name] = Contender(peer, program, unquantized, size)
+                found, size = transformers_peers(hf_config, stored, max_length), weight_bytes(stored)
+                contenders |= {name: Contender(peer, program, unquantized, size) for name, peer in found.items()}
             else:
                 raise Unavailable(f"it runs unquantized weights only; add {unquantized} to --mode")
         except Unavailable as reason:

@@ -1,7 +1,7 @@
-"""The programs that bench.py times beside ours: transformers and llama.cpp, on the same weights.
+"""The programs that bench.py times beside ours: transformers, llama.cpp and ik_llama.cpp, on the same weights.
 
     peers = transformers_peers(hf_config, model, max_length=544)        # {"transformers, eager": ..., ...}
-    peer, path, kind = llama_cpp_peer(model, "int8", folder, max_length=544, threads=2)    # Q8_0, from a GGUF file
+    peers, path = llama_cpp_peers("llama.cpp", model, "int8", folder, max_length=544, threads=2)    # a GGUF of Q8_0
 
 A contender, here or in bench.py, has two methods, both greedy, at batch 1:
 
@@ -9,10 +9,11 @@ A contender, here or in bench.py, has two methods, both greedy, at batch 1:
     decode(token, position, steps) -> the `steps` tokens after `token`, which stands at `position`
 
 and a peer keeps the logits its prefill ended in as `last_logits`, float32 [V], so that they can be compared with ours.
-transformers runs on views of our tensors. llama.cpp reads a GGUF file, which is written here and kept for the next run.
-Both llama-cpp-python and gguf bring NumPy, which nothing else here needs.
+transformers runs on views of our tensors. llama.cpp and its fork ik_llama.cpp read a GGUF file, which is written here
+and kept for the next run. Their packages and gguf bring NumPy, which nothing else here needs.
 """
 
+import contextlib
 import ctypes
 import importlib
 import importlib.metadata
@@ -23,7 +24,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Container
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,7 +71,7 @@ def require(package: str, module: str) -> ModuleType:
 def versions() -> dict[str, str]:
     """The installed versions of everything that is timed."""
     found = {}
-    for package in ("torch", "transformers", "llama-cpp-python"):
+    for package in ("torch", "transformers", *(settings.package for settings in LLAMA_CPPS.values())):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -192,66 +193,125 @@ def split_qkv(config: ModelConfig, wqkv: Tensor) -> tuple[Tensor, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# llama.cpp
+# llama.cpp and ik_llama.cpp
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp or a fork: what wraps its C API, and the parameters that make it fastest."""
+
+    package: str
+    module: str
+    api: str  # in the module, where the functions of C are
+    model_options: dict[str, Any]
+    context_options: dict[str, dict[str, Any]]  # of each variant, by what it adds to the name
+
+
+LLAMA_CPPS = {
+    "ik_llama.cpp": LlamaCpp(
+        "ik-llama-cpp-python",
+        "ik_llama_cpp",
+        "_ctypes_api",
+        {"repack_tensors": True, "use_mmap": False},  # it repacks nothing that is mapped
+        {"": {"flash_attn": True}},
+    ),
+    "llama.cpp": LlamaCpp(
+        "llama-cpp-python",
+        "llama_cpp",
+        "llama_cpp",
+        {},
+        # On CPUs flash attention, which is its default, makes prefill a sixth faster and decoding at position 4096
+        # three times slower.
+        {"": {"flash_attn_type": 0}, ", flash attention": {"flash_attn_type": 1}},
+    ),
+}
 
 
 class LlamaCppPeer:
-    """llama.cpp through the C API that llama-cpp-python wraps, without its sampler."""
+    """A context of llama.cpp or ik_llama.cpp, through the C API that its package wraps and without its sampler."""
 
-    def __init__(self, llama: ModuleType, path: Path, vocab_size: int, max_length: int, threads: int, gpu: bool):
-        self.llama, self.vocab_size = llama, vocab_size
-        self.log = llama.llama_log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
-        llama.llama_log_set(self.log, None)
-        llama.llama_backend_init()
-        model_params = llama.llama_model_default_params()
-        model_params.n_gpu_layers = 999 if gpu else 0
-        self.model = llama.llama_model_load_from_file(os.fsencode(path), model_params)
-        if not self.model:
-            raise Unavailable(f"llama.cpp does not load {path}")
-        params = llama.llama_context_default_params()
+    def __init__(self, api: ModuleType, model: int, vocab_size: int, max_length: int, threads: int, options: dict):
+        self.api, self.vocab_size = api, vocab_size
+        params = api.llama_context_default_params()
         params.n_ctx = -(-max_length // 256) * 256
         params.n_batch = max(512, max_length)  # tokens a call may take; it computes n_ubatch of them at a time
         params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = threads
-        self.context = llama.llama_init_from_model(self.model, params)
+        for name, value in options.items():
+            setattr(params, name, value)
+        self.context = api.llama_init_from_model(model, params)
         if not self.context:
-            raise Unavailable(f"llama.cpp has no room for a context of {max_length} tokens")
+            raise Unavailable(f"it has no room for a context of {max_length} tokens")
+        self.batch = api.llama_batch_init(params.n_batch, 0, 1)  # token ids, each of one sequence
+        for i in range(params.n_batch):
+            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
 
     def prefill(self, prompt: list[int]) -> int:
-        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)
-        self.last_logits = self._step(prompt).clone()
+        if hasattr(self.api, "llama_memory_clear"):
+            self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        else:  # the older name, which ik_llama.cpp has kept
+            self.api.llama_kv_cache_clear(self.context)
+        self.last_logits = self._step(prompt, 0).clone()
         return int(self.last_logits.argmax())
 
     def decode(self, token: int, position: int, steps: int) -> list[int]:
         tokens = [token]
-        for _ in range(steps):  # the cache knows the position
-            tokens.append(int(self._step(tokens[-1:]).numpy().argmax()))  # numpy: its threads would spin beside theirs
+        for step in range(steps):
+            logits = self._step(tokens[-1:], position + step)
+            tokens.append(int(logits.numpy().argmax()))  # numpy: torch's threads would spin beside theirs
         return tokens[1:]
 
-    def _step(self, tokens: list[int]) -> Tensor:
+    def _step(self, tokens: list[int], position: int) -> Tensor:
         """The logits after the last token, float32 [V], in memory that the next step overwrites."""
-        array = (self.llama.llama_token * len(tokens))(*tokens)
-        if self.llama.llama_decode(self.context, self.llama.llama_batch_get_one(array, len(tokens))):
+        self.batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            self.batch.token[i], self.batch.pos[i], self.batch.logits[i] = token, position + i, i == len(tokens) - 1
+        if self.api.llama_decode(self.context, self.batch):
             raise RuntimeError("llama_decode failed")
-        logits = self.llama.llama_get_logits_ith(self.context, -1)
+        logits = self.api.llama_get_logits_ith(self.context, -1)
         address = ctypes.addressof(logits.contents)
         return torch.frombuffer((ctypes.c_float * self.vocab_size).from_address(address), dtype=torch.float32)
 
 
-def llama_cpp_peer(
-    model: Transformer, mode: str, folder: Path, max_length: int, threads: int
-) -> tuple[LlamaCppPeer, Path, str]:
-    """llama.cpp on these unquantized weights in the format that `mode` is compared with; its file, and the format.
+def llama_cpp_api(program: str) -> ModuleType:
+    """The functions of the C API. Unavailable says how to install them."""
+    # llama-cpp-python makes its symbols global, and ik_llama.cpp, loaded after it, would be linked to those.
+    first, settings = LLAMA_CPPS["ik_llama.cpp"], LLAMA_CPPS[program]
+    with contextlib.suppress(Unavailable):
+        require(first.package, first.module)
+    return getattr(require(settings.package, settings.module), settings.api)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def no_log(level, text, data):
+    pass
+
+
+def llama_cpp_peers(
+    program: str, model: Transformer, mode: str, folder: Path, max_length: int, threads: int
+) -> tuple[dict[str, LlamaCppPeer], Path]:
+    """llama.cpp or ik_llama.cpp on these unquantized weights in the format that `mode` is compared with, each variant
+    by its name: {"llama.cpp Q8_0": ..., ...}; and their file. Unavailable where it does not run.
 
     `folder` keeps GGUF files of these weights, and of no others.
     """
-    llama = require("llama-cpp-python", "llama_cpp")
+    settings, api, kind = LLAMA_CPPS[program], llama_cpp_api(program), GGUF_KINDS[mode]
     gpu = model.tok_embeddings.weight.device.type == "cuda"
-    if gpu and not llama.llama_supports_gpu_offload():
-        raise Unavailable("llama-cpp-python is built without CUDA (reinstall it with CMAKE_ARGS=-DGGML_CUDA=on)")
-    kind = GGUF_KINDS[mode]
+    if gpu and not ctypes.c_bool(api._lib.llama_supports_gpu_offload()):
+        raise Unavailable(f"{settings.package} is built without CUDA (reinstall it with CMAKE_ARGS=-DGGML_CUDA=on)")
     path = write_gguf(model, folder, kind)
-    return LlamaCppPeer(llama, path, model.config.vocab_size, max_length, threads, gpu), path, kind
+    api._lib.llama_log_set(no_log, None)
+    api.llama_backend_init()
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = 999 if gpu else 0
+    for name, value in settings.model_options.items():
+        setattr(params, name, value)
+    loaded = api.llama_model_load_from_file(os.fsencode(path), params)
+    if not loaded:
+        raise Unavailable(f"it does not load {path}")
+    sizes = model.config.vocab_size, max_length, threads
+    variants = settings.context_options.items()
+    return {f"{program} {kind}{name}": LlamaCppPeer(api, loaded, *sizes, options) for name, options in variants}, path
 
 
 def write_gguf(model: Transformer, folder: Path, kind: str) -> Path:

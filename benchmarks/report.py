@@ -10,11 +10,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import LLAMA_CPPS
 from errors import log
 from files import gb, write_atomically
 
 # Of Okabe and Ito, which colour-blind people can tell apart.
-COLORS = {"gpt-brisk": "#0072B2", "llama.cpp": "#E69F00", "transformers": "#BBBBBB"}
+COLORS = {"gpt-brisk": "#0072B2", "llama.cpp": "#E69F00", "ik_llama.cpp": "#009E73", "transformers": "#BBBBBB"}
 
 
 # Further measurements: the heading of a table, and a line of it.
@@ -104,7 +105,8 @@ def label(report: dict[str, Any], name: str) -> str:
     program = report["contenders"][name]["program"]
     if program == "gpt-brisk":
         return name
-    return f"{name} ({report['machine']['versions']['llama-cpp-python' if program == 'llama.cpp' else program]})"
+    package = LLAMA_CPPS[program].package if program in LLAMA_CPPS else program
+    return f"{name} ({report['machine']['versions'][package]})"
 
 
 def workers(machine: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """bench.py: what it reports is what it measured, and the programs it compares with run the same model.
 
-transformers and llama.cpp are the judges: on our tensors, renamed, split and permuted, they compute our logits.
+transformers, llama.cpp and ik_llama.cpp are the judges: on our tensors, renamed, split and permuted, they compute our
+logits.
 """
 
 import dataclasses
@@ -58,10 +59,22 @@ MODELS = {
     ),
 }  # fmt: skip
 PROMPT = random.Random(0).choices(range(4200), k=40)
-needs_llama_cpp = pytest.mark.skipif(
-    not all(importlib.util.find_spec(module) for module in ("llama_cpp", "gguf")),
-    reason="llama-cpp-python and gguf are not installed",
-)
+needs_gguf = pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="gguf is not installed")
+LLAMA_CPPS = [
+    pytest.param(
+        program,
+        marks=pytest.mark.skipif(
+            not all(importlib.util.find_spec(module) for module in (settings.module, "gguf")),
+            reason=f"{settings.package} and gguf are not installed",
+        ),
+    )
+    for program, settings in peers.LLAMA_CPPS.items()
+]
+
+
+def variants(program: str, kind: str) -> list[str]:
+    """What bench.py calls llama.cpp or ik_llama.cpp."""
+    return [f"{program} {kind}", *([f"{program} {kind}, flash attention"] if program == "llama.cpp" else [])]
 
 
 def tiny_model(**fields) -> Transformer:
@@ -128,14 +141,18 @@ def test_transformers_shares_our_tensors():
     assert {tensor.untyped_storage().data_ptr() for tensor in hf.parameters()} == ours
 
 
-@needs_llama_cpp
+@pytest.mark.parametrize("program", LLAMA_CPPS)
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_runs_our_model(name, tmp_path):
+def test_llama_cpp_runs_our_model(name, program, tmp_path, request):
+    if program == "ik_llama.cpp" and name in ("llama3", "linear", "mixtral"):
+        reason = "ik-llama-cpp-python 0.1.5 leaves out stretched RoPE, and the residual around a Mixtral's experts"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model = tiny_model(**MODELS[name])
-    peer, path, kind = peers.llama_cpp_peer(model, "fp32", tmp_path, max_length=64, threads=1)
-    assert kind == "F32"
-    assert their_tokens(peer, PROMPT, 8) == our_tokens(model, PROMPT, 8)[0]
-    assert contenders.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
+    found, path = peers.llama_cpp_peers(program, model, "fp32", tmp_path, max_length=64, threads=1)
+    assert list(found) == variants(program, "F32")
+    for peer in found.values():
+        assert their_tokens(peer, PROMPT, 8) == our_tokens(model, PROMPT, 8)[0]
+        assert contenders.logits_error(peer, model, PROMPT) < 1e-2  # its cache is float16
     # The file is kept, and is of this format alone.
     assert list(tmp_path.iterdir()) == [path]
     written = path.stat().st_mtime_ns
@@ -143,16 +160,19 @@ def test_llama_cpp_runs_our_model(name, tmp_path):
     assert peers.write_gguf(model, tmp_path, "Q8_0") != path
 
 
-@needs_llama_cpp
+@pytest.mark.parametrize("program", LLAMA_CPPS)
 @pytest.mark.parametrize(("mode", "kind", "bits", "limit"), [("int8", "Q8_0", 8.5, 0.05), ("int4", "Q4_0", 4.5, 0.5)])
 @pytest.mark.parametrize("name", ["plain", "tied", "moe"])
-def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, tmp_path):
+def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, program, tmp_path):
     model = tiny_model(**MODELS[name])
-    peer, path, found = peers.llama_cpp_peer(model, mode, tmp_path, max_length=64, threads=1)
+    found, path = peers.llama_cpp_peers(program, model, mode, tmp_path, max_length=64, threads=1)
     quantized = models.quantize_model(model, mode, 32)
-    assert found == kind
-    assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
-    assert contenders.logits_error(peer, model, PROMPT) < limit
+    assert list(found) == variants(program, kind)
+    if program == "ik_llama.cpp":  # the scales of its quantized activations are bfloat16, llama.cpp's are float16
+        limit *= 1.1
+    for peer in found.values():
+        assert 1e-4 < contenders.logits_error(peer, quantized, PROMPT) < limit
+        assert contenders.logits_error(peer, model, PROMPT) < limit
     read = {layer: tensor.numel() for layer, tensor in model.named_parameters() if tensor.ndim >= 2}
     if not model.config.tied:
         del read["tok_embeddings.weight"]
@@ -163,7 +183,7 @@ def test_llama_cpp_runs_our_model_quantized(name, mode, kind, bits, limit, tmp_p
     assert peers.gguf_bytes(path, model.config) == sum(read.values()) * bits / 8 + floats * 4
 
 
-@needs_llama_cpp
+@needs_gguf
 @pytest.mark.parametrize(("kind", "error"), [("Q8_0", 0.01), ("Q4_0", 0.1)])
 @pytest.mark.parametrize("name", ["plain", "moe"])
 def test_gguf_holds_every_matrix_quantized(name, kind, error, tmp_path):
@@ -184,7 +204,7 @@ def test_gguf_holds_every_matrix_quantized(name, kind, error, tmp_path):
         assert difference.norm() <= error * expected[tensor.name].float().norm()
 
 
-@needs_llama_cpp
+@needs_gguf
 def test_gguf_says_what_it_holds(tmp_path):
     from gguf import GGUFReader
 
@@ -199,7 +219,7 @@ def test_gguf_says_what_it_holds(tmp_path):
     assert sum(tensor.n_elements for tensor in reader.tensors) == sum(p.numel() for p in model.parameters())
 
 
-@needs_llama_cpp
+@needs_gguf
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
@@ -232,7 +252,10 @@ def test_what_gguf_cannot_hold_is_skipped(fields, what, tmp_path):
     ("module", "package", "contender"),
     [
         ("transformers", "transformers", lambda m, p: peers.transformers_peers(TINY, m, 64)),
-        ("llama_cpp", "llama-cpp-python", lambda m, p: peers.llama_cpp_peer(m, "int8", p, 64, 1)),
+        *(
+            (s.module, s.package, lambda m, p, program=program: peers.llama_cpp_peers(program, m, "int8", p, 64, 1))
+            for program, s in peers.LLAMA_CPPS.items()
+        ),
         ("gguf", "gguf", lambda m, p: peers.write_gguf(m, p, "F32")),
     ],
 )
@@ -353,7 +376,7 @@ def run_here(monkeypatch, capsys):
 def test_report(run_here, tmp_path):
     """A whole run."""
     out, err = run_here(
-        "--shape", "demo", "--mode", "bf16", "int4", "--against", "transformers", "llama.cpp", "--out", tmp_path,
+        "--shape", "demo", "--mode", "bf16", "int4", "--against", "transformers", *peers.LLAMA_CPPS, "--out", tmp_path,
         "--prompt_length", 24, "--new_tokens", 5, "--rounds", 3, "--device", "cpu", "--threads", 1, "--long_cache",
         "--positions", 0, 300, "--batch_size", 3, 2,
     )  # fmt: skip
@@ -363,13 +386,17 @@ def test_report(run_here, tmp_path):
     contenders, bandwidth = report["contenders"], report["read_bandwidth"]
 
     ours = ["gpt-brisk bf16", "gpt-brisk int4-g32"]
-    names = [ours[0], "transformers, eager", "transformers, static cache, compiled", ours[1]]
-    if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
-        names[3:] = ["llama.cpp BF16", ours[1], "llama.cpp Q4_0"]
-        assert report["skipped"] == {}
-    else:
-        assert "is not installed (pip install" in report["skipped"]["llama.cpp"]
-        assert "skipped: llama.cpp: " in out
+    installed = []
+    for program, settings in peers.LLAMA_CPPS.items():
+        if importlib.util.find_spec(settings.module) and importlib.util.find_spec("gguf"):
+            installed.append(program)
+        else:
+            assert "is not installed (pip install" in report["skipped"][program]
+            assert f"skipped: {program}: " in out
+    assert len(report["skipped"]) == len(peers.LLAMA_CPPS) - len(installed)
+    names = [ours[0], "transformers, eager", "transformers, static cache, compiled"]
+    names += [name for program in installed for name in variants(program, "BF16")]
+    names += [ours[1], *(name for program in installed for name in variants(program, "Q4_0"))]
     assert list(contenders) == names
 
     model = checkpoint.load_model(checkpoint.DEMO)
@@ -383,8 +410,8 @@ def test_report(run_here, tmp_path):
     assert (
         contenders["gpt-brisk int4-g32"]["bytes_per_step"] == cached + 2 * norms + (sum(parameters) - norms) * 4.5 / 8
     )
-    if "llama.cpp Q4_0" in names:
-        read = contenders["llama.cpp Q4_0"]["bytes_per_step"]
+    for program in installed:
+        read = contenders[f"{program} Q4_0"]["bytes_per_step"]
         assert read == cached + 4 * norms + (sum(parameters) - norms) * 4.5 / 8
     reads = [value for values in contenders.values() for value in values["read_gb_s"]]
     assert bandwidth["gb_s"] == statistics.median(reads) > 0
@@ -401,16 +428,16 @@ def test_report(run_here, tmp_path):
         values = contenders[name]
         roofline = bandwidth["decode_tok_s"][values["mode"]]
         assert values["roofline_share"] == pytest.approx(values["decode_tok_s"] / roofline)
-    assert len(report["ratios"]) == (1 if report["skipped"] else 3)
+    assert len(report["ratios"]) == 1 + 2 * len(installed)
     for ratio in report["ratios"]:
-        peers = [c for c in contenders.values() if (c["program"], c["mode"]) == (ratio["program"], ratio["mode"])]
+        theirs = [c for c in contenders.values() if (c["program"], c["mode"]) == (ratio["program"], ratio["mode"])]
         (own,) = (contenders[name] for name in ours if contenders[name]["mode"] == ratio["mode"])
-        assert len(peers) == ratio["variants"] == (2 if ratio["program"] == "transformers" else 1)
+        assert len(theirs) == ratio["variants"] == (1 if ratio["program"] == "ik_llama.cpp" else 2)
         for key in ("decode", "prefill"):
-            assert ratio[key] == pytest.approx(own[f"{key}_tok_s"] / max(peer[f"{key}_tok_s"] for peer in peers))
+            assert ratio[key] == pytest.approx(own[f"{key}_tok_s"] / max(their[f"{key}_tok_s"] for their in theirs))
     errors = report["logits_error"]
-    assert list(errors) == [name for name in names if name not in ours]
-    assert all(error < (0.5 if name == "llama.cpp Q4_0" else 0.05) for name, error in errors.items())
+    assert errors.keys() == set(names) - set(ours)
+    assert all(error < (0.5 if "llama.cpp Q4_0" in name else 0.05) for name, error in errors.items())
 
     for mode in ("bf16", "int4"):
         cache = report["long_cache"][mode]
@@ -438,7 +465,7 @@ def test_report_of_experts(run_here, tmp_path):
     fields = TINY | MOE
     folder = startup.write_checkpoint(tmp_path / "moe", fields, models.random_model(ModelConfig.from_hf(fields), "cpu"))
     _, err = run_here(
-        "--checkpoint_path", folder, "--mode", "bf16", "int8", "int4", "--against", "transformers", "llama.cpp",
+        "--checkpoint_path", folder, "--mode", "bf16", "int8", "int4", "--against", "transformers", *peers.LLAMA_CPPS,
         "--prompt_length", 24, "--new_tokens", 4, "--rounds", 1, "--device", "cpu", "--threads", 1, "--out", tmp_path,
     )  # fmt: skip
     assert "warning" not in err
@@ -450,10 +477,10 @@ def test_report_of_experts(run_here, tmp_path):
     read = {name: c["bytes_per_step"] - report["cache_bytes_per_step"] for name, c in report["contenders"].items()}
     assert read["gpt-brisk bf16"] == read["transformers, eager"] == 2 * (matrices + floats)
     assert read["gpt-brisk int4-g32"] == pytest.approx(matrices * 4.5 / 8 + 2 * floats, rel=0.01)
-    if "llama.cpp" not in report["skipped"]:
-        assert read["llama.cpp BF16"] == 2 * matrices + 4 * floats
-        assert read["llama.cpp Q4_0"] == matrices * 4.5 / 8 + 4 * floats
-        assert read["llama.cpp Q8_0"] == matrices * 8.5 / 8 + 4 * floats
+    for program in peers.LLAMA_CPPS.keys() - report["skipped"].keys():
+        assert read[f"{program} BF16"] == 2 * matrices + 4 * floats
+        assert read[f"{program} Q4_0"] == matrices * 4.5 / 8 + 4 * floats
+        assert read[f"{program} Q8_0"] == matrices * 8.5 / 8 + 4 * floats
 
 
 def turns_taking(step_ms: dict[str, float], new_tokens: int):
