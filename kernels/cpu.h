@@ -126,7 +126,7 @@ struct PrefillKernels {
     int64_t (*scratch)(int64_t queries, int64_t D);  // how many floats that takes
 };
 
-constexpr int64_t KEYS = 128;  // keys that attention takes at once
+constexpr int64_t KEYS = 128;  // keys that attention of a few queries takes at once, at most
 // Keys, values and queries as floats; of each query the scores, and two vectors of 16 lanes at most.
 inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * (KEYS + 32); }
 

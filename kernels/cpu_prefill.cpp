@@ -9,6 +9,7 @@ namespace {
 
 constexpr int NV = 2, W = NV * LANES;  // vectors, queries of a tile
 constexpr int ROWS = AVX512 ? 8 : 6;   // of a product at once: as many as there are registers for
+constexpr int64_t BLOCK = 128;         // keys that go by the tiles of a task together
 constexpr float LEAST = -3e38f;        // below all scores, and no infinity, whose differences are NaN
 
 // A tile's state while the keys go by; [W] is a number for each query.
@@ -55,7 +56,7 @@ struct Floats {
     static constexpr bool PAIRS = false;
     const Prefill& a;
     const int64_t padded;
-    float *keys, *values;  // [KEYS][padded]
+    float *keys, *values;  // [BLOCK][padded]
 
     // One vector of a tile's queries: those at `offsets`.
     void take_queries(const int64_t (&offsets)[LANES], int v, void* to) const {
@@ -93,7 +94,7 @@ struct Tiles {
     static constexpr int64_t GRAIN = 32;
     static constexpr bool PAIRS = true;
     const Prefill& a;
-    uint16_t *copy, *values;  // [KEYS][D] where the cache can't be read as it is, [D][KEYS]
+    uint16_t *copy, *values;  // [BLOCK][D] where the cache can't be read as it is, [D][BLOCK]
     const uint16_t* keys = nullptr;
 
     Tiles(const Prefill& a, uint16_t* copy, uint16_t* values) : a(a), copy(copy), values(values) {
@@ -117,7 +118,7 @@ struct Tiles {
     void take_block(const Block& block) {
         const uint16_t *k = (const uint16_t*)a.k.data + block.offset, *v = (const uint16_t*)a.v.data + block.offset;
         keys = k + block.first * a.key_step;
-        if (a.key_step != a.D || block.end - block.first < KEYS) {
+        if (a.key_step != a.D || block.end - block.first < BLOCK) {
             for (int64_t j = block.begin; j < block.end; j++)
                 memcpy(copy + (j - block.first) * a.D, k + j * a.key_step, a.D * sizeof(uint16_t));
             keys = copy;
@@ -130,7 +131,7 @@ struct Tiles {
                 f32s x[LANES];
                 for (int i = 0; i < LANES; i++) x[i] = (f32s)(value(j + 2 * i, d) | value(j + 2 * i + 1, d) << 16);
                 transpose(x);
-                UNROLL for (int i = 0; i < LANES; i++) store(values + (d + i) * KEYS + j - block.first, x[i]);
+                UNROLL for (int i = 0; i < LANES; i++) store(values + (d + i) * BLOCK + j - block.first, x[i]);
             }
     }
     void scores(const Tile& tile, int64_t count, float* to) const {
@@ -151,7 +152,7 @@ struct Tiles {
             _tile_loadd(1, out + 16, W * 4);
             _tile_loadd(2, out + 16 * W, W * 4);
             _tile_loadd(3, out + 16 * W + 16, W * 4);
-            for (int64_t j = 0; j < count; j += 32) multiply(values + d * KEYS + j, KEYS, weights + j / 2 * W);
+            for (int64_t j = 0; j < count; j += 32) multiply(values + d * BLOCK + j, BLOCK, weights + j / 2 * W);
             store_sums(out);
         }
     }
@@ -231,7 +232,7 @@ void softmax(float* scores, int64_t count, float scale, const Tile& tile, int64_
 int64_t tile_floats(int64_t padded) { return (2 * padded + ROWS + 4) * W; }
 
 int64_t scratch_of(int64_t queries, int64_t D) {
-    const int64_t padded = round_up(D, 32), rows = KEYS + ROWS;
+    const int64_t padded = round_up(D, 32), rows = BLOCK + ROWS;
     const int64_t tiles = round_up(queries, W) / W;
     return 2 * rows * padded + rows * W + tiles * (tile_floats(padded) + int64_t(sizeof(Tile) / sizeof(float)));
 }
@@ -268,19 +269,19 @@ void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offs
         if (tile.last > last) last = tile.last;
     }
     const float scale = a.softcap ? 1.0f : a.scale;
-    for (int64_t block = first / KEYS * KEYS; block < last; block += KEYS) {
-        int64_t begin = block + KEYS, end = block;
+    for (int64_t block = first / BLOCK * BLOCK; block < last; block += BLOCK) {
+        int64_t begin = block + BLOCK, end = block;
         for (int64_t t = 0; t < count; t++)
-            if (tiles[t].first < block + KEYS && tiles[t].last > block) {
+            if (tiles[t].first < block + BLOCK && tiles[t].last > block) {
                 if (tiles[t].first < begin) begin = tiles[t].first < block ? block : tiles[t].first;
-                if (tiles[t].last > end) end = smaller(tiles[t].last, block + KEYS);
+                if (tiles[t].last > end) end = smaller(tiles[t].last, block + BLOCK);
             }
         if (begin >= end) continue;
         by.take_block({block, begin, end, kv_offset});
         for (int64_t t = 0; t < count; t++) {
             const Tile& tile = tiles[t];
-            if (tile.first >= block + KEYS || tile.last <= block) continue;
-            const int64_t keys = round_up(smaller(tile.last - block, KEYS), Products::GRAIN);
+            if (tile.first >= block + BLOCK || tile.last <= block) continue;
+            const int64_t keys = round_up(smaller(tile.last - block, BLOCK), Products::GRAIN);
             by.scores(tile, keys, scores);
             if (a.softcap) cap_scores(scores, keys * W, a.scale / a.softcap, a.softcap);
             if (tile.common_first > block || tile.common_last < block + keys) hide(scores, block, keys, tile);
@@ -304,8 +305,8 @@ void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offs
 void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Seen* seen,
             const float* sinks, void* y, float* scratch) {
     const int64_t padded = round_up(a.D, 32);
-    float *keys = scratch, *values = keys + (KEYS + ROWS) * padded, *scores = values + (KEYS + ROWS) * padded;
-    float* memory = scores + (KEYS + ROWS) * W;
+    float *keys = scratch, *values = keys + (BLOCK + ROWS) * padded, *scores = values + (BLOCK + ROWS) * padded;
+    float* memory = scores + (BLOCK + ROWS) * W;
 #if AMX
     if (a.q.type == BF16 && a.k.type == BF16 && a.D % 32 == 0) {
         Tiles by(a, (uint16_t*)keys, (uint16_t*)values);
