@@ -136,8 +136,10 @@ class KVCache(nn.Module):
             last = input_pos.masked_fill(input_pos == self.padding, -1).amax(1, keepdim=True)
             slots = slots.masked_fill(input_pos <= last - size, size)
         rows = first_rows(input_pos) if rows is None else rows
-        self.k[rows[:, None], :, slots] = k
-        self.v[rows[:, None], :, slots] = v
+        # All padding goes to one row: the others take no memory before they are used.
+        rows = rows[:, None].masked_fill(slots == size, 0)
+        self.k[rows, :, slots] = k
+        self.v[rows, :, slots] = v
 
     def before(self, input_pos: Tensor, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What a ring holds of the `count` positions before the first of each row: k and v [B, count, kv_heads,
