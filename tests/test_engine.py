@@ -191,6 +191,17 @@ def test_padding_beyond_the_end_of_the_cache(reference, base_folder, tokenizer, 
     assert rows == [theirs(reference, request.prompt, count) for request in requests]
 
 
+def test_rows_that_were_never_used_stay_untouched(engine, tokenizer):
+    """Their memory is taken when they are: a step that moves them along with others writes nothing to them."""
+    set_up(engine, [Request(prompt(30), GREEDY, 5)], 8)
+    run_rows(engine, tokenizer, [Request(prompt(30, seed), GREEDY, 5) for seed in range(3)])  # a step of four rows
+    for layer in engine.model.layers:
+        caches = layer.attention.kv_cache
+        for cache in (caches.k, caches.v):
+            assert cache[:3].any(dim=(1, 2, 3)).all() and not cache[3:].any()
+            assert not cache[1:, :, -1].any()
+
+
 def test_a_seed_gives_its_text_in_any_company(engine, tokenizer):
     def sample(*seeds):
         params = [SamplingParams(temperature=1.0, seed=seed) for seed in seeds]
