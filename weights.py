@@ -112,9 +112,10 @@ def _find_fault(path: Path) -> str:
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         try:
             start, end = entry["data_offsets"]
+            nbytes = end - start
             shape = entry["shape"][:8]  # a longer one would be a number of megabytes
-            fits = end - start == math.prod(shape) * DTYPES[entry["dtype"]].itemsize
-            fits = fits and all(type(size) is int and size >= 0 for size in shape)
+            fits = all(type(size) is int and size >= 0 for size in shape)
+            fits = fits and nbytes == math.prod(shape) * DTYPES[entry["dtype"]].itemsize
         except (KeyError, TypeError, ValueError):
             end, fits = 0, name == "__metadata__"
         if end > size:

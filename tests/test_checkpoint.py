@@ -222,6 +222,13 @@ HEADER = {
 }
 
 
+@pytest.mark.parametrize("shape", [[0.0, 10**400], [10**400, 10**400], [-1, 2.5], ["1"], [None, True]])
+def test_sizes_of_any_kind(tmp_path, shape):
+    header = HEADER | {"c": HEADER["c"] | {"shape": shape}}
+    with pytest.raises(UserError, match="not a valid safetensors file"):
+        read_header(write_file(tmp_path / "sizes.safetensors", header, b"\0" * 23))
+
+
 @FUZZ
 @given(mutated(HEADER), st.integers(0, 64))
 def test_fuzz_header(tmp_path_factory, header, size):

