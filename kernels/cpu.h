@@ -18,6 +18,10 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 inline int64_t size_of(Type type) { return type == F32 ? 4 : 2; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+struct Range {  // the numbers from begin on, without end
+    int64_t begin, end;
+};
+
 struct Vector {  // any tensor's data and its type
     const void* data;
     Type type;
@@ -114,14 +118,10 @@ struct Prefill {  // what all tasks of an op for many queries share
     float scale, softcap;      // as above
 };
 
-struct Seen {  // the keys [begin, end) that a token's queries see
-    int64_t begin, end;
-};
-
 struct PrefillKernels {
-    // The queries [tokens, G, D] of one head of keys, and a score for each of the G that has no value, or null -> y,
-    // of q's type, where the queries are. `scratch` is aligned to 64 bytes.
-    void (*attend)(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Seen* seen,
+    // The queries [tokens, G, D] of one head of keys, of each token the keys that they see, and a score for each of
+    // the G that has no value, or null -> y, of q's type, where the queries are. `scratch` is aligned to 64 bytes.
+    void (*attend)(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Range* seen,
                    const float* sinks, void* y, float* scratch);
     int64_t (*scratch)(int64_t queries, int64_t D);  // how many floats that takes
 };
@@ -134,18 +134,14 @@ inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * ro
 // `rows`. kernels/lora.py packs A and B.
 constexpr int64_t LORA_RANKS = 8, LORA_PANEL = 64, LORA_DEPTH = 512;  // of A, of B, of K that are worked on together
 
-struct Span {
-    int64_t begin, end;
-};
-
 struct LoraKernels {
     // LORA_RANKS rows of A, of which the numbers [begin, end) of K follow at `a`, times these of x
     // -> u[row * stride + rank] for each of the rows.
-    void (*shrink)(Vector a, Vector x, int64_t k, Span span, const int64_t* rows, int64_t count, float* u,
+    void (*shrink)(Vector a, Vector x, int64_t k, Range range, const int64_t* rows, int64_t count, float* u,
                    int64_t stride);
     // A panel of B times u[row * stride + rank], added to the columns [begin, end) of y, at most LORA_PANEL of them
     // -> those of `out`, which is like y.
-    void (*expand)(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Span columns,
+    void (*expand)(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
                    const int64_t* rows, int64_t count, void* out);
 };
 

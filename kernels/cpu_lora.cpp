@@ -15,9 +15,9 @@ INLINE f32s weights(const char* from, int64_t i) {
 }
 
 template <Type W, int R>
-void shrink_rows(const char* a, Vector x, int64_t k, Span span, const int64_t* rows, float* u, int64_t stride) {
+void shrink_rows(const char* a, Vector x, int64_t k, Range range, const int64_t* rows, float* u, int64_t stride) {
     f32s sums[R][LORA_RANKS] = {};
-    for (int64_t i = span.begin; i < span.end; i += 16, a += LORA_RANKS * 16 * size_of(W)) {
+    for (int64_t i = range.begin; i < range.end; i += 16, a += LORA_RANKS * 16 * size_of(W)) {
         for (int64_t line = 0; line < LORA_RANKS * 16 * size_of(W); line += 64) prefetch(a + AHEAD + line);
         UNROLL for (int lane = 0; lane < 16; lane += LANES) {
             f32s xs[R];
@@ -33,7 +33,7 @@ void shrink_rows(const char* a, Vector x, int64_t k, Span span, const int64_t* r
 }
 
 template <Type W, int R>
-void expand_rows(const char* b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Span columns,
+void expand_rows(const char* b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
                  const int64_t* rows, void* out) {
     constexpr int VECTORS = LORA_PANEL / LANES;
     f32s sums[R][VECTORS] = {};
@@ -53,15 +53,15 @@ void expand_rows(const char* b, int64_t ranks, const float* u, int64_t stride, V
 }
 
 template <Type W>
-void shrink_any(const char* a, Vector x, int64_t k, Span span, const int64_t* rows, int64_t count, float* u,
+void shrink_any(const char* a, Vector x, int64_t k, Range range, const int64_t* rows, int64_t count, float* u,
                 int64_t stride) {
     int64_t i = 0;
-    for (; i + SHRINK_ROWS <= count; i += SHRINK_ROWS) shrink_rows<W, SHRINK_ROWS>(a, x, k, span, rows + i, u, stride);
-    for (; i < count; i++) shrink_rows<W, 1>(a, x, k, span, rows + i, u, stride);
+    for (; i + SHRINK_ROWS <= count; i += SHRINK_ROWS) shrink_rows<W, SHRINK_ROWS>(a, x, k, range, rows + i, u, stride);
+    for (; i < count; i++) shrink_rows<W, 1>(a, x, k, range, rows + i, u, stride);
 }
 
 template <Type W>
-void expand_any(const char* b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Span columns,
+void expand_any(const char* b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
                 const int64_t* rows, int64_t count, void* out) {
     int64_t i = 0;
     for (; i + EXPAND_ROWS <= count; i += EXPAND_ROWS)
@@ -69,12 +69,12 @@ void expand_any(const char* b, int64_t ranks, const float* u, int64_t stride, Ve
     for (; i < count; i++) expand_rows<W, 1>(b, ranks, u, stride, y, n, columns, rows + i, out);
 }
 
-void shrink(Vector a, Vector x, int64_t k, Span span, const int64_t* rows, int64_t count, float* u, int64_t stride) {
+void shrink(Vector a, Vector x, int64_t k, Range range, const int64_t* rows, int64_t count, float* u, int64_t stride) {
     const auto work = a.type == F32 ? shrink_any<F32> : a.type == BF16 ? shrink_any<BF16> : shrink_any<F16>;
-    work((const char*)a.data, x, k, span, rows, count, u, stride);
+    work((const char*)a.data, x, k, range, rows, count, u, stride);
 }
 
-void expand(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Span columns,
+void expand(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
             const int64_t* rows, int64_t count, void* out) {
     const auto work = b.type == F32 ? expand_any<F32> : b.type == BF16 ? expand_any<BF16> : expand_any<F16>;
     work((const char*)b.data, ranks, u, stride, y, n, columns, rows, count, out);

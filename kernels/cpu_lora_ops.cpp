@@ -9,7 +9,7 @@ namespace brisk {
 namespace {
 
 struct Part {  // of an adapter, what adds to the columns [begin, end) of y
-    Span columns;
+    Range columns;
     int64_t first_panel, panels;  // of B
 };
 
@@ -27,11 +27,11 @@ std::vector<Part> parts_of(const Tensor& columns, int64_t count, int64_t n, int6
     std::vector<Part> parts(count);
     int64_t next_panel = 0, next_column = 0;
     for (int64_t i = 0; i < count; i++) {
-        const Span span = {ends[2 * i], ends[2 * i + 1]};
-        STD_TORCH_CHECK(next_column <= span.begin && span.begin <= span.end && span.end <= n, "lora: a part from ",
-                        span.begin, " to ", span.end, " of ", n, " columns, after ", next_column);
-        parts[i] = {span, next_panel, (span.end - span.begin + LORA_PANEL - 1) / LORA_PANEL};
-        next_panel += parts[i].panels, next_column = span.end;
+        const Range range = {ends[2 * i], ends[2 * i + 1]};
+        STD_TORCH_CHECK(next_column <= range.begin && range.begin <= range.end && range.end <= n, "lora: a part from ",
+                        range.begin, " to ", range.end, " of ", n, " columns, after ", next_column);
+        parts[i] = {range, next_panel, (range.end - range.begin + LORA_PANEL - 1) / LORA_PANEL};
+        next_panel += parts[i].panels, next_column = range.end;
     }
     STD_TORCH_CHECK(next_panel == panels, "lora: expected ", next_panel, " panels of B, got ", panels);
     return parts;

@@ -2,6 +2,7 @@
 // itself is done by the kernels in cpu_attention.cpp and cpu_prefill.cpp.
 
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "cpu_ops.h"
@@ -11,6 +12,39 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention
+
+// What both ops of attention ask of queries [B, S, H, D] and of their options.
+void check_queries(const Tensor& query, const Tensor& input_pos, const std::optional<int64_t>& window,
+                   const OptionalTensor& sinks, const std::optional<double>& scale, double softcap) {
+    const int64_t B = query.size(0), S = query.size(1), H = query.size(2);
+    STD_TORCH_CHECK(input_pos.scalar_type() == ScalarType::Long && input_pos.dim() == 2 && input_pos.size(0) == B &&
+                        input_pos.size(1) == S,
+                    "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
+    STD_TORCH_CHECK(!window.has_value() || *window > 0, "window: expected 1 or more, got ", window.value_or(0));
+    STD_TORCH_CHECK(!sinks.has_value() || (sinks->dim() == 1 && sinks->size(0) == H), "sinks: expected [", H, "]");
+    STD_TORCH_CHECK(scale.value_or(1) > 0 && softcap >= 0, "expected scale > 0 and softcap >= 0, got ",
+                    scale.value_or(1), " and ", softcap);
+}
+
+// An optional int64 [B], for which others stand where it is not given.
+std::vector<int64_t> numbers_of(const OptionalTensor& tensor, const char* name, std::vector<int64_t> otherwise) {
+    if (!tensor.has_value()) return otherwise;
+    const int64_t B = otherwise.size();
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && tensor->dim() == 1 && tensor->size(0) == B, name,
+                    ": expected int64 [", B, "]");
+    const Tensor numbers = in_order(*tensor);
+    const auto* data = (const int64_t*)numbers.const_data_ptr();
+    return {data, data + B};
+}
+
+// The rows of the caches, of which there are `count`, that the rows of a batch look at.
+std::vector<int64_t> cache_rows_of(const OptionalTensor& rows, int64_t B, int64_t count) {
+    std::vector<int64_t> own(B);
+    std::iota(own.begin(), own.end(), 0);
+    const std::vector<int64_t> found = numbers_of(rows, "rows", own);
+    for (const int64_t row : found) STD_TORCH_CHECK(row >= 0 && row < count, "rows: there is no row ", row);
+    return found;
+}
 
 // A task is one row, one head of keys and values, and a part of 256 positions; the parts of a row's softmax are put
 // together after. Where a part begins depends neither on the threads nor on where a ring wraps around.
@@ -26,18 +60,10 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
     const int64_t KV = k_cache.size(1), T = k_cache.size(2);
     STD_TORCH_CHECK((rows.has_value() || k_cache.size(0) >= B) && k_cache.size(3) == D && KV && H % KV == 0, "q ",
                     shape_of(query), " does not go with caches ", shape_of(k_cache));
-    STD_TORCH_CHECK(!rows.has_value() || (rows->scalar_type() == ScalarType::Long && rows->dim() == 1 &&
-                                          rows->size(0) == B),
-                    "rows: expected int64 [", B, "]");
-    STD_TORCH_CHECK(input_pos.scalar_type() == ScalarType::Long && input_pos.dim() == 2 && input_pos.size(0) == B &&
-                        input_pos.size(1) == S,
-                    "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
-    STD_TORCH_CHECK(!window.has_value() || *window > 0, "window: expected 1 or more, got ", window.value_or(0));
+    check_queries(query, input_pos, window, sinks, scale, softcap);
+    const std::vector<int64_t> cache_rows = cache_rows_of(rows, B, k_cache.size(0));
     STD_TORCH_CHECK(!ring || (window.has_value() && *window <= T - 1), "ring: expected a window of at most ", T - 1,
                     ", got ", window.value_or(0));
-    STD_TORCH_CHECK(!sinks.has_value() || (sinks->dim() == 1 && sinks->size(0) == H), "sinks: expected [", H, "]");
-    STD_TORCH_CHECK(scale.value_or(1) > 0 && softcap >= 0, "expected scale > 0 and softcap >= 0, got ",
-                    scale.value_or(1), " and ", softcap);
     const Tensor q = in_order(query), pos = in_order(input_pos);
     Tensor y = empty_output(q, D);
     if (!y.numel()) return y;
@@ -46,12 +72,6 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                             float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
     const Tensor sink_floats = sinks.has_value() ? in_order(torch::stable::to(*sinks, ScalarType::Float)) : q;
     const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
-
-    const Tensor cache_rows = rows.has_value() ? in_order(*rows) : q;
-    const int64_t* of_batch = rows.has_value() ? (const int64_t*)cache_rows.const_data_ptr() : nullptr;
-    const auto cache_row = [&](int64_t b) { return of_batch ? of_batch[b] : b; };
-    for (int64_t b = 0; b < B; b++)
-        STD_TORCH_CHECK(cache_row(b) >= 0 && cache_row(b) < k_cache.size(0), "rows: there is no row ", cache_row(b));
 
     // The positions [begin, end) that a query sees.
     const int64_t* at = (const int64_t*)pos.const_data_ptr();
@@ -89,7 +109,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                 for (int64_t s = 0; s < S; s++) {
                     const Range keys = keys_of(b, s);
                     float* out = part_of(task, s);
-                    attention->attend(work, ((b * S + s) * H + head * G) * D, (cache_row(b) * KV + head) * T * D,
+                    attention->attend(work, ((b * S + s) * H + head * G) * D, (cache_rows[b] * KV + head) * T * D,
                                       std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
                                       out + G * padded, out + G * padded + G, out, (float*)scratch.get());
                 }
@@ -131,26 +151,9 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, 
     const int64_t KV = k.size(1), L = k.size(2);
     STD_TORCH_CHECK((rows.has_value() || k.size(0) >= B) && k.size(3) == D && KV && H % KV == 0, "q ",
                     shape_of(query), " does not go with k ", shape_of(k));
-    const auto numbers = [&](const OptionalTensor& x, const char* name) {
-        STD_TORCH_CHECK(!x.has_value() || (x->scalar_type() == ScalarType::Long && x->dim() == 1 && x->size(0) == B),
-                        name, ": expected int64 [", B, "]");
-        return x.has_value() ? std::optional(in_order(*x)) : std::nullopt;
-    };
-    STD_TORCH_CHECK(input_pos.scalar_type() == ScalarType::Long && input_pos.dim() == 2 && input_pos.size(0) == B &&
-                        input_pos.size(1) == S,
-                    "input_pos: expected int64 [", B, ", ", S, "], got ", shape_of(input_pos));
-    STD_TORCH_CHECK(!window.has_value() || *window > 0, "window: expected 1 or more, got ", window.value_or(0));
-    STD_TORCH_CHECK(!sinks.has_value() || (sinks->dim() == 1 && sinks->size(0) == H), "sinks: expected [", H, "]");
-    STD_TORCH_CHECK(scale.value_or(1) > 0 && softcap >= 0, "expected scale > 0 and softcap >= 0, got ",
-                    scale.value_or(1), " and ", softcap);
-    const OptionalTensor cache_rows = numbers(rows, "rows"), starts = numbers(first_pos, "first_pos");
-    const auto number = [](const OptionalTensor& x, int64_t b, int64_t otherwise) {
-        return x.has_value() ? ((const int64_t*)x->const_data_ptr())[b] : otherwise;
-    };
-    for (int64_t b = 0; b < B; b++) {
-        const int64_t row = number(cache_rows, b, b);
-        STD_TORCH_CHECK(row >= 0 && row < k.size(0), "rows: there is no row ", row);
-    }
+    check_queries(query, input_pos, window, sinks, scale, softcap);
+    const std::vector<int64_t> cache_rows = cache_rows_of(rows, B, k.size(0));
+    const std::vector<int64_t> starts = numbers_of(first_pos, "first_pos", std::vector<int64_t>(B));
     const Tensor q = in_order(query), pos = in_order(input_pos);
     Tensor y = empty_output(q, D);
     if (!y.numel()) return y;
@@ -158,9 +161,9 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, 
     const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
 
     const int64_t* at = (const int64_t*)pos.const_data_ptr();
-    std::vector<Seen> seen(B * S);
+    std::vector<Range> seen(B * S);
     for (int64_t b = 0; b < B; b++) {
-        const int64_t start = number(starts, b, 0);
+        const int64_t start = starts[b];
         for (int64_t s = 0; s < S; s++) {
             const int64_t from = window.has_value() ? at[b * S + s] - *window + 1 : 0;
             const int64_t end = std::min(std::max<int64_t>(at[b * S + s] - start, -1), L - 1) + 1;
@@ -189,7 +192,7 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, 
         for (size_t i = next++; i < tasks.size(); i = next++) {
             const auto [b, head, begin, end, keys] = tasks[i];
             prefill->attend(work, ((b * S + begin) * H + head * G) * D,
-                            number(cache_rows, b, b) * k.stride(0) + head * k.stride(1), end - begin,
+                            cache_rows[b] * k.stride(0) + head * k.stride(1), end - begin,
                             seen.data() + b * S + begin, sink_data ? sink_data + head * G : nullptr,
                             y.mutable_data_ptr(), (float*)scratch.get());
         }

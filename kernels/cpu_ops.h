@@ -78,10 +78,6 @@ void parallel(const Work& work) {
     GOMP_parallel(run, (void*)&work, threads, 0);
 }
 
-struct Range {
-    int64_t begin, end;
-};
-
 // Part number `part` of parts of nearly equal size.
 inline Range share(int64_t total, int64_t part, int64_t parts) {
     return {total * part / parts, total * (part + 1) / parts};

@@ -238,7 +238,7 @@ int64_t scratch_of(int64_t queries, int64_t D) {
 }
 
 template <class Products>
-void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Seen* seen,
+void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Range* seen,
                const float* sinks, void* y, float* scores, float* memory) {
     const int64_t queries = tokens * a.G, count = round_up(queries, W) / W, padded = round_up(a.D, 32);
     Tile* tiles = (Tile*)(memory + count * tile_floats(padded));
@@ -255,7 +255,7 @@ void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offs
         int64_t offsets[LANES];
         for (int64_t i = 0; i < W; i++) {
             const int64_t query = smaller(t * W + i, queries - 1);  // the last one again where there are no more
-            const Seen keys = seen[query / a.G];
+            const Range keys = seen[query / a.G];
             tile.begin[i] = keys.begin, tile.end[i] = keys.end;
             tile.largest[i] = sinks ? sinks[query % a.G] : LEAST, tile.sum[i] = sinks ? 1 : 0;
             if (keys.begin > tile.common_first) tile.common_first = keys.begin;
@@ -302,7 +302,7 @@ void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offs
     }
 }
 
-void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Seen* seen,
+void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Range* seen,
             const float* sinks, void* y, float* scratch) {
     const int64_t padded = round_up(a.D, 32);
     float *keys = scratch, *values = keys + (BLOCK + ROWS) * padded, *scores = values + (BLOCK + ROWS) * padded;
