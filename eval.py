@@ -116,7 +116,7 @@ def perplexity(model: Transformer, tokenizer: Tokenizer, text: str, length: int,
 
 
 class HarnessMethods:
-    """What lm-eval's TemplateLM asks of a model, see `harness_model`: requests in, log-likelihoods or text out."""
+    """What lm-eval's TemplateLM asks of a model, see `harness_class`: requests in, log-likelihoods or text out."""
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class HarnessMethods:
         eos_ids: frozenset[int],
         adapters: Adapters | None = None,
     ):
+        """The model has the first of the adapters."""
         super().__init__()
         if tokenizer.bos_id is None and not eos_ids:
             raise UserError("this model names neither a bos nor an eos token, and lm-eval needs one to begin with")
@@ -224,19 +225,9 @@ class HarnessMethods:
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval knows them all
 
 
-def harness_model(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    max_seq_length: int,
-    eos_ids: frozenset[int],
-    adapters: Adapters | None = None,
-):
-    """The model, with the first of the adapters, as an `lm_eval.api.model.TemplateLM`. UserError when lm-eval is not
-    installed."""
-    return type("GptBrisk", (HarnessMethods, import_harness().api.model.TemplateLM), {})(
-        model, tokenizer, batch_size, max_seq_length, eos_ids, adapters
-    )
+def harness_class() -> type[HarnessMethods]:
+    """HarnessMethods as an `lm_eval.api.model.TemplateLM`. UserError when lm-eval is not installed."""
+    return type("GptBrisk", (HarnessMethods, import_harness().api.model.TemplateLM), {})
 
 
 def import_harness():
@@ -343,7 +334,7 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)
     if args.tasks:
         eos_ids = frozenset([*load_generation_config(path.parent)["eos_token_ids"], *tokenizer.eos_ids])
-        lm = harness_model(model, tokenizer, args.batch_size, length, eos_ids, inserted)
+        lm = harness_class()(model, tokenizer, args.batch_size, length, eos_ids, inserted)
         lm_eval = import_harness()
         results = lm_eval.simple_evaluate(
             lm,

@@ -187,7 +187,7 @@ def greedy_text(reference, tokenizer, prompt: str, new: int, until: list[str]) -
 
 def harness(base_folder, batch_size: int = 3, length: int = 256):
     model = load_model(base_folder)
-    return evaluation.harness_model(model, load_tokenizer(base_folder), batch_size, length, frozenset([1]))
+    return evaluation.harness_class()(model, load_tokenizer(base_folder), batch_size, length, frozenset([1]))
 
 
 def requests(kind: str, arguments: list[tuple]) -> list:

@@ -498,7 +498,7 @@ def test_eval(llama, monkeypatch, capsys):
 def test_tasks(llama):
     """lm-eval's requests, answered with the adapter, one after the other."""
     model = load_model(llama.folder)
-    lm = evaluation.harness_model(model, llama.tokenizer, 2, 64, frozenset(), llama.adapters(model, "wide"))
+    lm = evaluation.harness_class()(model, llama.tokenizer, 2, 64, frozenset(), llama.adapters(model, "wide"))
     context, continuation = llama.tokenizer.encode("def read"), ids(5)
     for _ in range(2):
         [(found, _)] = lm._loglikelihood_tokens([(None, context, continuation)])
