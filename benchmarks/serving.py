@@ -15,7 +15,6 @@ import random
 import re
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from bisect import bisect_right
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.startup import HERE
+from benchmarks.startup import GENERATE, HERE, compiled_command
 from checkpoint import load_config
 from errors import UserError, log
 
@@ -69,8 +68,8 @@ class Server:
     """`serve.py --compile` as a process, on a free port, from the moment on when it listens."""
 
     def __init__(self, folder: Path, device: torch.device, *more: str):
-        command = [sys.executable, str(HERE / "serve.py"), "--compile", "--checkpoint_path", str(folder), "--port", "0"]
-        self.command = [*command, "--device", device.type, *more]
+        command, self.environment = compiled_command(HERE / "serve.py", folder, device)
+        self.command = [*command, "--port", "0", *more]
         self.start()
         text = "a"
         (*_, last) = self.post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
@@ -78,8 +77,7 @@ class Server:
         self.token = last
 
     def start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        self.process = subprocess.Popen(self.command, env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(self.command, env=self.environment, stderr=subprocess.PIPE, text=True)
         lines = []
         for line in self.process.stderr:
             lines.append(line)
@@ -203,12 +201,9 @@ def measure_serving(folder: Path, rounds: int, device: torch.device) -> dict[str
 
 def generate_rate(folder: Path, device: torch.device) -> float:
     """Tokens a second of generate.py's decode steps."""
-    command = [sys.executable, str(HERE / "generate.py"), "--compile", "--checkpoint_path", str(folder), "--json"]
-    command += ["--prompt", "256", "--max_new_tokens", "128", "--temperature", "0", "--ignore_eos"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    output = subprocess.check_output(
-        [*command, "--device", device.type], env=environment, stderr=subprocess.DEVNULL, text=True
-    )
+    command, environment = compiled_command(GENERATE, folder, device)
+    command += ["--json", "--prompt", "256", "--max_new_tokens", "128", "--temperature", "0", "--ignore_eos"]
+    output = subprocess.check_output(command, env=environment, stderr=subprocess.DEVNULL, text=True)
     return json.loads(output)["stats"]["decode_rate"]
 
 

@@ -56,6 +56,12 @@ print(resident_bytes(model), imported, loaded, peak())
 """
 
 
+def compiled_command(script: Path, folder: Path, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """A script with --compile on this checkpoint, and the environment in which it takes the threads of this process."""
+    command = [sys.executable, str(script), "--compile", "--checkpoint_path", str(folder)]
+    return [*command, "--device", device.type], {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def write_checkpoint(folder: Path, hf_config: dict[str, Any], model: Transformer) -> Path:
     """Writes the model as a checkpoint, with the demo's tokenizer; one that is in the folder already is kept."""
     if not (folder / "config.json").exists():
@@ -109,9 +115,8 @@ def measure_startup(folder: Path, rounds: int, device: torch.device) -> dict[str
     are in the page cache. Memory is the peak of a process that loads them (on the CPU) before, after that, and after a
     forward pass that has touched all of them.
     """
-    command = [sys.executable, str(GENERATE), "--compile", "--checkpoint_path", str(folder), "--json"]
-    command += ["--prompt", "16", "--max_new_tokens", "2", "--device", device.type]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command, environment = compiled_command(GENERATE, folder, device)
+    command += ["--json", "--prompt", "16", "--max_new_tokens", "2"]
     times: dict[str, list[float]] = {"first_s": [], "cold_s": [], "warm_s": []}
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
