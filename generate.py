@@ -79,8 +79,8 @@ NEEDS = {  # what has a meaning only beside one of these
     "speculate_k": SPECULATION,
     "draft_tp": ("draft_checkpoint_path",),
 }
-# What may differ between ranks, which may be on different machines.
 FILES = ("prompt_file", "prompt_text_file", "image", "profile")
+# What may differ between ranks, which may be on different machines.
 ELSEWHERE = ("checkpoint_path", "draft_checkpoint_path", "adapters", *FILES)
 RANGES = {"num_beams": (1, 64), "logprobs": (0, 20), "speculate_k": (0, DECODE_QUERIES - 1)}
 
