@@ -462,7 +462,7 @@ def weight_bytes(model: Transformer) -> int:
     unread = 0 if tied else model.tok_embeddings.weight.nbytes
     for layer in model.modules():
         if isinstance(layer, LowRank):
-            unread += layer.weight_bytes - layer.weight_bytes // len(layer.a)
+            unread += layer.weight_bytes - layer.weight_bytes // layer.count
     unread += sum(resident_bytes(part) for part in (model.pos_embeddings, model.vision) if part is not None)
     experts = model.config.experts
     if experts is not None:

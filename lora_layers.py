@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from config import ModelConfig
 from errors import UserError
 from files import check_memory, read_json
-from kernels.lora import RANKS, add_low_rank, pack_a, pack_b
-from kernels.packing import allocate
+from kernels import lora
 from model import Linear, Transformer, expected_shapes
 from slices import inputs_shared
 from tp import ALONE, Group, RowParallel
@@ -58,47 +57,44 @@ class LowRank(nn.Module):
     def __init__(self, count: int, room: Room, like: Tensor):
         """Room for `count` adapters, whose matrices have the dtype and the device of `like`."""
         super().__init__()
-        self.rank, self.in_features, self.parts = room.rank, room.inputs, room.parts
-        self.packed = like.device.type == "cpu"
-        parts = self.parts
-        a, b = self._matrices({})
-        self.register_buffer("a", allocate((count, *a.shape), like.dtype, like.device), persistent=False)
-        self.register_buffer("b", allocate((count, *b.shape), like.dtype, like.device), persistent=False)
-        # A part that an adapter lacks has a scale of 0.
-        self.register_buffer("scales", torch.zeros(count, len(parts), device=like.device), persistent=False)
-        self.register_buffer("columns", torch.tensor(parts, dtype=torch.int64, device=like.device), persistent=False)
+        self.count, self.room = count, room
+        on_cpu, made = like.device.type == "cpu", dict(dtype=like.dtype, device=like.device)
+        self.register_buffer("packed", lora.empty_slots(count, *room, like.dtype) if on_cpu else None, persistent=False)
+        if not on_cpu:
+            parts, outputs = len(room.parts), sum(end - begin for begin, end in room.parts)
+            self.register_buffer("a", torch.zeros(count, parts, room.rank, room.inputs, **made), persistent=False)
+            self.register_buffer("b", torch.zeros(count, outputs, room.rank, **made), persistent=False)
+            self.register_buffer("scales", torch.zeros(count, parts, device=like.device), persistent=False)
         self.register_buffer("slots", None, persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, ..., in], the layer's output y [B, ..., out] -> the same."""
-        if not self.packed:
-            return add_low_rank(y, x, self.a, self.b, self.scales, self.slots, self.parts)
-        if not torch.compiler.is_compiling() and bool((self.slots[: len(x)] < 0).all()):
-            return y
-        return torch.ops.brisk.lora(y, x, self.a, self.b, self.scales, self.slots, self.columns)
+        if self.packed is None:
+            return lora.add_low_rank(y, x, self.a, self.b, self.scales, self.slots, self.room.parts)
+        return torch.ops.brisk.lora(y, x, self.packed, self.slots)
 
     def put(self, slot: int, found: Mapping[tuple[int, int], "Delta"]) -> None:
-        """Fills a slot with the matrices of each part; those that are not there add nothing."""
-        for buffer, matrices in zip((self.a, self.b), self._matrices(found), strict=True):
-            buffer[slot] = matrices.to(buffer.dtype)
-        scales = [found[part].scale if part in found else 0.0 for part in self.parts]
-        self.scales[slot] = torch.tensor(scales)
-
-    def _matrices(self, found: Mapping[tuple[int, int], "Delta"]) -> tuple[Tensor, Tensor]:
-        """A of all parts [parts, r, in] and B of each [out, r] as the device reads them, zeros for what is missing."""
-        a = torch.zeros(len(self.parts), self.rank, self.in_features)
-        b = [torch.zeros(end - begin, self.rank) for begin, end in self.parts]
-        for i, part in enumerate(self.parts):
+        """Fills a slot with the matrices of each part; those that are not there add nothing, with a scale of 0."""
+        a = torch.zeros(len(self.room.parts), self.room.rank, self.room.inputs)
+        b = [torch.zeros(end - begin, self.room.rank) for begin, end in self.room.parts]
+        scales = torch.zeros(len(self.room.parts))
+        for i, part in enumerate(self.room.parts):
             if part in found:
                 a[i, : len(found[part].a)] = found[part].a
                 b[i][:, : len(found[part].a)] = found[part].b
-        columns = torch.cat(b)
-        return (pack_a(a), pack_b(columns, self.parts)) if self.packed else (a, columns)
+                scales[i] = found[part].scale
+        b = torch.cat(b)
+        if self.packed is None:
+            into = self.a, self.b, self.scales
+        else:
+            into, a, b = lora.views(self.packed)[:3], lora.pack_a(a), lora.pack_b(b, self.room.parts)
+        for tensor, numbers in zip(into, (a, b, scales), strict=True):
+            tensor[slot] = numbers.to(tensor)
 
     @property
     def weight_bytes(self) -> int:
         """Of all adapters."""
-        return self.a.nbytes + self.b.nbytes
+        return sum(buffer.nbytes for name, buffer in self.named_buffers() if name != "slots")
 
 
 class AdaptedLinear(nn.Module):
@@ -109,7 +105,10 @@ class AdaptedLinear(nn.Module):
         self.linear, self.low_rank = linear, low_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.low_rank(x, self.linear(x))
+        layer, low_rank = self.linear, self.low_rank
+        if low_rank.packed is None or (op := op_of(layer)) is None:
+            return low_rank(x, layer(x))
+        return getattr(torch.ops.brisk, f"{op}_lora")(x, *layer.operands, low_rank.packed, low_rank.slots)
 
 
 class Adapters:
@@ -159,7 +158,7 @@ class Adapters:
         or targets other layers."""
         found = self._cut(name, adapter)
         for layer, parts in found.items():
-            room = self.layers.get(layer)
+            room = self.layers[layer].room if layer in self.layers else None
             if room is None or not parts.keys() <= set(room.parts):
                 raise UserError(f"adapter {name!r} adds to {layer}, for which there is no room; start with it")
             if (rank := max(len(delta.a) for delta in parts.values())) > room.rank:
@@ -263,7 +262,7 @@ def plan(found: Mapping[str, Mapping[str, Mapping[tuple[int, int], "Delta"]]]) -
         ordered = tuple(sorted(parts[layer]))
         if any(before[1] > after[0] for before, after in pairwise(ordered)):
             raise UserError(f"the adapters cut {layer} in ways that do not go together; {MERGE} PATH")
-        rooms[layer] = Room(inputs[layer], -(-ranks[kind_of(layer)] // RANKS) * RANKS, ordered)
+        rooms[layer] = Room(inputs[layer], -(-ranks[kind_of(layer)] // lora.RANKS) * lora.RANKS, ordered)
     return rooms
 
 
@@ -308,6 +307,13 @@ def insert(model: Transformer, layer: str, low_rank: LowRank) -> None:
         module.low_rank = low_rank
     else:
         setattr(model.get_submodule(parent), child, AdaptedLinear(module, low_rank))
+
+
+def op_of(layer: nn.Module) -> str | None:
+    """The op by which a layer is computed on CPUs; None where it is none of kernels.lora.LAYERS, or takes other inputs
+    than the adapters."""
+    op = getattr(layer, "op", None)
+    return op if op in lora.LAYERS and getattr(layer, "order", None) is None else None
 
 
 def groupsizes(model: Transformer) -> dict[str, int]:

@@ -33,7 +33,17 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, *self.operands)
+
+    @property
+    def op(self) -> str | None:
+        """By which op of kernels/ it is computed on a CPU."""
+        return "linear_bf16" if self.weight.dtype == torch.bfloat16 else None
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """What that takes besides x."""
+        return self.weight, self.bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -329,11 +329,17 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.order is None else x[..., self.order]
-        if not self.groupsize:
-            return torch.ops.brisk.linear_int8(x, self.packed, self.scales, self.bias)
-        return torch.ops.brisk.linear_int8_grouped(
-            x, self.packed, self.scales, self.out_features, self.groupsize, self.bias
-        )
+        return getattr(torch.ops.brisk, self.op)(x, *self.operands)
+
+    @property
+    def op(self) -> str:
+        return "linear_int8_grouped" if self.groupsize else "linear_int8"
+
+    @property
+    def operands(self) -> tuple:
+        """What the op takes besides x."""
+        sizes = (self.out_features, self.groupsize) if self.groupsize else ()
+        return self.packed, self.scales, *sizes, self.bias
 
     @property
     def weight_bytes(self) -> int:
@@ -389,9 +395,14 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.order is None else x[..., self.order]
-        return torch.ops.brisk.linear_int4(
-            x, self.packed, self.out_features, self.groupsize, self.scale_dtype, self.zero, self.bias
-        )
+        return torch.ops.brisk.linear_int4(x, *self.operands)
+
+    op = "linear_int4"
+
+    @property
+    def operands(self) -> tuple:
+        """What the op takes besides x."""
+        return self.packed, self.out_features, self.groupsize, self.scale_dtype, self.zero, self.bias
 
     @property
     def weight_bytes(self) -> int:

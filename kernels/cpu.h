@@ -139,10 +139,9 @@ struct LoraKernels {
     // -> u[row * stride + rank] for each of the rows.
     void (*shrink)(Vector a, Vector x, int64_t k, Range range, const int64_t* rows, int64_t count, float* u,
                    int64_t stride);
-    // A panel of B times u[row * stride + rank], added to the columns [begin, end) of y, at most LORA_PANEL of them
-    // -> those of `out`, which is like y.
+    // Panels of B, of LORA_PANEL columns each, times u[row * stride + rank], added to the columns [begin, end) of y.
     void (*expand)(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
-                   const int64_t* rows, int64_t count, void* out);
+                   const int64_t* rows, int64_t count);
 };
 
 }  // namespace brisk

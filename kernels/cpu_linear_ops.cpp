@@ -427,6 +427,33 @@ Tensor linear_experts(const Tensor& input, const Tensor& w, const Tensor& chosen
     return y;
 }
 
+// The layers and what adapters add to them.
+
+Tensor adapted(const Tensor& y, const Tensor& x, const Tensor& adapters, const Tensor& slots) {
+    add_low_rank(y, x, adapters, slots);
+    return y;
+}
+
+Tensor linear_bf16_lora(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const Tensor& adapters,
+                        const Tensor& slots) {
+    return adapted(linear_bf16(x, w, bias), x, adapters, slots);
+}
+
+Tensor linear_int8_lora(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& bias,
+                        const Tensor& adapters, const Tensor& slots) {
+    return adapted(linear_int8(x, packed, scales, bias), x, adapters, slots);
+}
+
+Tensor linear_int8_grouped_lora(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t n, int64_t group,
+                                const OptionalTensor& bias, const Tensor& adapters, const Tensor& slots) {
+    return adapted(linear_int8_grouped(x, packed, scales, n, group, bias), x, adapters, slots);
+}
+
+Tensor linear_int4_lora(const Tensor& x, const Tensor& packed, int64_t n, int64_t group, ScalarType scale_type,
+                        int64_t zero, const OptionalTensor& bias, const Tensor& adapters, const Tensor& slots) {
+    return adapted(linear_int4(x, packed, n, group, scale_type, zero, bias), x, adapters, slots);
+}
+
 }  // namespace
 }  // namespace brisk
 
@@ -435,6 +462,10 @@ STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {
     m.impl("linear_int8", TORCH_BOX(&brisk::linear_int8));
     m.impl("linear_int8_grouped", TORCH_BOX(&brisk::linear_int8_grouped));
     m.impl("linear_int4", TORCH_BOX(&brisk::linear_int4));
+    m.impl("linear_bf16_lora", TORCH_BOX(&brisk::linear_bf16_lora));
+    m.impl("linear_int8_lora", TORCH_BOX(&brisk::linear_int8_lora));
+    m.impl("linear_int8_grouped_lora", TORCH_BOX(&brisk::linear_int8_grouped_lora));
+    m.impl("linear_int4_lora", TORCH_BOX(&brisk::linear_int4_lora));
     m.impl("linear_experts", TORCH_BOX(&brisk::linear_experts));
     m.impl("linear_int8_experts", TORCH_BOX(&brisk::linear_int8_experts));
     m.impl("linear_int8_grouped_experts", TORCH_BOX(&brisk::linear_int8_grouped_experts));

@@ -34,21 +34,24 @@ void shrink_rows(const char* a, Vector x, int64_t k, Range range, const int64_t*
 
 template <Type W, int R>
 void expand_rows(const char* b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
-                 const int64_t* rows, void* out) {
+                 const int64_t* rows) {
     constexpr int VECTORS = LORA_PANEL / LANES;
     f32s sums[R][VECTORS] = {};
+    const float* us[R];  // of each row
+    for (int r = 0; r < R; r++) us[r] = u + rows[r] * stride;
     for (int64_t j = 0; j < ranks; j++, b += LORA_PANEL * size_of(W)) {
         for (int64_t line = 0; line < LORA_PANEL * size_of(W); line += 64) prefetch(b + AHEAD + line);
         UNROLL for (int i = 0; i < VECTORS; i++) {
             const f32s w = weights<W>(b, i * LANES);
-            UNROLL for (int r = 0; r < R; r++) sums[r][i] += w * u[rows[r] * stride + j];
+            UNROLL for (int r = 0; r < R; r++) sums[r][i] += w * us[r][j];
         }
     }
     UNROLL for (int i = 0; i < VECTORS; i++) {
         const int64_t at = columns.begin + i * LANES, count = columns.end - at;
-        if (count > 0)
-            for (int r = 0; r < R; r++)
-                store_lanes(out, y.type, rows[r] * n + at, load_lanes(y, rows[r] * n + at, count) + sums[r][i], count);
+        for (int r = 0; r < R && count > 0; r++) {
+            const f32s sum = load_lanes(y, rows[r] * n + at, count) + sums[r][i];
+            store_lanes((void*)y.data, y.type, rows[r] * n + at, sum, count);
+        }
     }
 }
 
@@ -62,11 +65,13 @@ void shrink_any(const char* a, Vector x, int64_t k, Range range, const int64_t* 
 
 template <Type W>
 void expand_any(const char* b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
-                const int64_t* rows, int64_t count, void* out) {
-    int64_t i = 0;
-    for (; i + EXPAND_ROWS <= count; i += EXPAND_ROWS)
-        expand_rows<W, EXPAND_ROWS>(b, ranks, u, stride, y, n, columns, rows + i, out);
-    for (; i < count; i++) expand_rows<W, 1>(b, ranks, u, stride, y, n, columns, rows + i, out);
+                const int64_t* rows, int64_t count) {
+    for (; columns.begin < columns.end; columns.begin += LORA_PANEL, b += ranks * LORA_PANEL * size_of(W)) {
+        int64_t i = 0;
+        for (; i + EXPAND_ROWS <= count; i += EXPAND_ROWS)
+            expand_rows<W, EXPAND_ROWS>(b, ranks, u, stride, y, n, columns, rows + i);
+        for (; i < count; i++) expand_rows<W, 1>(b, ranks, u, stride, y, n, columns, rows + i);
+    }
 }
 
 void shrink(Vector a, Vector x, int64_t k, Range range, const int64_t* rows, int64_t count, float* u, int64_t stride) {
@@ -75,9 +80,9 @@ void shrink(Vector a, Vector x, int64_t k, Range range, const int64_t* rows, int
 }
 
 void expand(Vector b, int64_t ranks, const float* u, int64_t stride, Vector y, int64_t n, Range columns,
-            const int64_t* rows, int64_t count, void* out) {
+            const int64_t* rows, int64_t count) {
     const auto work = b.type == F32 ? expand_any<F32> : b.type == BF16 ? expand_any<BF16> : expand_any<F16>;
-    work((const char*)b.data, ranks, u, stride, y, n, columns, rows, count, out);
+    work((const char*)b.data, ranks, u, stride, y, n, columns, rows, count);
 }
 
 }  // namespace

@@ -174,8 +174,8 @@ def test_in_plain_pytorch(llama):
     """As other devices than CPUs have it: the matrices are not packed."""
     engine, wanted = llama.engine(), requests(*NAMES)
     for layer in engine.adapters.layers.values():
-        layer.a, layer.b = lora_op.unpack_a(layer.a, layer.in_features), lora_op.unpack_b(layer.b, layer.parts)
-        layer.packed = False
+        a, b, layer.scales, parts = lora_op.views(layer.packed)
+        layer.a, layer.b, layer.packed = lora_op.unpack_a(a, layer.room.inputs), lora_op.unpack_b(b, parts), None
     llama.check(wanted, tokens_of(llama, engine, wanted))
 
 
@@ -274,12 +274,13 @@ def test_a_draft_proposes_without_the_adapter(llama):
 # Beside weights of other forms
 
 
-@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "int8-g32", "int4"])
 @torch.no_grad()
 def test_the_low_rank_part_is_added_to_the_layer(llama, form):
     """Of every layer: what the layer has without it, plus the low-rank part in floats, rounded once."""
-    model = load_model(llama.folder, dtype=torch.bfloat16)
-    model = model if form == "bf16" else quantize_model(model, form, 32)
+    path = quantize(llama.folder, "int8", 32) if form == "int8-g32" else llama.folder
+    model = load_model(path, dtype=torch.bfloat16)
+    model = quantize_model(model, form, 32) if form in ("int8", "int4") else model
     adapters = llama.adapters(model, "wide", "narrow")
     found = {name: adapter.deltas for name, adapter in llama.read("wide", "narrow").items()}
     adapters.setup(3)
@@ -289,7 +290,7 @@ def test_the_low_rank_part_is_added_to_the_layer(llama, form):
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     assert len(layers) == 4 * llama.config.n_layers + 1
     for name, layer in layers.items():
-        x = torch.randn(3, 2, layer.low_rank.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        x = torch.randn(3, 2, layer.low_rank.room.inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
         base = layer.linear(x)
         expected = base.double()
         for row, adapter in ((0, "narrow"), (2, "wide")):
@@ -309,6 +310,15 @@ def test_quantized_models_generate_with_adapters(llama, form):
     together = tokens_of(llama, engine, wanted)
     assert together == [tokens_of(llama, engine, [request])[0] for request in wanted]
     assert len({tuple(row) for row in together}) == len(wanted)
+
+
+def packed_adapters(a, b, scales, parts):
+    """A [slots, parts, r, K] and B [slots, columns of all parts, r] as the op takes them."""
+    packed = lora_op.empty_slots(len(a), a.shape[-1], a.shape[-2], parts, a.dtype)
+    views = lora_op.views(packed)
+    for view, numbers in zip(views, (lora_op.pack_a(a), lora_op.pack_b(b, parts), scales), strict=False):
+        view.copy_(numbers)
+    return packed
 
 
 shapes = st.fixed_dictionaries(
@@ -346,9 +356,10 @@ def test_the_op(op, shape):  # noqa: F811
     b = random(slots, sum(end - begin for begin, end in parts), rank).to(dtype)
     scales = random(slots, len(parts)) * (random(slots, len(parts)) > -1)
     chosen = torch.randint(-1, slots, (B + 1,), generator=generator)
-    packed = lora_op.pack_a(a), lora_op.pack_b(b, parts)
-    assert torch.equal(lora_op.unpack_a(packed[0], K), a) and torch.equal(lora_op.unpack_b(packed[1], parts), b)
-    got = run(y, x, *packed, scales, chosen, torch.tensor(parts))
+    packed = packed_adapters(a, b, scales, parts)
+    views = lora_op.views(packed)
+    assert torch.equal(lora_op.unpack_a(views.a, K), a) and torch.equal(lora_op.unpack_b(views.b, parts), b)
+    got = run(y, x, packed, chosen)
 
     exact, size = y.double(), y.double().abs()
     for row, slot in enumerate(chosen[:B].tolist()):
@@ -368,13 +379,13 @@ def test_the_op(op, shape):  # noqa: F811
 
 
 def test_the_op_refuses_what_does_not_fit(library):  # noqa: F811
-    a, b = lora_op.pack_a(torch.zeros(1, 1, 8, 32)), lora_op.pack_b(torch.zeros(1, 10, 8), [(0, 10)])
-    x, y, scales, slots = torch.zeros(2, 1, 32), torch.zeros(2, 1, 10), torch.ones(1, 1), torch.zeros(2).long()
-    good = [y, x, a, b, scales, slots, torch.tensor([[0, 10]])]
+    packed = packed_adapters(torch.zeros(1, 1, 8, 32), torch.zeros(1, 10, 8), torch.ones(1, 1), [(0, 10)])
+    x, y, slots = torch.zeros(2, 1, 32), torch.zeros(2, 1, 10), torch.zeros(2).long()
+    good = [y, x, packed, slots]
     assert torch.equal(torch.ops.brisk.lora(*good), y)
     for at, bad in (
-        (0, torch.zeros(3, 1, 10)), (1, torch.zeros(2, 1, 64)), (3, b[:, :0]), (4, torch.ones(1, 2)),
-        (5, torch.ones(2).long()), (5, torch.zeros(1).long()), (6, torch.tensor([[0, 11]])),
+        (0, torch.zeros(3, 1, 10)), (0, torch.zeros(2, 1, 9)), (1, torch.zeros(2, 1, 64)), (2, packed[:-1]),
+        (2, packed.float()), (2, packed[:8]), (3, torch.ones(2).long()), (3, torch.zeros(1).long()),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="lora: "):
             torch.ops.brisk.lora(*good[:at], bad, *good[at + 1 :])
