@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels  # noqa: F401  defines torch.ops.brisk
 from attention import apply_rope
 from config import VisionConfig
 
@@ -75,14 +76,15 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Runs) -> None:
         """Changes x [patches, dim]; cos and sin [1, patches, 1, head_dim / 2], segments that attend to themselves."""
-        qkv = x.new_empty(3, self.n_heads, len(x), x.shape[1] // self.n_heads)
+        head_dim = x.shape[1] // self.n_heads
+        q = x.new_empty(len(x), self.n_heads, head_dim)
+        kv = x.new_empty(2, self.n_heads, len(x), head_dim)  # keys that go by together lie together
         for rows in blocks(x):
-            heads = self.wqkv(self.attention_norm(x[rows])).view(1, -1, 3 * self.n_heads, qkv.shape[-1])
+            heads = self.wqkv(self.attention_norm(x[rows])).view(1, -1, 3 * self.n_heads, head_dim)
             qk, v = heads.split([2 * self.n_heads, self.n_heads], dim=2)
-            rotated = apply_rope(qk, cos[:, rows], sin[:, rows])
-            qkv[:2, :, rows] = rotated[0].unflatten(1, (2, -1)).permute(1, 2, 0, 3)
-            qkv[2, :, rows] = v[0].transpose(0, 1)
-        y = attend_segments(*qkv, runs).transpose(0, 1)
+            q[rows], k = apply_rope(qk, cos[:, rows], sin[:, rows])[0].split(self.n_heads, dim=1)
+            kv[0, :, rows], kv[1, :, rows] = k.transpose(0, 1), v[0].transpose(0, 1)
+        y = attend_segments(q, *kv, runs)
         for rows in blocks(x):
             h = x[rows].add_(self.wo(y[rows].flatten(1)))
             h += self.feed_forward(self.ffn_norm(h))
@@ -211,14 +213,20 @@ def in_order(x: Tensor, order: Tensor, merge: int) -> Tensor:
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
-    """Attention of each segment to itself: [heads, n, head_dim] -> the same."""
+    """Attention of each segment to itself: q [n, heads, head_dim], k and v [heads, n, head_dim] -> like q."""
     outputs, start = [], 0
     for number, length in runs:
         rows = slice(start, start + number * length)
-        parts = (x[:, rows].unflatten(1, (number, length)) for x in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*parts).flatten(1, 2))
+        queries = q[rows].unflatten(0, (number, length))
+        keys, values = (x[:, rows].unflatten(1, (number, length)).transpose(0, 1) for x in (k, v))
+        if q.device.type == "cpu":
+            last = torch.full((number, length), length - 1)  # from there a query sees all
+            y = torch.ops.brisk.prefill_attention(queries, keys, values, last)
+        else:
+            y = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values).transpose(1, 2)
+        outputs.append(y.flatten(0, 1))
         start = rows.stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -143,7 +143,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
 Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& input_pos,
                          const OptionalTensor& first_pos, std::optional<int64_t> window, const OptionalTensor& sinks,
                          std::optional<double> scale, double softcap, const OptionalTensor& rows) {
-    constexpr int64_t QUERIES = 128;  // of a task, about
+    // Queries of a task, about: the more, the less often a block of keys is packed; but all threads need tasks.
+    constexpr int64_t LEAST = 128, MOST = 512;
     const bool alike = query.dim() == 4 && k.dim() == 4 && k.sizes().equals(v.sizes()) && k.stride(3) == 1 &&
                        k.strides().equals(v.strides()) && k.scalar_type() == v.scalar_type();
     STD_TORCH_CHECK(alike, "expected q [B, S, H, D], k and v [max_B, KV, L, D] of one type and layout, D together");
@@ -173,7 +174,8 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, 
     struct Task {
         int64_t b, head, begin, end, keys;
     };
-    const int64_t G = H / KV, most = std::max<int64_t>(QUERIES / G, 1), blocks = (S + most - 1) / most;
+    const int64_t G = H / KV, some = B * S * H / (4 * torch::stable::get_num_threads());
+    const int64_t most = std::max<int64_t>(std::clamp(some, LEAST, MOST) / G, 1), blocks = (S + most - 1) / most;
     std::vector<Task> tasks;
     for (int64_t b = 0; b < B; b++)
         for (int64_t block = 0; block < blocks; block++) {

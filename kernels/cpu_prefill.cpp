@@ -94,10 +94,12 @@ struct Tiles {
     static constexpr int64_t GRAIN = 32;
     static constexpr bool PAIRS = true;
     const Prefill& a;
-    uint16_t *copy, *values;  // [BLOCK][D] where the cache can't be read as it is, [D][BLOCK]
+    const int64_t padded;     // D, which is a multiple of 16, to one of 32
+    uint16_t *copy, *values;  // [BLOCK][padded] where the cache can't be read as it is, [padded][BLOCK]
     const uint16_t* keys = nullptr;
 
-    Tiles(const Prefill& a, uint16_t* copy, uint16_t* values) : a(a), copy(copy), values(values) {
+    Tiles(const Prefill& a, int64_t padded, uint16_t* copy, uint16_t* values)
+        : a(a), padded(padded), copy(copy), values(values) {
         struct {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -110,7 +112,11 @@ struct Tiles {
     void take_queries(const int64_t (&offsets)[LANES], int v, void* to) const {
         for (int64_t d = 0; d < a.D; d += 2 * LANES) {
             f32s x[LANES];
-            for (int i = 0; i < LANES; i++) x[i] = load<f32s>((const uint16_t*)a.q.data + offsets[i] + d);
+            for (int i = 0; i < LANES; i++) {
+                uint16_t part[2 * LANES] = {};  // half of it where D ends
+                memcpy(part, (const uint16_t*)a.q.data + offsets[i] + d, sizeof(uint16_t) * smaller(a.D - d, 2 * LANES));
+                x[i] = load<f32s>(part);
+            }
             transpose(x);
             UNROLL for (int i = 0; i < LANES; i++) store((float*)to + (d / 2 + i) * W + v * LANES, x[i]);
         }
@@ -118,9 +124,12 @@ struct Tiles {
     void take_block(const Block& block) {
         const uint16_t *k = (const uint16_t*)a.k.data + block.offset, *v = (const uint16_t*)a.v.data + block.offset;
         keys = k + block.first * a.key_step;
-        if (a.key_step != a.D || block.end - block.first < BLOCK) {
-            for (int64_t j = block.begin; j < block.end; j++)
-                memcpy(copy + (j - block.first) * a.D, k + j * a.key_step, a.D * sizeof(uint16_t));
+        if (a.D != padded || a.key_step != a.D || block.end - block.first < BLOCK) {
+            for (int64_t j = block.begin; j < block.end; j++) {
+                uint16_t* to = copy + (j - block.first) * padded;
+                memcpy(to, k + j * a.key_step, a.D * sizeof(uint16_t));
+                memset(to + a.D, 0, (padded - a.D) * sizeof(uint16_t));
+            }
             keys = copy;
         }
         const auto value = [&](int64_t j, int64_t d) INLINE_LAMBDA {
@@ -141,7 +150,7 @@ struct Tiles {
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
-            for (int64_t d = 0; d < a.D; d += 32) multiply(keys + j * a.D + d, a.D, q + d / 2 * W);
+            for (int64_t d = 0; d < a.D; d += 32) multiply(keys + j * padded + d, padded, q + d / 2 * W);
             store_sums(to);
         }
     }
@@ -308,8 +317,8 @@ void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t token
     float *keys = scratch, *values = keys + (BLOCK + ROWS) * padded, *scores = values + (BLOCK + ROWS) * padded;
     float* memory = scores + (BLOCK + ROWS) * W;
 #if AMX
-    if (a.q.type == BF16 && a.k.type == BF16 && a.D % 32 == 0) {
-        Tiles by(a, (uint16_t*)keys, (uint16_t*)values);
+    if (a.q.type == BF16 && a.k.type == BF16 && a.D % 16 == 0) {
+        Tiles by(a, padded, (uint16_t*)keys, (uint16_t*)values);
         return attend_by(by, a, q_offset, kv_offset, tokens, seen, sinks, y, scores, memory);
     }
 #endif

@@ -459,6 +459,7 @@ def test_attention(op, shape):
 )
 @example(FULL | {"D": 64, "G": 4}, 40, 300, None, True)
 @example(FULL | {"D": 128, "B": 3, "window": 40}, 40, 300, -5, False)
+@example(FULL | {"D": 80, "G": 2, "B": 2}, 70, 300, -5, False)
 @example(ALL | {"D": 64, "B": 2}, 70, 150, 1000, True)
 def test_prefill_attention(op, shape, S, L, first, dense):
     B, KV, G, D = (shape[name] for name in ("B", "KV", "G", "D"))
