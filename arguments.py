@@ -2,7 +2,7 @@
 
 add_model(parser)                       # --checkpoint_path, --repo, --revision
 add_adapters(parser, "--adapter", ...)  # --adapter, --adapter_scale
-add_device(parser)                      # --device, --threads, --backend, --dtype
+add_device(parser)                      # --device, --threads, --backend, --dtype, --cache_dtype
 add_speed(parser)                       # a draft, --compile and so on
 path = model_path(parser.parse_args())  # converts what --repo names on its first use
 """
@@ -11,6 +11,8 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from checkpoint import DEMO
 from errors import UserError, count
@@ -76,6 +78,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     add("--backend", choices=BACKENDS, default="auto", help="how the ranks of a torchrun talk to each other")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
+    add_cache_dtype(parser)
+
+
+def add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    meaning = "of the KV cache; int8: half the memory of bfloat16; default: that of the model"
+    parser.add_argument("--cache_dtype", choices=("int8",), help=meaning)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """What --dtype and --cache_dtype say; None where they were left out."""
+    return None if name is None else getattr(torch, name)
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:

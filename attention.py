@@ -4,7 +4,7 @@
     cache = KVCache((rows, kv_heads, slots, head_dim), dtype, device)
 
 Attention masks by position, so whatever lies in the cache beyond a row's position is never seen. The cache of a layer
-with a window is a ring: it holds the last positions only.
+with a window is a ring: it holds the last positions only. Of dtype int8 it holds a scale for each key and value.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from config import RopeConfig
+from kernels import quantize_activations
 from kernels.packing import allocate
 
 # Of a row: up to so many attention takes kernels.decode_attention, and no decode step has more; else prefill_attention.
@@ -20,6 +21,7 @@ DECODE_QUERIES = 16
 # What a ring keeps beyond its window: the proposals of a step, those of one that the device is ahead by, and as many
 # positions as a row may go back by.
 LOOKBACK = 3 * DECODE_QUERIES
+PARTS = "k", "v", "k_scale", "v_scale"  # of a cache, the last two of one in int8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary position embedding
@@ -103,7 +105,8 @@ class KVCache(nn.Module):
     """Keys and values of one layer, [B, kv_heads, T, head_dim], preallocated.
 
     Position p is in slot p; in a ring, which only a layer with a window has, in slot p % (T - 1). The last slot, which
-    no query ever looks at, is for padding.
+    no query ever looks at, is for padding. In int8, a key or a value is what its slot holds times a scale of its own,
+    of those in `k_scale` and `v_scale`, float32 [B, kv_heads, T].
     """
 
     def __init__(
@@ -114,6 +117,14 @@ class KVCache(nn.Module):
         self.padding = padding
         for name in ("k", "v"):
             self.register_buffer(name, allocate(shape, dtype, device), persistent=False)
+        for name in ("k_scale", "v_scale"):
+            scale = allocate(shape[:3], torch.float32, device) if dtype == torch.int8 else None
+            self.register_buffer(name, scale, persistent=False)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """k and v, and their scales if it is in int8."""
+        return (self.k, self.v) if self.k_scale is None else (self.k, self.v, self.k_scale, self.v_scale)
 
     @property
     def is_ring(self) -> bool:
@@ -129,8 +140,9 @@ class KVCache(nn.Module):
         size = self.slot_count
         return (positions % size).masked_fill(positions == self.padding, size) if self.is_ring else positions
 
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
-        """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B."""
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """Writes k and v [B, S, kv_heads, head_dim] at positions [B, S] of these rows, by default the first B -> what
+        was written to each of the parts, [B, S, kv_heads, ...]."""
         slots, size = self.slots(input_pos), self.slot_count
         if self.is_ring and input_pos.shape[1] > LOOKBACK:  # only the last ones are kept
             last = input_pos.masked_fill(input_pos == self.padding, -1).amax(1, keepdim=True)
@@ -138,16 +150,22 @@ class KVCache(nn.Module):
         rows = first_rows(input_pos) if rows is None else rows
         # All padding goes to one row: the others take no memory before they are used.
         rows = rows[:, None].masked_fill(slots == size, 0)
-        self.k[rows, :, slots] = k
-        self.v[rows, :, slots] = v
+        if self.k_scale is None:
+            new: tuple[Tensor, ...] = k, v
+        else:
+            (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
+            new = k, v, k_scale, v_scale
+        for part, values in zip(self.parts, new, strict=True):
+            part[rows, :, slots] = values
+        return new
 
-    def before(self, input_pos: Tensor, count: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What a ring holds of the `count` positions before the first of each row: k and v [B, count, kv_heads,
-        head_dim] and the first of these positions [B]; anything at those below 0."""
+    def before(self, input_pos: Tensor, count: int, rows: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """What a ring holds of the `count` positions before the first of each row: of each of its parts [B, count,
+        kv_heads, ...], and the first of these positions [B]; anything at those below 0."""
         positions = input_pos[:, :1] + torch.arange(-count, 0, device=input_pos.device)
         rows = first_rows(input_pos) if rows is None else rows
         slots = self.slots(positions)
-        return self.k[rows[:, None], :, slots], self.v[rows[:, None], :, slots], input_pos[:, 0] - count
+        return [part[rows[:, None], :, slots] for part in self.parts], input_pos[:, 0] - count
 
     def copy_row(self, source: int, row: int, begin: int, end: int) -> None:
         """Copies positions begin:end of one row to another."""
@@ -155,8 +173,15 @@ class KVCache(nn.Module):
         if self.is_ring:
             begin = max(begin, end - self.slot_count)
             positions = self.slots(torch.arange(begin, end, device=self.k.device))
-        for cache in (self.k, self.v):
-            cache[row, :, positions] = cache[source, :, positions]
+        for part in self.parts:
+            part[row, :, positions] = part[source, :, positions]
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., head_dim] -> int8 of this shape and float32 scales [...], of which a number is a multiple to half a scale.
+    Where all numbers are below 1e-36, both are 0."""
+    q, scale = quantize_activations(x.float(), x.shape[-1])
+    return q[..., 0, :].to(torch.int8), scale[..., 0, 0]
 
 
 def first_rows(x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ from typing import Any
 
 import torch
 
-from arguments import add_threads
+from arguments import add_cache_dtype, add_threads, dtype_named
 from benchmarks.contenders import PEERS, make_peers, measure_contenders
 from benchmarks.decoding import measure_ragged, measure_sampling, measure_speculation
 from benchmarks.models import MODES, SHAPES, format_of, mode_of, quantize_model, random_model
@@ -124,6 +124,7 @@ def parse_args() -> argparse.Namespace:
     add("--new_tokens", type=int, default=32, help="decode steps a round; default: %(default)s")
     add("--rounds", type=int, default=5, help="default: %(default)s, after the warm-up")
     add("--max_seq_length", type=int, help="of our KV cache; default: as generate.py would choose")
+    add_cache_dtype(parser)
     add("--compile_prefill", action="store_true", help="compile our prefill as well")
     add(
         "--device",
@@ -192,6 +193,7 @@ def make_models(
         stored = random_model(config, device, group=group)
     else:
         stored = load_model(path, device, dtype, group)
+    stored.cache_dtype = dtype_named(args.cache_dtype)
     models = {}
     for mode in dict.fromkeys(args.mode or [mode_of(stored)]):
         if mode == mode_of(stored):
@@ -247,7 +249,7 @@ def benchmark(args: argparse.Namespace, group: Group) -> None:
     ours = {mode: Ours(model, length, args.compile_prefill) for mode, model in models.items()}
     peers, skipped = make_peers(args.against, hf_config, stored, models, needed, folder)
     more = (args.new_tokens, args.rounds, device)
-    kept = ("prompt_length", "new_tokens", "rounds", "compile_prefill")
+    kept = ("prompt_length", "new_tokens", "rounds", "compile_prefill", "cache_dtype")
     report = {
         "machine": describe_machine(device),
         "settings": {"name": name, "max_seq_length": length, **{key: getattr(args, key) for key in kept}},

@@ -120,7 +120,11 @@ def conversion_of(path: Path) -> str:
 
 
 def load_model(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, group: Group = ALONE
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    group: Group = ALONE,
+    cache_dtype: torch.dtype | None = None,
 ) -> Transformer:
     """Loads a checkpoint, a folder or one weight file in it, for inference (eval mode, no gradients); of the ranks of
     a group each its slices.
@@ -128,6 +132,7 @@ def load_model(
     `dtype` None keeps what is stored. On a CPU an embedding of which only rows are read stays mapped from the file, and
     so does what sees images, which is read where there are some; the other weights are copied into huge pages, where a
     decode step reads them faster. Quantized layers are packed for the device; `dtype` is then that of all the rest.
+    `cache_dtype` is that of the KV cache: int8, or None for the weights' own.
     UserError when a file or tensor is missing, unexpected or misshapen, or when the memory does not suffice.
     """
     path, device = weights_path(path), torch.device(device)
@@ -166,6 +171,7 @@ def load_model(
             state[name] = allocate(source.shape, dtype, device).copy_(source)
     with torch.device("meta"):
         model = Transformer(slices.config)
+    model.cache_dtype = cache_dtype
     model.load_state_dict(state, assign=True, strict=False)  # check_tensors was strict; what lacks here comes next
     for layer, form in quantized.items():
         weight, *grid = (part(name).to(device) for name in parts[layer])  # packing copies them

@@ -484,7 +484,9 @@ def cache_bytes(model: Transformer, batch_size: int, length: int) -> int:
     positions = (config.n_layers - windows) * length
     if windows:
         positions += windows * cache_slots(config.sliding_window, length)
-    return 2 * positions * batch_size * config.n_kv_heads * config.head_dim * model.tok_embeddings.weight.element_size()
+    dtype = model.cache_dtype or model.tok_embeddings.weight.dtype
+    head = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)  # with a scale
+    return 2 * positions * batch_size * config.n_kv_heads * head
 
 
 def peak_memory(device: torch.device) -> int:

@@ -4,7 +4,8 @@
     python eval.py --perplexity FILE --checkpoint_path checkpoints/ORG/NAME/model_int8.safetensors [--stride S]
     python eval.py --tasks arc_easy,hellaswag --limit 100 --batch_size 8            # pip install lm-eval==0.4.13
     torchrun --standalone --nproc_per_node 2 eval.py ...
-    ... [--max_seq_length T] [--device auto|cpu|cuda|mps] [--dtype bfloat16|float16|float32] [--json]
+    ... [--max_seq_length T] [--device auto|cpu|cuda|mps] [--dtype bfloat16|float16|float32]
+    ... [--cache_dtype int8] [--json]
 
 The result goes to stdout, everything else to stderr. Perplexity is exp of the mean negative log-likelihood of a token.
 The text is read in windows of T tokens that begin S apart, and a window scores what no earlier one has: every token but
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from arguments import add_adapters, add_device, add_model, model_path, named_adapters
+from arguments import add_adapters, add_device, add_model, dtype_named, model_path, named_adapters
 from checkpoint import checksum, load_config, load_generation_config, load_model, weights_path
 from engine import Engine, Request, cache_bytes
 from errors import ArgumentParser, UserError
@@ -328,7 +329,7 @@ def evaluate(args: argparse.Namespace, group: Group) -> None:
     else:
         text = group.from_rank_0(lambda: read_text(args.perplexity))
 
-    model = load_model(path, device, getattr(torch, args.dtype) if args.dtype else None, group)
+    model = load_model(path, device, dtype_named(args.dtype), group, dtype_named(args.cache_dtype))
     inserted = Adapters(model, config, adapters, args.adapter_scale, group)
     needed = group.sharing * cache_bytes(model, args.batch_size, length)
     check_memory(needed, f"the KV cache for {args.batch_size} x {length} tokens", device)

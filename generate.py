@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from arguments import add_adapters, add_device, add_model, add_speed, model_path, named_adapters
+from arguments import add_adapters, add_device, add_model, add_speed, dtype_named, model_path, named_adapters
 from attention import DECODE_QUERIES
 from beam import BeamParams, beam_search
 from chat import converse, write
@@ -352,8 +352,8 @@ def load_models(args: argparse.Namespace, paths: list[Path], groups: list[Group]
         compiles = args.compile_prefill or (args.compile and not there)
         compiler = pool.submit(check_compiler) if compiles else None
         kernels = pool.submit(cpu_library) if device.type == "cpu" else None
-        dtype = getattr(torch, args.dtype) if args.dtype else None
-        models = [load_model(path, device, dtype, group) for path, group in zip(paths, groups, strict=False)]
+        dtype, cache = map(dtype_named, (args.dtype, args.cache_dtype))
+        models = [load_model(path, device, dtype, group, cache) for path, group in zip(paths, groups, strict=False)]
         for job in filter(None, (compiler, kernels)):
             job.result()
     return models

@@ -170,16 +170,17 @@ class Attention(nn.Module):
         # Both kernels read what each row's positions allow, so their cost follows these and not key_pos.
         if few:
             cache.update(input_pos, k, v, rows)
-            return torch.ops.brisk.decode_attention(q, cache.k, cache.v, query_pos, *options, cache.is_ring, rows)
+            k, v, *scales = cache.parts
+            return torch.ops.brisk.decode_attention(q, k, v, query_pos, *options, cache.is_ring, rows, *scales)
         attend = torch.ops.brisk.prefill_attention if device == "cpu" else prefill_attention
         if cache.is_ring:
-            old_k, old_v, first_pos = cache.before(input_pos, self.window - 1, rows)
-            cache.update(input_pos, k, v, rows)
-            keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in ((old_k, k), (old_v, v)))
-            return attend(q, keys, values, seen_from, first_pos, *options)
+            old, first_pos = cache.before(input_pos, self.window - 1, rows)
+            new = cache.update(input_pos, k, v, rows)
+            k, v, *scales = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(old, new, strict=True))
+            return attend(q, k, v, seen_from, first_pos, *options, None, *scales)
         cache.update(input_pos, k, v, rows)
-        keys, values = (x[:, :, : len(key_pos)] for x in (cache.k, cache.v))
-        return attend(q, keys, values, query_pos, None, *options, rows)
+        k, v, *scales = (part[:, :, : len(key_pos)] for part in cache.parts)
+        return attend(q, k, v, query_pos, None, *options, rows, *scales)
 
 
 def qk_norm(config: ModelConfig, heads: int) -> Norm | None:
@@ -333,6 +334,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope_offset", None, persistent=False)
         self.embedding_scale = config.embedding_scale
         self.max_batch_size = self.max_seq_length = 0
+        self.cache_dtype: torch.dtype | None = None  # int8, or None: that of the weights
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Preallocates K and V where the weights are, [max_batch_size, kv_heads, max_seq_length + 1, head_dim] a layer,
@@ -346,7 +348,7 @@ class Transformer(nn.Module):
             slots = cache_slots(config.window(i), max_seq_length)
             shape = (max_batch_size, config.n_kv_heads, slots + 1, config.head_dim)
             padding = max_seq_length if slots < max_seq_length else None
-            layer.attention.kv_cache = KVCache(shape, weight.dtype, weight.device, padding)
+            layer.attention.kv_cache = KVCache(shape, self.cache_dtype or weight.dtype, weight.device, padding)
         self.setup_rope(weight.device)
         self.register_buffer("key_pos", torch.arange(max_seq_length, device=weight.device), persistent=False)
         if config.rope.sections:

@@ -5,18 +5,19 @@
     save_row(engine, engine.places.latest, path, checksums)
 
 The file is safetensors: `tokens` int64 [n], and of each layer `model.I.k` and `model.I.v` (of a draft `draft.I.k` ...),
-[kv_heads, positions, head_dim], the last positions of n: all of them, but for layers with a window. The metadata say
-which checkpoints and which adapter it belongs to, since another model's keys are of no use, and its dtype.
+[kv_heads, positions, head_dim], the last positions of n: all of them, but for layers with a window. Of an int8 cache
+`model.I.k_scale` and `model.I.v_scale`, [kv_heads, positions], come with them. The metadata say which checkpoints and
+which adapter it belongs to, since another model's keys are of no use, and its dtype.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from attention import KVCache
+from attention import PARTS, KVCache
 from config import ModelConfig
 from engine import Engine
 from errors import UserError
@@ -53,6 +54,8 @@ def read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 def identity(engine: Engine, checksums: list[str]) -> dict[str, str]:
     """What must be equal for keys and values to be of use."""
     dtype = str(engine.model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    if engine.model.cache_dtype is not None:
+        dtype += f" with a cache in {str(engine.model.cache_dtype).removeprefix('torch.')}"
     return {"checkpoints": " ".join(checksums), "dtype": dtype}
 
 
@@ -76,9 +79,8 @@ def save_row(engine: Engine, row: int, path: Path, checksums: list[str]) -> None
     first = {name: max(place.written - cache.slot_count, 0) if cache.is_ring else 0 for name, cache in found.items()}
     tensors = {"tokens": (torch.int64, (count,))}
     for name, cache in found.items():
-        _, kv_heads, _, head_dim = cache.k.shape
-        for part in "kv":
-            tensors[f"{name}.{part}"] = cache.k.dtype, (kv_heads, count - first[name], head_dim)
+        for part, buffer in zip(PARTS, cache.parts, strict=False):
+            tensors[f"{name}.{part}"] = buffer.dtype, (buffer.shape[1], count - first[name], *buffer.shape[3:])
     check_disk(sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.values()), path)
 
     def chunks(name: str) -> list[Tensor]:
@@ -118,7 +120,8 @@ def load_row(engine: Engine, row: int, path: Path, checksums: list[str], adapter
         check_tokens(tokens, stored["tokens"], engine.model.config)
         held = Place(tokens[:limit], written=len(tokens[:limit]), prompt_length=prompt_length)
         for name, cache in caches(engine).items():
-            first = load_layer(cache, row, stored[f"{name}.k"], stored[f"{name}.v"], len(tokens), len(held.tokens))
+            parts = [stored[f"{name}.{part}"] for part in PARTS[: len(cache.parts)]]
+            first = load_layer(cache, row, parts, len(tokens), len(held.tokens))
             if first >= len(held.tokens) or (first and not cache.is_ring):
                 return 0  # the file is of a longer cache, whose windows went on
             held.written = max(held.written, first + cache.slot_count if first else 0)
@@ -137,19 +140,20 @@ def check_tokens(tokens: list[int], stored: StoredTensor, config: ModelConfig) -
         raise ValueError(f"there is no token {min(tokens) if min(tokens) < 0 else max(tokens)}")
 
 
-def load_layer(cache: KVCache, row: int, k: StoredTensor, v: StoredTensor, count: int, wanted: int) -> int:
+def load_layer(cache: KVCache, row: int, parts: Sequence[StoredTensor], count: int, wanted: int) -> int:
     """Puts the last of `count` positions, as far as they are among the first `wanted`, into a row -> the first of them
     that it has. ValueError where the tensors are not those of such a cache."""
-    _, kv_heads, _, head_dim = cache.k.shape
-    kept = k.shape[1] if len(k.shape) == 3 else 0
-    shape, dtype = (kv_heads, kept, head_dim), cache.k.dtype
-    if k.shape != shape or v.shape != shape or {k.dtype, v.dtype} != {dtype} or not 0 < kept <= count:
-        raise ValueError(f"{k.name} is {k.dtype} {list(k.shape)}, expected {dtype} {[kv_heads, count, head_dim]}")
+    kept = parts[0].shape[1] if len(parts[0].shape) == 3 else 0
+    for tensor, buffer in zip(parts, cache.parts, strict=True):
+        heads, rest = buffer.shape[1], buffer.shape[3:]
+        if tensor.shape != (heads, kept, *rest) or tensor.dtype != buffer.dtype or not 0 < kept <= count:
+            expected = f"{buffer.dtype} {[heads, count, *rest]}"
+            raise ValueError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected {expected}")
     stored_from = count - kept
     first = max(stored_from, wanted - cache.slot_count)
     if first < wanted:
         slots = cache.slots(torch.arange(first, wanted, device=cache.k.device))
-        for tensor, buffer in ((k, cache.k), (v, cache.v)):
+        for tensor, buffer in zip(parts, cache.parts, strict=True):
             values = tensor.read()[:, first - stored_from : wanted - stored_from]
             buffer[row, :, slots] = values.to(buffer.device)
     return first

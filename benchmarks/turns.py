@@ -50,8 +50,8 @@ class Ours:
     def fill_cache(self) -> None:
         """With random values, as if all positions had been decoded. (Memory never written to takes no time to read.)"""
         for layer in self.engine.model.layers:
-            layer.attention.kv_cache.k.uniform_(-1, 1)
-            layer.attention.kv_cache.v.uniform_(-1, 1)
+            for part in layer.attention.kv_cache.parts:
+                part.random_(-127, 128) if part.dtype == torch.int8 else part.uniform_(-1, 1)
 
 
 def timed(device: torch.device, function: Callable, *args) -> tuple[float, Any]:

@@ -4,8 +4,10 @@
     layer = Int8Linear.from_canonical(weight, scales, bias)              # from the tensors on disk; y = layer(x)
     layer = Int4Linear.from_canonical(q, scales, zeros, in_features, groupsize, bias)
     y = torch.ops.brisk.linear_experts(x, weight, chosen, bias)          # of many weights, those chosen for each row
-    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows)
-    y = torch.ops.brisk.prefill_attention(q, k, v, input_pos, first_pos, window, sinks, scale, softcap, rows)
+    y = torch.ops.brisk.decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows,
+                                         k_scale, v_scale)
+    y = torch.ops.brisk.prefill_attention(q, k, v, input_pos, first_pos, window, sinks, scale, softcap, rows,
+                                          k_scale, v_scale)
 
 Each op has a reference version in plain PyTorch, here and in attention.py, which runs on any device; one in C++ for
 CPUs (cpu_*.cpp, which build.py compiles at the first use); and most have one in Triton for CUDA (cuda*.py, imported at
@@ -61,11 +63,13 @@ _library.define(
 )
 _library.define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int? window=None, "
-    "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False, Tensor? rows=None) -> Tensor"
+    "Tensor? sinks=None, float? scale=None, float softcap=0.0, bool ring=False, Tensor? rows=None, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor"
 )
 _library.define(
     "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor input_pos, Tensor? first_pos=None, int? window=None, "
-    "Tensor? sinks=None, float? scale=None, float softcap=0.0, Tensor? rows=None) -> Tensor"
+    "Tensor? sinks=None, float? scale=None, float softcap=0.0, Tensor? rows=None, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> Tensor"
 )
 _library.define("reach(Tensor numbers, Tensor? weights, Tensor limit) -> Tensor")
 _library.define("all_reduce(Tensor x) -> Tensor")

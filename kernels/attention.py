@@ -1,7 +1,7 @@
 """Attention in plain PyTorch: the reference versions of its ops. That of a prefill also runs where there is no kernel.
 
-y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows)
-y = prefill_attention(q, k, v, input_pos, first_pos, window, sinks, scale, softcap, rows)
+y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows, k_scale, v_scale)
+y = prefill_attention(q, k, v, input_pos, first_pos, window, sinks, scale, softcap, rows, k_scale, v_scale)
 """
 
 import torch
@@ -20,6 +20,8 @@ def decode_attention(
     softcap: float = 0.0,
     ring: bool = False,
     rows: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B, KV, T, D] -> [B, S, H, D].
 
@@ -32,6 +34,7 @@ def decode_attention(
     ring: the cache holds the last positions only, position p in slot p % (T - 1), and what is written to slot T - 1 is
         never seen. With S queries, the last of them must not have taken the slot of the first one's oldest key.
     rows: int64 [B], the rows of the caches that the queries look at, by default the first B.
+    k_scale, v_scale: of int8 caches, float32 [max_B, KV, T]: what the keys and values are multiples of.
 
     Raises ValueError (RuntimeError where the C++ version runs) for a ring without a window of at most T - 1, a scale
     that is not positive, and a negative softcap.
@@ -46,8 +49,8 @@ def decode_attention(
     seen = (distance >= 0) & (distance < (T + 1 if window is None else window))  # [B, S, T]
     if ring:
         seen = seen & (distance <= at) & (slot < T - 1)
-    caches = (cache[:B] if rows is None else cache[rows] for cache in (k_cache, v_cache))
-    k, v = (cache.float().repeat_interleave(H // kv_heads, 1) for cache in caches)
+    caches = (_of_rows(*cache, B, rows, torch.float32) for cache in ((k_cache, k_scale), (v_cache, v_scale)))
+    k, v = (cache.repeat_interleave(H // kv_heads, 1) for cache in caches)
     scores = (q.float().transpose(1, 2) @ k.transpose(2, 3)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -71,12 +74,14 @@ def prefill_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     rows: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """The same for many queries, without rings: key j of row b is at position first_pos[b] + j, int64 [B], by default
     at j; what is before position 0 is never seen.
 
-    k and v [max_B, KV, L, D] may have any strides if each head of a key is together. On CPUs what lies in them beyond
-    the last query's position may be anything.
+    k and v [max_B, KV, L, D] may have any strides if each head of a key is together, their scales any. On CPUs what
+    lies in them beyond the last query's position may be anything.
     """
     scale = _checked_scale(q, scale, softcap)
     key_pos = torch.arange(k.shape[2], device=q.device)[None, None]
@@ -87,8 +92,16 @@ def prefill_attention(
         seen = seen & (key_pos > input_pos[:, :, None] - window)
     if first_pos is not None:
         seen = seen & (key_pos >= 0)
-    k, v = (cache[: len(q)] if rows is None else cache[rows] for cache in (k, v))
+    k, v = (_of_rows(*cache, len(q), rows, q.dtype) for cache in ((k, k_scale), (v, v_scale)))
     return attend(q, k, v, seen, scale, softcap, sinks)
+
+
+def _of_rows(cache: Tensor, scale: Tensor | None, count: int, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The given rows of a cache, by default the first `count`, as floats."""
+    if (cache.dtype == torch.int8) != (scale is not None):
+        raise ValueError(f"expected scales with a cache in int8 and with no other, got a cache in {cache.dtype}")
+    cache, scale = (x if x is None else x[:count] if rows is None else x[rows] for x in (cache, scale))
+    return cache.to(dtype) if scale is None else (cache.float() * scale[..., None]).to(dtype)
 
 
 def _checked_scale(q: Tensor, scale: float | None, softcap: float) -> float:
