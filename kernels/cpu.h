@@ -12,10 +12,10 @@
 
 namespace brisk {
 
-enum Type { F32, F16, BF16 };
+enum Type { F32, F16, BF16, I8 };  // the last one of caches, which then have scales
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t size_of(Type type) { return type == F32 ? 4 : 2; }
+inline int64_t size_of(Type type) { return type == F32 ? 4 : type == I8 ? 1 : 2; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Range {  // the numbers from begin on, without end
@@ -96,6 +96,7 @@ struct Bf16Kernels {
 
 struct Attention {  // what all parts of one op share
     Vector q, k, v;
+    const float *k_scale, *v_scale;  // of int8 keys and values, one for each D of them
     int64_t G, D;   // queries that share a head of keys, elements of each
     int64_t slots;  // the key at position p lies in slot p % slots
     float scale;    // of the products q k
@@ -113,6 +114,8 @@ struct AttentionKernels {
 
 struct Prefill {  // what all tasks of an op for many queries share
     Vector q, k, v;
+    const float *k_scale, *v_scale;  // of int8 keys and values
+    int64_t scale_step;              // from a key's to the next one's
     int64_t G, D;              // queries that share a head of keys, elements of each
     int64_t q_step, key_step;  // elements from a token's queries to the next one's, from a key to the next
     float scale, softcap;      // as above
@@ -121,14 +124,14 @@ struct Prefill {  // what all tasks of an op for many queries share
 struct PrefillKernels {
     // The queries [tokens, G, D] of one head of keys, of each token the keys that they see, and a score for each of
     // the G that has no value, or null -> y, of q's type, where the queries are. `scratch` is aligned to 64 bytes.
-    void (*attend)(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Range* seen,
-                   const float* sinks, void* y, float* scratch);
+    void (*attend)(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t scale_offset, int64_t tokens,
+                   const Range* seen, const float* sinks, void* y, float* scratch);
     int64_t (*scratch)(int64_t queries, int64_t D);  // how many floats that takes
 };
 
 constexpr int64_t KEYS = 128;  // keys that attention of a few queries takes at once, at most
-// Keys, values and queries as floats; of each query the scores, and two vectors of 16 lanes at most.
-inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * (KEYS + 32); }
+// Keys, values and queries as floats; of each query the scores, and three vectors of 16 lanes at most.
+inline int64_t attend_scratch(int64_t G, int64_t D) { return (2 * KEYS + G) * round_up(D, 16) + G * (KEYS + 48); }
 
 // The low-rank parts of linear layers, y + scale B A x, for rows of x [rows, K] and y [rows, N]: those at the indices
 // `rows`. kernels/lora.py packs A and B.

@@ -46,11 +46,27 @@ std::vector<int64_t> cache_rows_of(const OptionalTensor& rows, int64_t B, int64_
     return found;
 }
 
+// Keys or values, whose scale is of the right kind: int8 has one for each position and head, others have none.
+Vector cache_of(const Tensor& cache, const OptionalTensor& scale, const char* name) {
+    const bool quantized = cache.scalar_type() == ScalarType::Char;
+    STD_TORCH_CHECK(quantized == scale.has_value(), name, ": expected scales with a cache in int8, and with no other");
+    if (!quantized) return vector_of(cache);
+    STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Float && scale->dim() == 3 &&
+                        scale->sizes().equals(cache.sizes().slice(0, 3)),
+                    name, ": expected float32 scales for ", shape_of(cache), ", got ", shape_of(*scale));
+    return {cache.const_data_ptr(), I8};
+}
+
+const float* floats_of(const OptionalTensor& tensor) {
+    return tensor.has_value() ? (const float*)tensor->const_data_ptr() : nullptr;
+}
+
 // A task is one row, one head of keys and values, and a part of 256 positions; the parts of a row's softmax are put
 // together after. Where a part begins depends neither on the threads nor on where a ring wraps around.
 Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos,
                         std::optional<int64_t> window, const OptionalTensor& sinks, std::optional<double> scale,
-                        double softcap, bool ring, const OptionalTensor& rows) {
+                        double softcap, bool ring, const OptionalTensor& rows, const OptionalTensor& k_scale,
+                        const OptionalTensor& v_scale) {
     constexpr int64_t PART = 256, FAR = int64_t(1) << 62;
     STD_TORCH_CHECK(query.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes().equals(v_cache.sizes()) &&
                         k_cache.is_contiguous() && v_cache.is_contiguous() &&
@@ -68,7 +84,10 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
     Tensor y = empty_output(q, D);
     if (!y.numel()) return y;
     const int64_t G = H / KV, padded = round_up(D, 16), row_floats = padded + 2;
-    const Attention work = {vector_of(q), vector_of(k_cache), vector_of(v_cache), G, D, ring ? T - 1 : T,
+    const Vector keys = cache_of(k_cache, k_scale, "k_scale"), values = cache_of(v_cache, v_scale, "v_scale");
+    STD_TORCH_CHECK(keys.type != I8 || (k_scale->is_contiguous() && v_scale->is_contiguous()),
+                    "expected contiguous scales");
+    const Attention work = {vector_of(q), keys, values, floats_of(k_scale), floats_of(v_scale), G, D, ring ? T - 1 : T,
                             float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
     const Tensor sink_floats = sinks.has_value() ? in_order(torch::stable::to(*sinks, ScalarType::Float)) : q;
     const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
@@ -142,7 +161,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
 // A task is some tokens of one row and a head of keys. The longest come first, so that all threads end together.
 Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& input_pos,
                          const OptionalTensor& first_pos, std::optional<int64_t> window, const OptionalTensor& sinks,
-                         std::optional<double> scale, double softcap, const OptionalTensor& rows) {
+                         std::optional<double> scale, double softcap, const OptionalTensor& rows,
+                         const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
     // Queries of a task, about: the more, the less often a block of keys is packed; but all threads need tasks.
     constexpr int64_t LEAST = 128, MOST = 512;
     const bool alike = query.dim() == 4 && k.dim() == 4 && k.sizes().equals(v.sizes()) && k.stride(3) == 1 &&
@@ -155,6 +175,9 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, 
     check_queries(query, input_pos, window, sinks, scale, softcap);
     const std::vector<int64_t> cache_rows = cache_rows_of(rows, B, k.size(0));
     const std::vector<int64_t> starts = numbers_of(first_pos, "first_pos", std::vector<int64_t>(B));
+    const Vector key_data = cache_of(k, k_scale, "k_scale"), value_data = cache_of(v, v_scale, "v_scale");
+    const bool quantized = key_data.type == I8;
+    STD_TORCH_CHECK(!quantized || k_scale->strides().equals(v_scale->strides()), "expected scales of one layout");
     const Tensor q = in_order(query), pos = in_order(input_pos);
     Tensor y = empty_output(q, D);
     if (!y.numel()) return y;
@@ -186,16 +209,19 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k, const Tensor& v, 
         }
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.keys > y.keys; });
 
-    const Prefill work = {vector_of(q), vector_of(k), vector_of(v), G, D, H * D, k.stride(2),
+    const Prefill work = {vector_of(q), key_data, value_data, floats_of(k_scale), floats_of(v_scale),
+                          quantized ? k_scale->stride(2) : 0, G, D, H * D, k.stride(2),
                           float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
     std::atomic<size_t> next{0};
     parallel([&](int, int) {
         const Memory scratch = allocate(prefill->scratch(most * G, D) * 4);
         for (size_t i = next++; i < tasks.size(); i = next++) {
             const auto [b, head, begin, end, keys] = tasks[i];
-            prefill->attend(work, ((b * S + begin) * H + head * G) * D,
-                            cache_rows[b] * k.stride(0) + head * k.stride(1), end - begin,
-                            seen.data() + b * S + begin, sink_data ? sink_data + head * G : nullptr,
+            const auto place = [&, row = cache_rows[b], head = head](const Tensor& x) {
+                return row * x.stride(0) + head * x.stride(1);
+            };
+            prefill->attend(work, ((b * S + begin) * H + head * G) * D, place(k), quantized ? place(*k_scale) : 0,
+                            end - begin, seen.data() + b * S + begin, sink_data ? sink_data + head * G : nullptr,
                             y.mutable_data_ptr(), (float*)scratch.get());
         }
     });

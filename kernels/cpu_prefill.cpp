@@ -21,9 +21,10 @@ struct Tile {
     int64_t first, common_first, common_last, last;  // keys that any query sees, and that all do
 };
 
-// The keys [begin, end) of the block that begins at `first` are seen by some query; `offset` is where key 0 lies.
+// The keys [begin, end) of the block that begins at `first` are seen by some query; key 0 lies at `offset`, its scales
+// at `scale_offset`.
 struct Block {
-    int64_t first, begin, end, offset;
+    int64_t first, begin, end, offset, scale_offset;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +72,14 @@ struct Floats {
         for (int64_t j = block.begin; j < block.end; j++)
             for (int64_t d = 0; d < padded; d += LANES) {
                 const int64_t from = block.offset + j * a.key_step + d, to = (j - block.first) * padded + d;
-                store(keys + to, load_lanes(a.k, from, a.D - d));
-                store(values + to, load_lanes(a.v, from, a.D - d));
+                const int64_t scale = block.scale_offset + j * a.scale_step;
+                if (a.k.type == I8) {
+                    store(keys + to, load_lanes((const int8_t*)a.k.data + from, a.D - d, a.k_scale[scale]));
+                    store(values + to, load_lanes((const int8_t*)a.v.data + from, a.D - d, a.v_scale[scale]));
+                } else {
+                    store(keys + to, load_lanes(a.k, from, a.D - d));
+                    store(values + to, load_lanes(a.v, from, a.D - d));
+                }
             }
         // A weight of 0 does not hide NaN.
         memset(values, 0, (block.begin - block.first) * padded * sizeof(float));
@@ -95,7 +102,7 @@ struct Tiles {
     static constexpr bool PAIRS = true;
     const Prefill& a;
     const int64_t padded;     // D, which is a multiple of 16, to one of 32
-    uint16_t *copy, *values;  // [BLOCK][padded] where the cache can't be read as it is, [padded][BLOCK]
+    uint16_t *copy, *values;  // [2][BLOCK][padded] where the cache can't be read as it is, [padded][BLOCK]
     const uint16_t* keys = nullptr;
 
     Tiles(const Prefill& a, int64_t padded, uint16_t* copy, uint16_t* values)
@@ -121,10 +128,25 @@ struct Tiles {
             UNROLL for (int i = 0; i < LANES; i++) store((float*)to + (d / 2 + i) * W + v * LANES, x[i]);
         }
     }
+    // int8 [a.D] of each key of a block from `from` on -> bf16 [padded].
+    void dequantize(const Block& block, const void* from, const float* scales, uint16_t* to) const {
+        const int8_t* x = (const int8_t*)from + block.offset;
+        for (int64_t j = block.begin; j < block.end; j++) {
+            const float scale = scales[block.scale_offset + j * a.scale_step];
+            for (int64_t d = 0; d < padded; d += LANES)
+                store(to + (j - block.first) * padded + d, to_bf16(load_lanes(x + j * a.key_step + d, a.D - d, scale)));
+        }
+    }
     void take_block(const Block& block) {
         const uint16_t *k = (const uint16_t*)a.k.data + block.offset, *v = (const uint16_t*)a.v.data + block.offset;
+        int64_t step = a.key_step;
         keys = k + block.first * a.key_step;
-        if (a.D != padded || a.key_step != a.D || block.end - block.first < BLOCK) {
+        if (a.k.type == I8) {
+            uint16_t* second = copy + BLOCK * padded;
+            dequantize(block, a.k.data, a.k_scale, copy);
+            dequantize(block, a.v.data, a.v_scale, second);
+            keys = copy, v = second - block.first * padded, step = padded;
+        } else if (a.D != padded || a.key_step != a.D || block.end - block.first < BLOCK) {
             for (int64_t j = block.begin; j < block.end; j++) {
                 uint16_t* to = copy + (j - block.first) * padded;
                 memcpy(to, k + j * a.key_step, a.D * sizeof(uint16_t));
@@ -133,7 +155,7 @@ struct Tiles {
             keys = copy;
         }
         const auto value = [&](int64_t j, int64_t d) INLINE_LAMBDA {
-            return j >= block.begin && j < block.end ? widen(load<u16s>(v + j * a.key_step + d)) : u32s{};
+            return j >= block.begin && j < block.end ? widen(load<u16s>(v + j * step + d)) : u32s{};
         };
         for (int64_t j = block.first; j < block.end; j += 2 * LANES)
             for (int64_t d = 0; d < a.D; d += LANES) {
@@ -247,8 +269,8 @@ int64_t scratch_of(int64_t queries, int64_t D) {
 }
 
 template <class Products>
-void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Range* seen,
-               const float* sinks, void* y, float* scores, float* memory) {
+void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t scale_offset,
+               int64_t tokens, const Range* seen, const float* sinks, void* y, float* scores, float* memory) {
     const int64_t queries = tokens * a.G, count = round_up(queries, W) / W, padded = round_up(a.D, 32);
     Tile* tiles = (Tile*)(memory + count * tile_floats(padded));
     const auto place = [&](int64_t i) { return q_offset + i / a.G * a.q_step + i % a.G * a.D; };
@@ -286,7 +308,7 @@ void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offs
                 if (tiles[t].last > end) end = smaller(tiles[t].last, block + BLOCK);
             }
         if (begin >= end) continue;
-        by.take_block({block, begin, end, kv_offset});
+        by.take_block({block, begin, end, kv_offset, scale_offset});
         for (int64_t t = 0; t < count; t++) {
             const Tile& tile = tiles[t];
             if (tile.first >= block + BLOCK || tile.last <= block) continue;
@@ -311,19 +333,19 @@ void attend_by(Products& by, const Prefill& a, int64_t q_offset, int64_t kv_offs
     }
 }
 
-void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t tokens, const Range* seen,
-            const float* sinks, void* y, float* scratch) {
+void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t scale_offset, int64_t tokens,
+            const Range* seen, const float* sinks, void* y, float* scratch) {
     const int64_t padded = round_up(a.D, 32);
     float *keys = scratch, *values = keys + (BLOCK + ROWS) * padded, *scores = values + (BLOCK + ROWS) * padded;
     float* memory = scores + (BLOCK + ROWS) * W;
 #if AMX
-    if (a.q.type == BF16 && a.k.type == BF16 && a.D % 16 == 0) {
+    if (a.q.type == BF16 && (a.k.type == BF16 || a.k.type == I8) && a.D % 16 == 0) {
         Tiles by(a, padded, (uint16_t*)keys, (uint16_t*)values);
-        return attend_by(by, a, q_offset, kv_offset, tokens, seen, sinks, y, scores, memory);
+        return attend_by(by, a, q_offset, kv_offset, scale_offset, tokens, seen, sinks, y, scores, memory);
     }
 #endif
     Floats by{a, padded, keys, values};
-    attend_by(by, a, q_offset, kv_offset, tokens, seen, sinks, y, scores, memory);
+    attend_by(by, a, q_offset, kv_offset, scale_offset, tokens, seen, sinks, y, scores, memory);
 }
 
 }  // namespace

@@ -71,11 +71,13 @@ INLINE f32s to_f32(i32s v) { return __builtin_convertvector(v, f32s); }
 #if AVX512
 INLINE u32s widen(u16s v) { return (u32s)_mm512_cvtepu16_epi32((__m256i)v); }
 INLINE i32s widen(u8s v) { return (i32s)_mm512_cvtepu8_epi32((__m128i)v); }
+INLINE i32s widen(i8s v) { return (i32s)_mm512_cvtepi8_epi32((__m128i)v); }
 INLINE u16s to_u16(u32s v) { return (u16s)_mm512_cvtepi32_epi16((__m512i)v); }
 INLINE i8s to_i8(i32s v) { return (i8s)_mm512_cvtepi32_epi8((__m512i)v); }
 #elif AVX2
 INLINE u32s widen(u16s v) { return (u32s)_mm256_cvtepu16_epi32((__m128i)v); }
 INLINE i32s widen(u8s v) { return (i32s)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)&v)); }
+INLINE i32s widen(i8s v) { return (i32s)_mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i*)&v)); }
 INLINE __m128i narrow(i32s v) {  // 16 bits, for numbers that fit
     return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 }
@@ -87,6 +89,7 @@ INLINE i8s to_i8(i32s v) {
 #else
 INLINE u32s widen(u16s v) { return __builtin_convertvector(v, u32s); }
 INLINE i32s widen(u8s v) { return __builtin_convertvector(v, i32s); }
+INLINE i32s widen(i8s v) { return __builtin_convertvector(v, i32s); }
 INLINE u16s to_u16(u32s v) { return __builtin_convertvector(v, u16s); }
 INLINE i8s to_i8(i32s v) { return __builtin_convertvector(v, i8s); }
 #endif
@@ -151,6 +154,16 @@ INLINE void store_lanes(void* to, Type type, int64_t i, f32s v, int64_t count) {
     else
         store(out, type == BF16 ? to_bf16(v) : to_f16(v));
     if (count < LANES) memcpy(at, buffer, count * size_of(type));
+}
+
+// `count` numbers of a cache in int8, times their scale, with zeros after them.
+INLINE f32s load_lanes(const int8_t* x, int64_t count, float scale) {
+    i8s v = {};
+    if (count >= LANES)
+        v = load<i8s>(x);
+    else if (count > 0)
+        memcpy(&v, x, count);
+    return to_f32(widen(v)) * scale;
 }
 
 // bf16 numbers without shuffling: those in the low halves of 32-bit lanes, and those in the high ones.
@@ -226,34 +239,37 @@ INLINE auto max_lanes(V v) {
 }
 
 // The lanes of as many vectors summed up, as the lanes of one.
-INLINE f32s sum_each(const f32s (&v)[LANES]) {
+template <class V>
+INLINE V sum_each(const V (&v)[LANES]) {
 #if AVX512
+    const auto plus = [](__m512 x, __m512 y) INLINE_LAMBDA { return (__m512)((V)x + (V)y); };
     __m512 a[8], b[4], c[2];
     UNROLL for (int i = 0; i < 8; i++) {
         __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+        a[i] = plus(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
     }
     UNROLL for (int i = 0; i < 4; i++) {
         __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        b[i] = plus(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
     UNROLL for (int i = 0; i < 2; i++)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
-                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-    return (f32s)_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+        c[i] = plus(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                    _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return (V)plus(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 #elif AVX2
+    const auto plus = [](__m256 x, __m256 y) INLINE_LAMBDA { return (__m256)((V)x + (V)y); };
     __m256 a[4], b[2];
     UNROLL for (int i = 0; i < 4; i++) {  // blends, where they do: two shuffles a cycle are what there is
         __m256 x = (__m256)v[2 * i], y = (__m256)v[2 * i + 1];
-        a[i] = _mm256_add_ps(_mm256_blend_ps(x, y, 0xcc), _mm256_shuffle_ps(x, y, 0x4e));
+        a[i] = plus(_mm256_blend_ps(x, y, 0xcc), _mm256_shuffle_ps(x, y, 0x4e));
     }
     UNROLL for (int i = 0; i < 2; i++) {
         __m256 x = a[2 * i], y = a[2 * i + 1];
-        b[i] = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
+        b[i] = plus(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
     }
-    return (f32s)_mm256_add_ps(_mm256_blend_ps(b[0], b[1], 0xf0), _mm256_permute2f128_ps(b[0], b[1], 0x21));
+    return (V)plus(_mm256_blend_ps(b[0], b[1], 0xf0), _mm256_permute2f128_ps(b[0], b[1], 0x21));
 #else
-    f32s sums;
+    V sums;
     UNROLL for (int i = 0; i < LANES; i++) sums[i] = sum_lanes(v[i]);
     return sums;
 #endif

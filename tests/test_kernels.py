@@ -382,13 +382,14 @@ attention_shapes = st.fixed_dictionaries(
         "scale": st.sampled_from([None, None, 0.05, 1.0]),
         "softcap": st.sampled_from([0.0, 0.0, 0.5, 50.0]),
         "ring": st.booleans(),
+        "cache": st.sampled_from(["float", "float", "int8", "int8 exact"]),
         "seed": st.integers(0, 2**31),
     }
 )
 
 # Position 586, so whole blocks of keys, and the head sizes that the CPU kernels know at compile time.
 FULL = dict(B=1, S=1, KV=2, G=7, T=700, window=None, dtype="bf16", size=1.0, seed=3)
-FULL |= dict(sinks=None, scale=None, softcap=0.0, ring=False)
+FULL |= dict(sinks=None, scale=None, softcap=0.0, ring=False, cache="float")
 ALL = FULL | dict(window=600, sinks="bf16", scale=0.1, softcap=5.0, ring=True)
 
 
@@ -415,9 +416,23 @@ def exact_attention(
     return y, seen
 
 
+def int8_cache(
+    generator: torch.Generator, *shape: int, exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What it is in float32, int8 numbers of this shape and their scales; `exact`: bf16 holds that as well."""
+    q = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    scale = torch.rand(shape[:-1], generator=generator) / 32 + 2**-9
+    scale = 2.0 ** scale.log2().floor() if exact else scale
+    return q * scale[..., None], q, scale
+
+
 @few
 @given(shape=attention_shapes)
 @example(FULL | {"D": 64})
+@example(FULL | {"D": 64, "cache": "int8 exact"})
+@example(FULL | {"D": 128, "cache": "int8 exact", "G": 4})
+@example(ALL | {"D": 64, "B": 3, "S": 3, "cache": "int8 exact"})
+@example(ALL | {"D": 80, "B": 3, "dtype": "f32", "cache": "int8"})
 @example(FULL | {"D": 128})
 @example(ALL | {"D": 64})
 @example(ALL | {"D": 128, "B": 3, "S": 3})
@@ -438,14 +453,27 @@ def test_attention(op, shape):
     options["sinks"] = shape["sinks"] and (torch.randn(H, generator=generator) * 3).to(DTYPES[shape["sinks"]])
     q = (torch.randn(B, S, H, D, generator=generator) * shape["size"]).to(dtype)
     k, v = (torch.randn(B + 1, KV, T, D, generator=generator).to(dtype) for _ in range(2))
-    expected, seen = exact_attention(q, k, v, pos, **options)
-    largest = q.double().abs().amax() * k.double().abs().amax() * D * (options["scale"] or D**-0.5)
-    for cache in (k, v):  # what no query of a row sees may be anything
-        cache[:B].masked_fill_(~seen[:, None, :, None], float("nan"))
-    y = op.decode_attention(q, k, v, pos, **options)
+    caches = k, v
+    if shape["cache"] != "float":
+        (k, *key_parts), (v, *value_parts) = (int8_cache(generator, B + 1, KV, T, D) for _ in range(2))
+        caches = key_parts[0], value_parts[0]
+        scales = options["k_scale"], options["v_scale"] = key_parts[1], value_parts[1]
+    if shape["cache"] == "int8 exact":  # multiples of 1057 / 32767 of the largest, to which queries may be rounded
+        q = (torch.randint(-31, 32, q.shape, generator=generator) * (shape["size"] // 30 + 1) / 8).to(dtype)
+        q[..., 0] = q.new_tensor(31 * (shape["size"] // 30 + 1) / 8)
+    definition = {name: value for name, value in options.items() if not name.endswith("_scale")}
+    expected, seen = exact_attention(q, k, v, pos, **definition)
+    factor = options["scale"] or D**-0.5
+    largest = q.double().abs().amax() * k.double().abs().amax() * D * factor
+    for cache in caches if shape["cache"] == "float" else scales:  # what no query of a row sees may be anything
+        cache[:B].masked_fill_(~seen[:, None].view(B, 1, T, *[1] * (cache.ndim - 3)), float("nan"))
+    y = op.decode_attention(q, *caches, pos, **options)
     # Scores are off by what float32 rounds of the largest, and a cap by what it rounds of itself; values are below 6.
     scores = largest.item() + options["softcap"]
     bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2**-22 * (8 + scores) * 6 + torch.finfo(dtype).tiny
+    if shape["cache"] == "int8":  # queries may be rounded to 16 bits: scores are off by so much at most
+        off = q.double().abs().amax() / 65534 * k.double().abs().sum(-1).amax() * factor
+        bound += torch.expm1(2 * off) * 8
     assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all()
 
 
@@ -460,6 +488,8 @@ def test_attention(op, shape):
 @example(FULL | {"D": 64, "G": 4}, 40, 300, None, True)
 @example(FULL | {"D": 128, "B": 3, "window": 40}, 40, 300, -5, False)
 @example(FULL | {"D": 80, "G": 2, "B": 2}, 70, 300, -5, False)
+@example(FULL | {"D": 80, "G": 2, "B": 2, "cache": "int8"}, 70, 300, -5, False)
+@example(ALL | {"D": 64, "B": 2, "cache": "int8"}, 70, 300, None, True)
 @example(ALL | {"D": 64, "B": 2}, 70, 150, 1000, True)
 def test_prefill_attention(op, shape, S, L, first, dense):
     B, KV, G, D = (shape[name] for name in ("B", "KV", "G", "D"))
@@ -472,6 +502,10 @@ def test_prefill_attention(op, shape, S, L, first, dense):
     slots[0, -1] = torch.randint(0, L, (), generator=generator)  # padding may be anywhere
     q = (torch.randn(B, S, H, D, generator=generator) * shape["size"]).to(dtype)
     k, v = (torch.randn(B + 1, KV, L, D, generator=generator).to(dtype) for _ in range(2))
+    caches, quantized = (k, v), shape["cache"] != "float"
+    if quantized:
+        (k, *key_parts), (v, *value_parts) = (int8_cache(generator, B + 1, KV, L, D, exact=True) for _ in range(2))
+        caches = key_parts[0], value_parts[0], key_parts[1], value_parts[1]
     rows = torch.randperm(B + 1, generator=generator)[:B]
     begin = max(0, -(first or 0))  # the slot of position 0
     sees, (expected, size) = slots >= begin, torch.zeros(2, *q.shape, dtype=torch.float64)
@@ -481,14 +515,15 @@ def test_prefill_attention(op, shape, S, L, first, dense):
         expected[b, sees[b]], _ = exact_attention(*at, **options)
         size[b, sees[b]], _ = exact_attention(at[0], keys, values.abs(), at[3], **options)
         if not reference:  # what is before position 0 or beyond all queries may be anything
-            for cache in (k, v):
+            for cache in caches[-2:]:
                 cache[row, :, :begin] = float("nan")
                 cache[row, :, slots[b].max() + 1 :] = float("nan")
     pos, first_pos = slots + (first or 0), None if first is None else torch.full((B,), first)
     largest = q.double().abs().amax() * k.double().nan_to_num().abs().amax() * D * (options["scale"] or D**-0.5)
     if not dense:  # as of [B, L, KV, D]
-        k, v = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (k, v))
-    y = op.prefill_attention(q, k, v, pos, first_pos, rows=rows, **options)
+        caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
+    scales = dict(zip(("k_scale", "v_scale"), caches[2:], strict=False))
+    y = op.prefill_attention(q, *caches[:2], pos, first_pos, rows=rows, **options, **scales)
     scores = largest.item() + options["softcap"]
     bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2**-22 * (8 + scores) * 6 + torch.finfo(dtype).tiny
     if dtype == torch.bfloat16:  # weights may be rounded to it

@@ -21,6 +21,7 @@ typedef int16_t i16 __attribute__((vector_size(64)));
 typedef int8_t i8 __attribute__((vector_size(64)));
 typedef uint8_t u8 __attribute__((vector_size(64)));
 typedef uint16_t u16_half __attribute__((vector_size(32)));
+typedef int8_t i8_half __attribute__((vector_size(32)));
 typedef int8_t i8_quarter __attribute__((vector_size(16)));
 typedef uint8_t u8_quarter __attribute__((vector_size(16)));
 
@@ -32,7 +33,6 @@ static inline float from_bf16(uint16_t bits) {
 }
 }  // namespace emulated
 
-static inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 static inline __m512 _mm512_castpd_ps(__m512d a) { return (__m512)a; }
 static inline __m512d _mm512_castps_pd(__m512 a) { return (__m512d)a; }
 static inline __m512i _mm512_set1_epi32(int32_t a) { return (__m512i)(emulated::i32{} + a); }
@@ -48,6 +48,12 @@ static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
 }
 static inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
     return (__m512i)__builtin_convertvector((emulated::u8_quarter)a, emulated::u32);
+}
+static inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
+    return (__m512i)__builtin_convertvector((emulated::i8_quarter)a, emulated::i32);
+}
+static inline __m512i _mm512_cvtepi8_epi16(__m256i a) {
+    return (__m512i)__builtin_convertvector((emulated::i8_half)a, emulated::i16);
 }
 static inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
     return (__m256i)__builtin_convertvector((emulated::u32)a, emulated::u16_half);
@@ -120,6 +126,10 @@ static inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
         sums[i] = ((emulated::i16)a)[2 * i] * ((emulated::i16)b)[2 * i] +
                   ((emulated::i16)a)[2 * i + 1] * ((emulated::i16)b)[2 * i + 1];
     return (__m512i)sums;
+}
+
+static inline __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
+    return (__m512i)((emulated::i32)sums + (emulated::i32)_mm512_madd_epi16(a, b));
 }
 
 __attribute__((noinline)) static __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
