@@ -3,7 +3,7 @@
     y = linear_int8(x, packed, scales, bias)                     # what torch.ops.brisk.linear_int8 does on CUDA, ...
     y = linear_int8_grouped(x, packed, scales, out_features, groupsize, bias)
     y = linear_int4(x, packed, out_features, groupsize, scale_dtype, zero, bias)
-    y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows)
+    y = decode_attention(q, k_cache, v_cache, input_pos, window, sinks, scale, softcap, ring, rows, k_scale, v_scale)
 
 Activations are not quantized here: the tensor cores multiply them with the weights' integers, whose scales come after.
 TRITON_INTERPRET=1 runs everything on CPU tensors, without a GPU and slowly: that is how the tests do it.
@@ -251,15 +251,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # scores are in powers of two
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, pos_ptr, rows_ptr, y_ptr, stats_ptr, scale, softcap, S, T, window, splits,
-    k_b, k_h, k_t, v_b, v_h, v_t,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pos_ptr, rows_ptr, y_ptr, stats_ptr, scale, softcap,
+    S, T, window, splits, k_b, k_h, k_t, v_b, v_h, v_t,
     KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """q [B, S, KV * G, D] -> for each split of keys, float32: y [B, KV, splits, S * G, D], not yet divided by the sum
     of the weights, and stats [B, KV, splits, S * G, 2], the largest score (as a power of two) and that sum.
 
-    Scores are scale * q k, with CAP softcap * tanh(scale / 2 * q k)."""
+    Scores are scale * q k, with CAP softcap * tanh(scale / 2 * q k). int8 keys and values have scales [max_B, KV, T].
+    """
     split, b, kv = tl.program_id(0), (tl.program_id(1) // KV).to(tl.int64), tl.program_id(1) % KV
     row, d = tl.program_id(2) * BM + tl.arange(0, BM), tl.arange(0, BD)
     s, live = row // G, row < S * G
@@ -276,8 +277,9 @@ def _attend(
 
     head = (b * S + s) * (KV * G) + kv * G + row % G
     q = tl.load(q_ptr + head[:, None] * D + d[None, :], live[:, None] & (d < D)[None, :], 0)
-    q = q.to(k_ptr.dtype.element_ty)
+    q = q.to(q_ptr.dtype.element_ty if k_scale_ptr is not None else k_ptr.dtype.element_ty)
     cache_row = b if rows_ptr is None else tl.load(rows_ptr + b)
+    first_scale = (cache_row * KV + kv) * T
     k_ptr += cache_row * k_b + kv * k_h
     v_ptr += cache_row * v_b + kv * v_h
     most = tl.full([BM], float("-inf"), tl.float32)
@@ -295,7 +297,9 @@ def _attend(
         seen = (t[None, :] <= pos[:, None]) & (t < end)[None, :]
         if WINDOW:
             seen &= t[None, :] > pos[:, None] - window
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale
+        scores = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale
+        if k_scale_ptr is not None:
+            scores *= tl.load(k_scale_ptr + first_scale + slot, t < end, 0.0)[None, :]
         if CAP:
             scores = (2 * tl.sigmoid(scores) - 1) * softcap
         scores = tl.where(seen, scores, float("-inf"))
@@ -304,10 +308,13 @@ def _attend(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(most - base)
         total = total * shrink + tl.sum(weights, 1)
+        if v_scale_ptr is not None:  # what a query does not see may have any scale
+            weights = tl.where(seen, weights * tl.load(v_scale_ptr + first_scale + slot, t < end, 0.0)[None, :], 0.0)
+            v = v.to(q.dtype)
         weights = weights.to(v.dtype)
         acc *= shrink[:, None]
         most = new
-        if S == 1 or (start + BT - 1 <= first and (not WINDOW or start > last - window)):
+        if v_scale_ptr is not None or S == 1 or (start + BT - 1 <= first and (not WINDOW or start > last - window)):
             acc = tl.dot(weights, v, acc, input_precision="ieee")
         else:
             # Not all queries see all of these values, and what one must not see may be NaN, which a weight of 0 does
@@ -373,6 +380,8 @@ def decode_attention(
     softcap: float = 0.0,
     ring: bool = False,
     rows: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Queries [B, S, H, D] at positions int64 [B, S] over caches [max_B, KV, T, D] -> [B, S, H, D].
 
@@ -385,6 +394,11 @@ def decode_attention(
         raise RuntimeError(f"q {list(q.shape)} does not go with caches {list(k_cache.shape)}, {list(v_cache.shape)}")
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or input_pos.shape != (B, S):
         raise RuntimeError(f"expected caches [max_B, KV, T, D] and input_pos [{B}, {S}], got {list(input_pos.shape)}")
+    for cache, of_cache in ((k_cache, k_scale), (v_cache, v_scale)):
+        if (cache.dtype == torch.int8) != (of_cache is not None):
+            raise RuntimeError(f"expected scales with a cache in int8 and with no other, got a cache in {cache.dtype}")
+        if of_cache is not None and (of_cache.shape != cache.shape[:3] or not of_cache.is_contiguous()):
+            raise RuntimeError(f"expected contiguous scales {list(cache.shape[:3])}, got {list(of_cache.shape)}")
     if ring and (window is None or window > T - 1):
         raise RuntimeError(f"ring: expected a window of at most {T - 1}, got {window}")
     if sinks is not None and sinks.shape != (H,):
@@ -404,9 +418,9 @@ def decode_attention(
     scale = 2 * scale / softcap if softcap else scale * LOG2_E.value
     with torch.cuda.device_of(q):
         _attend[splits, B * KV, triton.cdiv(S * G, BM)](
-            q.contiguous(), k_cache, v_cache, input_pos.contiguous(), None if rows is None else rows.contiguous(),
-            part, stats, scale, softcap * LOG2_E.value, S, T, window or 0, splits,
-            *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D,
+            q.contiguous(), k_cache, v_cache, k_scale, v_scale, input_pos.contiguous(),
+            None if rows is None else rows.contiguous(), part, stats, scale, softcap * LOG2_E.value,
+            S, T, window or 0, splits, *k_cache.stride()[:3], *v_cache.stride()[:3], KV, G, D,
             window is not None, softcap > 0, ring, BM, BT, BD, num_warps=4, num_stages=3 if BT == 64 else 2,
         )  # fmt: skip
         _combine[S * G, B * KV](

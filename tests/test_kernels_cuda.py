@@ -26,7 +26,7 @@ import kernels
 from kernels import Int4Linear, Int8Linear, packing
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from test_kernels import exact_attention  # noqa: E402
+from test_kernels import exact_attention, int8_cache  # noqa: E402
 
 from kernels import cuda  # noqa: E402
 
@@ -318,10 +318,11 @@ attention_shapes = st.fixed_dictionaries(
         "scale": st.sampled_from([None, None, 0.05, 1.0]),
         "softcap": st.sampled_from([0.0, 0.0, 0.5, 50.0]),
         "ring": st.booleans(),
+        "cache": st.sampled_from(["float", "float", "int8"]),
         "seed": st.integers(0, 2**31),
     }
 )
-PLAIN = dict(dtype="bf16", size=1.0, sinks=None, scale=None, softcap=0.0, ring=False, seed=0)
+PLAIN = dict(cache="float", dtype="bf16", size=1.0, sinks=None, scale=None, softcap=0.0, ring=False, seed=0)
 OPTIONS = "window", "sinks", "scale", "softcap", "ring"
 ALL = PLAIN | dict(sinks="bf16", scale=0.1, softcap=5.0, ring=True)
 
@@ -341,11 +342,15 @@ def check_attention(shape: dict) -> None:
     options["sinks"] = shape["sinks"] and (torch.randn(KV * G, generator=generator) * 3).to(DTYPES[shape["sinks"]])
     q = (torch.randn(B, S, KV * G, D, generator=generator) * shape["size"]).to(dtype)
     k, v = (torch.randn(B + 1, KV, T, D, generator=generator).to(dtype) for _ in range(2))
+    caches, scales = (k, v), (None, None)
+    if shape["cache"] == "int8":
+        (k, *key_parts), (v, *value_parts) = (int8_cache(generator, B + 1, KV, T, D) for _ in range(2))
+        caches, scales = zip(key_parts, value_parts, strict=True)
     (expected, seen), (size, _) = (exact_attention(q, k, values, pos, **options) for values in (v, v.abs()))
     largest = q.double().abs().amax() * k.double().abs().amax() * D * (options["scale"] or D**-0.5)
-    for cache in (k, v):  # what no query of a row sees may be anything
-        cache[:B].masked_fill_(~seen[:, None, :, None], float("nan"))
-    y = cuda.decode_attention(*on_device(q, k, v, pos, *(options[name] for name in OPTIONS))).cpu()
+    for cache in caches if scales[0] is None else scales:  # what no query of a row sees may be anything
+        cache[:B].masked_fill_(~seen[:, None].view(B, 1, T, *[1] * (cache.ndim - 3)), float("nan"))
+    y = cuda.decode_attention(*on_device(q, *caches, pos, *(options[name] for name in OPTIONS), None, *scales)).cpu()
     scores = largest.item() + options["softcap"]
     rounding = torch.finfo(dtype).eps / 2
     bound = rounding * 1.01 * (expected.abs() + 2 * size) + 2**-21 * (8 + scores) * 6 + torch.finfo(dtype).tiny
@@ -362,7 +367,7 @@ def test_attention(shape):
 
 
 @runs
-@pytest.mark.parametrize("window, options", [(None, PLAIN), (37, PLAIN), (37, ALL)])
+@pytest.mark.parametrize("window, options", [(None, PLAIN), (37, PLAIN), (37, ALL), (37, ALL | {"cache": "int8"})])
 def test_attention_of_many_queries(window, options):
     check_attention({"B": 1, "S": 16, "KV": 1, "G": 8, "D": 32, "T": 200, "window": window} | options)
 
@@ -659,6 +664,9 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
     check_compiled(compilers["_dequantize_int4"].compiled, tmp_path, wide_copies=False)
 
 
+SCALES = torch.empty(1, 8, 8193, device="meta")
+
+
 @pytest.mark.slow
 @no_gpu
 @pytest.mark.parametrize(
@@ -681,13 +689,17 @@ def test_linear_compiles(compilers, tmp_path, rows, N, dtype):
         ),
         (1, 16, 8, 256, 4096, {"scale": 1 / 16, "softcap": 50.0, "ring": True}),
         (4, 16, 8, 256, None, {"scale": 1 / 16, "softcap": 50.0}),
+        (1, 32, 8, 128, None, {"k_scale": SCALES, "v_scale": SCALES}),
+        (4, 16, 8, 256, 4096, {"k_scale": SCALES, "v_scale": SCALES, "softcap": 50.0, "ring": True}),
     ],
 )
 def test_attention_compiles(compilers, tmp_path, S, H, KV, D, window, options):
     q = torch.empty(1, S, H, D, dtype=torch.bfloat16, device="meta")
-    k, v = (torch.empty(1, KV, 8193, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    dtype = torch.int8 if "k_scale" in options else torch.bfloat16
+    k, v = (torch.empty(1, KV, 8193, D, dtype=dtype, device="meta") for _ in range(2))
     cuda.decode_attention(q, k, v, torch.empty(1, S, dtype=torch.long, device="meta"), window, **options)
-    check_compiled(compilers["_attend"].compiled, tmp_path)
+    wide_copies = "k_scale" not in options  # scales are copied one by one
+    check_compiled(compilers["_attend"].compiled, tmp_path, wide_copies)
     check_compiled(compilers["_combine"].compiled, tmp_path, wide_copies=False)
 
 
