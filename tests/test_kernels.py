@@ -612,6 +612,19 @@ def test_wrong_options_of_attention_are_refused(op):
     op.decode_attention(q, cache, cache, pos, window=99, ring=True)
 
 
+@pytest.mark.parametrize("name", ["decode_attention", "prefill_attention"])
+def test_scales_go_with_int8_caches_only(op, name):
+    q, pos, scales = torch.randn(1, 1, 4, 16), torch.tensor([[5]]), torch.rand(1, 2, 100)
+    floats, numbers = torch.randn(1, 2, 100, 16), torch.randint(-9, 9, (1, 2, 100, 16), dtype=torch.int8)
+    for cache, k_scale, v_scale in ((numbers, None, None), (numbers, scales, None), (floats, scales, scales)):
+        with pytest.raises((RuntimeError, ValueError), match="expected scales with a cache in int8"):
+            getattr(op, name)(q, cache, cache, pos, k_scale=k_scale, v_scale=v_scale)
+    if op is not kernels:
+        for wrong in (scales[:, :, :99], scales.double(), scales[0]):
+            with pytest.raises(RuntimeError, match="expected float32 scales"):
+                getattr(op, name)(q, numbers, numbers, pos, k_scale=wrong, v_scale=wrong)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # As PyTorch ops
 
@@ -622,6 +635,7 @@ def examples() -> dict[str, tuple]:
     q, scales, zeros = int4_weight(torch.Generator().manual_seed(0), 48, 100, 32, zero_kind="whole")
     packed, zero = kernels.pack_int4(q, scales, zeros, 100, 32)
     cache = torch.randn(2, 2, 300, 32).bfloat16()
+    numbers, multiples = torch.randint(-126, 126, cache.shape, dtype=torch.int8), torch.rand(2, 2, 300)
     options = 290, torch.randn(8).bfloat16(), 0.2, 30.0, True
     int8, grid = int8_weight(torch.Generator().manual_seed(0), 48, 96, 32)
     return {
@@ -639,6 +653,14 @@ def examples() -> dict[str, tuple]:
         ),
         "decode_attention with options": (
             torch.randn(2, 3, 8, 32).bfloat16(), cache, cache + 1, torch.tensor([[7, 8, 9], [900, 901, 5000]]), *options
+        ),
+        "decode_attention of int8": (
+            torch.randn(2, 3, 8, 32).bfloat16(), numbers, numbers + 1, torch.tensor([[7, 8, 9], [900, 901, 5000]]),
+            *options, None, multiples, multiples + 1
+        ),
+        "prefill_attention of int8": (
+            torch.randn(2, 20, 8, 32).bfloat16(), numbers, numbers + 1, torch.arange(20) + torch.tensor([[7], [270]]),
+            None, None, None, None, 0.0, None, multiples, multiples + 1
         ),
     }  # fmt: skip
 

@@ -151,6 +151,7 @@ WAYS = {
     "--seed 2",
     "lookup": "--prompt {text} --max_new_tokens 60 --prompt_lookup --speculate_k 4 --temperature 1 --seed 1 "
     "--logit_bias 20=90 21=90",  # a text of two tokens, so it repeats
+    "an int8 cache": "--prompt {text} --max_new_tokens 40 --cache_dtype int8 --prompt_lookup --speculate_k 3",
     "lookup as it pays": "--prompt {text} --max_new_tokens 60 --prompt_lookup",
     "a draft as it pays": "--prompt {text} --max_new_tokens 60 --draft_checkpoint_path {itself}",
     "lookup and a draft": "--prompt {text} --max_new_tokens 40 --prompt_lookup --draft_checkpoint_path {draft}",
