@@ -50,8 +50,11 @@ class Ours:
     def fill_cache(self) -> None:
         """With random values, as if all positions had been decoded. (Memory never written to takes no time to read.)"""
         for layer in self.engine.model.layers:
-            for part in layer.attention.kv_cache.parts:
+            k, v, *scales = layer.attention.kv_cache.parts
+            for part in (k, v):
                 part.random_(-127, 128) if part.dtype == torch.int8 else part.uniform_(-1, 1)
+            for scale in scales:
+                scale.fill_(1 / 127)
 
 
 def timed(device: torch.device, function: Callable, *args) -> tuple[float, Any]:

@@ -320,6 +320,12 @@ def test_rebuilt_models_share_layers_but_no_cache():
     first_cache, second_cache = (ours.engine.model.layers[1].attention.kv_cache.v for ours in (first, second))
     assert first_cache.shape == (1, 2, 65, 32) and not first_cache.any()
     assert second_cache.shape == (1, 2, 129, 32) and second_cache.any(-1).all()
+    model.cache_dtype = torch.int8
+    third = turns.Ours(model, 64)
+    third.fill_cache()
+    for part in third.engine.model.layers[1].attention.kv_cache.parts:
+        held = part.any(-1) if part.ndim == 4 else part
+        assert held.shape == (1, 2, 65) and held.all()
 
 
 @pytest.mark.parametrize("mode", ["fp32", "int8", "int4"])
