@@ -16,7 +16,8 @@ weights into the order in which the CPU kernels read them, cuda.py into one of i
 
 On CPUs the quantized ops quantize activations to 8 bits on the fly: symmetric, a scale for each row and each group of
 K: the weight's own groups, or groups of 128 where a row of an int8 weight has one scale. So products are of integers,
-which a CPU does four at a time. On CUDA they don't.
+which a CPU does four at a time. They don't for 64 or more bfloat16 rows on CPUs with AMX, where weights become bfloat16
+in the cache instead (cpu_gemm.cpp), and on CUDA.
 """
 
 import functools

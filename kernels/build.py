@@ -3,7 +3,9 @@
     library = cpu_library()           # registers torch.ops.brisk for CPUs; None, after a warning, without a compiler
 
 They are built at the first use, by g++ (11 or newer), clang++ (14 or newer) or what CXX names, and kept in
-~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=amx|avx512|avx2|portable chooses the instruction set.
+~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=amx|avx512|avx2|portable chooses the instruction set. Many
+rows are multiplied by the GEMM that a measurement of some milliseconds, which is kept there too, finds the fastest on
+this processor, or by the one that GPT_BRISK_GEMM=tiles|floats|onednn names.
 """
 
 import contextlib
@@ -29,8 +31,8 @@ from errors import UserError, log
 
 ISAS = ("amx", "avx512", "avx2", "portable")  # the best first
 FOLDER = Path(__file__).parent
-HEADERS = ["cpu.h", "cpu_vector.h", "cpu_ops.h"]
-KERNELS = ["cpu_linear.cpp", "cpu_bf16.cpp", "cpu_attention.cpp", "cpu_prefill.cpp", "cpu_lora.cpp"]
+HEADERS = ["cpu.h", "cpu_vector.h", "cpu_tiles.h", "cpu_ops.h"]
+KERNELS = [f"cpu_{name}.cpp" for name in ("linear", "bf16", "gemm", "attention", "prefill", "lora")]
 TABLES = ("brisk_linear", "brisk_bf16", "brisk_attention", "brisk_prefill", "brisk_lora")  # of functions, one a file
 OPS = ["cpu_ops.cpp", "cpu_linear_ops.cpp", "cpu_lora_ops.cpp", "cpu_ranks.cpp"]
 # What an instruction set needs, as Linux calls it.
@@ -40,6 +42,8 @@ AMX = [*AVX512, "amx_tile", "amx_bf16", "amx_int8"]
 COMPILERS = "g++ 11 or newer, or clang++ 14 or newer"
 KEPT, KEPT_SECONDS = 100, 30 * 24 * 3600  # files that were compiled: how many, and for how long after their last use
 ISA_FEATURES = {"amx": AMX, "avx512": AVX512, "avx2": AVX2, "portable": []}
+# What may multiply many rows of bfloat16: oneDNN is PyTorch's own, which without products of bf16 is slow.
+GEMMS = {"amx": ("tiles", "onednn"), "avx512": ("floats", "onednn"), "avx2": ("floats",), "portable": ("floats",)}
 
 
 def processor_flags() -> list[str]:
@@ -76,7 +80,7 @@ def cpu_library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         log(f"warning: the CPU kernels could not be built, so this will be slow: {error}")
         return None
-    _use(ops, kernels)
+    _use_fastest_gemm(ops, kernels, wanted)
     return ops
 
 
@@ -88,12 +92,44 @@ def open_channel(file: int, rank: int, size: int) -> None:
 
 def use_isa(isa: str) -> None:
     """Goes on with the kernels of another instruction set, which this processor must have."""
-    _use(cpu_library(), *load(isa))
+    _use(cpu_library(), *load(isa), GEMMS[isa][0])
 
 
-def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
-    tables = (ctypes.c_char.in_dll(kernels, name) for name in TABLES)
-    ops.brisk_use(*map(ctypes.byref, tables))  # they stay: ctypes never unloads a library
+def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL, gemm: str) -> None:
+    tables = [ctypes.byref(ctypes.c_char.in_dll(kernels, name)) for name in TABLES]
+    own = None if gemm == "onednn" else ctypes.byref(ctypes.c_char.in_dll(kernels, f"brisk_gemm_{gemm}"))
+    ops.brisk_use(*tables, own)  # they stay: ctypes never unloads a library
+
+
+def _use_fastest_gemm(ops: ctypes.CDLL, kernels: ctypes.CDLL, isa: str) -> None:
+    """As it was measured here before, or is now."""
+    possible, wanted = GEMMS[isa], os.environ.get("GPT_BRISK_GEMM")
+    if wanted is not None and wanted not in possible:
+        names = " or ".join(possible)
+        raise UserError(f"GPT_BRISK_GEMM={wanted}: with {isa} it may be {names}; set it so, or unset it")
+    if wanted is not None or len(possible) == 1:
+        return _use(ops, kernels, wanted or possible[0])
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name.*", info.read_text() if info.exists() else "", re.MULTILINE)
+    folder = cache_folder("TORCH_EXTENSIONS_DIR")
+    kept = folder / f"brisk_gemm_{digest(repr((model and model[0], commands(isa)[0])).encode())}"
+    with contextlib.suppress(OSError):
+        if (fastest := kept.read_text()) in possible:
+            mark_used(kept)
+            return _use(ops, kernels, fastest)
+    seconds = dict.fromkeys(possible, float("inf"))
+    x, weight = (torch.ones(n, 2048, dtype=torch.bfloat16) for n in (256, 2048))
+    for _ in range(5):  # by turns: other processes may disturb some of them
+        for gemm in possible:
+            _use(ops, kernels, gemm)
+            start = time.perf_counter()
+            torch.ops.brisk.linear_bf16(x, weight)
+            seconds[gemm] = min(seconds[gemm], time.perf_counter() - start)
+    fastest = min(possible, key=seconds.get)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(fastest)
+        os.replace(file.name, kept)
+    _use(ops, kernels, fastest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_attention.cpp, cpu_prefill.cpp, cpu_lora.cpp) and the ops
-// (cpu_*ops.cpp) share.
+// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_gemm.cpp, cpu_attention.cpp, cpu_prefill.cpp,
+// cpu_lora.cpp) and the ops (cpu_*ops.cpp) share.
 //
 // Kernels are serial functions, each over a part of the work. build.py compiles them for one instruction set, with
 // its flags and -DBRISK_ISA=amx|avx512|avx2|portable, into a library of its own; the ops share the work among threads. A
@@ -30,7 +30,8 @@ struct Vector {  // any tensor's data and its type
 constexpr int64_t PANEL = 32;       // rows of a quantized weight that are interleaved
 constexpr int64_t ACT_GROUP = 128;  // activations that share a scale, where the weights have no groups; at most, else
 
-// A quantized weight as packing.py packs it: panels of 32 rows, one after another, K padded to whole groups.
+// A weight [n, k]: of bf16, `bits` is 16 and `packed` its rows as they are. A quantized one is as packing.py packs it:
+// panels of 32 rows, one after another, K padded to whole groups.
 //   int8: for each 4 k, 32 rows of 4 bytes (w + 128). `scales` are apart: one float a row, or in groups, of any type,
 //         [panels, groups, 32].
 //   int4: for each group: for each 8 k, 32 rows of 4 bytes as they are on disk (even k in the low nibble); 32 scales;
@@ -59,11 +60,6 @@ struct Activations {
     int32_t* start;
 };
 
-constexpr int64_t GEMM_ROWS = 6, GEMM_COLUMNS = 16, GEMM_DEPTH = 256;  // of x, of y, of k that are worked on together
-inline int64_t gemm_scratch(int64_t rows) {
-    return (GEMM_DEPTH + round_up(rows, GEMM_ROWS)) * GEMM_COLUMNS;
-}
-
 struct LinearKernels {
     int tile_rows;  // linear_quantized takes 1..tile_rows rows
 
@@ -85,13 +81,20 @@ struct Bf16Kernels {
     // each at its own place.
     void (*linear)(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64_t begin, int64_t end,
                    Vector bias, char* const* y);
+};
 
-    // Many rows, without products of bf16: x [rows, K] as floats. For each GEMM_DEPTH k one after the other, tiles of
-    // GEMM_ROWS rows, [k][GEMM_ROWS], with zeros after the last row. This makes those of the rows from `row` on.
-    void (*gemm_tile)(const uint16_t* x, int64_t k, int64_t rows, int64_t row, float* tiles);
-    // All tiles times GEMM_COLUMNS rows of w [N, K] from `begin` on -> bf16 [rows, N].
-    void (*gemm)(const uint16_t* w, int64_t n, int64_t k, const float* tiles, int64_t rows, int64_t begin, Vector bias,
-                 void* y, float* scratch);
+// Many rows. x is packed by tiles of rows, which all go by a block of columns of y before the next block.
+struct GemmKernels {
+    int64_t many_bf16, many_quantized;  // rows from which on it is the fastest way, if it takes such weights
+    int64_t tile_rows;
+    int64_t (*columns)(int64_t rows);  // of a block, at most
+    int64_t (*packed_bytes)(int64_t rows, int64_t k);
+    int64_t (*scratch_bytes)(int64_t rows);  // which multiply wants
+    // The tile of the rows from `row` on, of the `rows` that are x[from[0]], x[from[1]]...; x is bf16 [., K].
+    void (*pack)(const uint16_t* x, const int64_t* from, int64_t k, int64_t rows, int64_t row, void* packed);
+    // All tiles times the rows [begin, end) of w, a block or what is left of it -> bf16 rows [N], each at its own place.
+    void (*multiply)(const Weight& w, const void* packed, int64_t rows, int64_t begin, int64_t end, Vector bias,
+                     char* const* y, void* scratch);
 };
 
 struct Attention {  // what all parts of one op share

@@ -1,12 +1,9 @@
-// Linear layers of bfloat16 weights on CPUs: of few rows at the speed of memory, of many as a GEMM.
+// Linear layers of bfloat16 weights on CPUs, for few rows: at the speed of memory. For many there is cpu_gemm.cpp.
 
 #include "cpu_vector.h"
 
 namespace brisk {
 namespace {
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Few rows
 
 constexpr int BF16_ROWS = 6, STEP = 2 * LANES;  // rows of x at once, k at once
 // A step is read in PARTS. Without products of bf16, these are the numbers at even k, then those at odd k, as floats.
@@ -110,78 +107,8 @@ void linear(const uint16_t* w, int64_t n, int64_t k, const void* x, int R, int64
     bf16_any<1>(w, n, k, (const Activation*)x, R, begin, end, bias, y);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Many rows, without products of bf16: a GEMM of floats (https://doi.org/10.1145/1356052.1356053). Of GEMM_COLUMNS rows
-// of w, GEMM_DEPTH k at a time become floats. They stay in the first level cache while all of x goes by.
-
-#if !AVX512
-void gemm_tile(const uint16_t* x, int64_t k, int64_t rows, int64_t row, float* tiles) {
-    const int64_t padded = round_up(rows, GEMM_ROWS);
-    for (int64_t first = 0; first < k; first += GEMM_DEPTH) {
-        const int64_t depth = smaller(GEMM_DEPTH, k - first);
-        float* tile = tiles + first * padded + row * depth;
-        for (int64_t r = 0; r < GEMM_ROWS; r++)
-            for (int64_t i = 0; i < depth; i += LANES) {
-                const int64_t at = (row + r) * k + first + i;
-                const f32s v = row + r < rows ? load_lanes({x, BF16}, at, depth - i) : f32s{};
-                for (int64_t j = 0; j < smaller(LANES, depth - i); j++) tile[(i + j) * GEMM_ROWS + r] = v[j];
-            }
-    }
-}
-
-// `count` rows of w, `depth` k from w on -> floats [depth][GEMM_COLUMNS], zeros after the last row.
-INLINE void gemm_panel(const uint16_t* w, int64_t k, int64_t count, int64_t depth, float* panel) {
-    for (int64_t i = 0; i < depth; i += LANES)
-        for (int64_t first = 0; first < GEMM_COLUMNS; first += LANES) {
-            f32s v[LANES];
-            UNROLL for (int j = 0; j < LANES; j++)
-                v[j] = first + j < count ? load_lanes({w, BF16}, (first + j) * k + i, depth - i) : f32s{};
-            transpose(v);
-            for (int j = 0; j < smaller(LANES, depth - i); j++) store(panel + (i + j) * GEMM_COLUMNS + first, v[j]);
-        }
-}
-
-// sums [GEMM_ROWS, GEMM_COLUMNS] += a tile times a panel, VECTORS of its columns at once.
-INLINE void gemm_product(const float* tile, const float* panel, int64_t depth, float* sums) {
-    constexpr int VECTORS = 2;  // as many as there are registers for
-    for (int64_t column = 0; column < GEMM_COLUMNS; column += VECTORS * LANES) {
-        f32s s[GEMM_ROWS][VECTORS];
-        UNROLL for (int r = 0; r < GEMM_ROWS; r++) UNROLL for (int j = 0; j < VECTORS; j++)
-            s[r][j] = load<f32s>(sums + r * GEMM_COLUMNS + column + j * LANES);
-        for (int64_t i = 0; i < depth; i++) {
-            f32s w[VECTORS];
-            UNROLL for (int j = 0; j < VECTORS; j++) w[j] = load<f32s>(panel + i * GEMM_COLUMNS + column + j * LANES);
-            UNROLL for (int r = 0; r < GEMM_ROWS; r++) UNROLL for (int j = 0; j < VECTORS; j++)
-                s[r][j] += w[j] * tile[i * GEMM_ROWS + r];
-        }
-        UNROLL for (int r = 0; r < GEMM_ROWS; r++) UNROLL for (int j = 0; j < VECTORS; j++)
-            store(sums + r * GEMM_COLUMNS + column + j * LANES, s[r][j]);
-    }
-}
-
-void gemm(const uint16_t* w, int64_t n, int64_t k, const float* tiles, int64_t rows, int64_t begin, Vector bias,
-          void* y, float* scratch) {
-    float *panel = scratch, *sums = scratch + GEMM_DEPTH * GEMM_COLUMNS;
-    const int64_t count = smaller(GEMM_COLUMNS, n - begin), padded = round_up(rows, GEMM_ROWS);
-    memset(sums, 0, padded * GEMM_COLUMNS * sizeof(float));
-    for (int64_t first = 0; first < k; first += GEMM_DEPTH) {
-        const int64_t depth = smaller(GEMM_DEPTH, k - first);
-        gemm_panel(w + begin * k + first, k, count, depth, panel);
-        for (int64_t row = 0; row < rows; row += GEMM_ROWS)
-            gemm_product(tiles + first * padded + row * depth, panel, depth, sums + row * GEMM_COLUMNS);
-    }
-    for (int64_t i = 0; i < count; i += LANES) {
-        const f32s add = bias.data ? load_lanes(bias, begin + i, count - i) : f32s{};
-        for (int64_t row = 0; row < rows; row++)
-            store_lanes(y, BF16, row * n + begin + i, load<f32s>(sums + row * GEMM_COLUMNS + i) + add, count - i);
-    }
-}
-#else
-constexpr auto gemm_tile = nullptr, gemm = nullptr;  // oneDNN's is as fast
-#endif
-
 }  // namespace
 }  // namespace brisk
 
 extern "C" __attribute__((visibility("default"))) const brisk::Bf16Kernels brisk_bf16 = {
-    brisk::BF16_ROWS, brisk::BF16_PRODUCTS, brisk::to_floats, brisk::linear, brisk::gemm_tile, brisk::gemm};
+    brisk::BF16_ROWS, brisk::BF16_PRODUCTS, brisk::to_floats, brisk::linear};

@@ -1,5 +1,5 @@
 // The linear ops on CPUs: of one weight, and of experts, where each row of x goes through some of many weights. The
-// work itself is done by the kernels in cpu_linear.cpp and cpu_bf16.cpp.
+// work itself is done by the kernels in cpu_linear.cpp, cpu_bf16.cpp and cpu_gemm.cpp.
 
 #include <cstring>
 
@@ -13,6 +13,7 @@ namespace {
 
 struct Batch {  // rows [begin, end) of the order that `Rows` gives them
     int64_t expert, begin, end;
+    int64_t size() const { return end - begin; }
 };
 
 struct Rows {
@@ -106,6 +107,39 @@ void take_parts(Queue& queue, const std::vector<Batch>& batches, int64_t parts, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Many rows
+
+// Takes the batches of as many rows off the end of all, and gives them to work(batch).
+template <class Work>
+void take_large(Rows& rows, int64_t many, const Work& work) {
+    for (; !rows.batches.empty() && rows.batches.back().size() >= many; rows.batches.pop_back())
+        work(rows.batches.back());
+}
+
+// The rows of a batch times w. All threads pack the rows together, then take blocks of columns.
+void gemm_rows(const Tensor& x, const Weight& w, const Rows& rows, const Batch& batch, Vector bias) {
+    const GemmKernels& kernels = *gemm_kernels;
+    const int64_t count = batch.size(), tiles = (count + kernels.tile_rows - 1) / kernels.tile_rows;
+    // Of few columns less in a block, so that all threads have some.
+    const int64_t part = round_up(w.n / (4 * torch::stable::get_num_threads()), PANEL);
+    const int64_t columns = smaller(kernels.columns(count), std::max(part, PANEL));
+    const Memory packed = allocate(kernels.packed_bytes(count, w.k));
+    Queue queue((w.n + columns - 1) / columns);
+    parallel([&](int thread, int threads) {
+        const Memory scratch = allocate(kernels.scratch_bytes(count));
+        const Range mine = share(tiles, thread, threads);
+        for (int64_t tile = mine.begin; tile < mine.end; tile++)
+            kernels.pack((const uint16_t*)x.const_data_ptr(), rows.from.data() + batch.begin, w.k, count,
+                         tile * kernels.tile_rows, packed.get());
+        GOMP_barrier();
+        for (Range part = queue.take(); part.begin < part.end; part = queue.take())
+            for (int64_t column = part.begin * columns; column < smaller(w.n, part.end * columns); column += columns)
+                kernels.multiply(w, packed.get(), count, column, smaller(w.n, column + columns), bias,
+                                 rows.to.data() + batch.begin, scratch.get());
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Quantized weights
 
 // Of experts, one after the other.
@@ -128,7 +162,7 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
     const int64_t panels = (w.n + PANEL - 1) / PANEL, padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
     const int64_t starts = round_up(padded_k, 32) / 32;  // of a row, at most
     const bool one_input = rows.one_input();
-    const int64_t inputs = one_input ? 1 : rows.from.size();
+    const int64_t inputs = one_input ? 1 : rows.batches.back().end;
     const Vector x_vector = vector_of(x);
     Memory q = allocate(inputs * padded_k), scale = allocate(inputs * w.groups * 4);
     Memory start = allocate(inputs * starts * 4);
@@ -157,7 +191,7 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
             const Weight weight = weights[batch.expert];
             const Vector add = bias_of(bias, batch.expert, w.n);
             // Of several tiles all take a panel before the next: it comes from memory once.
-            const int64_t step = batch.end - batch.begin <= kernels.tile_rows ? panels : 1;
+            const int64_t step = batch.size() <= kernels.tile_rows ? panels : 1;
             for (int64_t panel = mine.begin; panel < mine.end; panel += step)
                 each_tile(batch, kernels.tile_rows, [&](Range tile) {
                     kernels.linear_quantized(weight, activations(tile), tile.end - tile.begin, panel,
@@ -177,9 +211,12 @@ Tensor linear_quantized(const Tensor& input, const Weights& weights, const Optio
     const Tensor y = chosen.has_value() ? empty_experts_output(x, *chosen, w.n) : empty_output(x, w.n);
     const Vector added = bias_of(bias, w.n, chosen.has_value() ? weights.experts : 0);
     if (!y.numel()) return y;
-    linear_rows(x, weights,
-                chosen.has_value() ? rows_by_expert(x, *chosen, weights.experts, y) : all_rows(x.numel() / w.k, y),
-                added);
+    Rows rows = chosen.has_value() ? rows_by_expert(x, *chosen, weights.experts, y) : all_rows(x.numel() / w.k, y);
+    if (gemm_kernels && gemm_kernels->many_quantized && x.scalar_type() == ScalarType::BFloat16)
+        take_large(rows, gemm_kernels->many_quantized, [&](const Batch& batch) {
+            gemm_rows(x, weights[batch.expert], rows, batch, bias_of(added, batch.expert, w.n));
+        });
+    if (!rows.batches.empty()) linear_rows(x, weights, rows, added);
     return y;
 }
 
@@ -278,11 +315,10 @@ Tensor linear_int4_experts(const Tensor& x, const Tensor& packed, const Tensor& 
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights of floats
 
-// Rows from which on a GEMM is faster: oneDNN's, where that has products of bf16, and our own elsewhere.
-constexpr int64_t MANY_PRODUCTS = 17, MANY_FLOATS = 32;
-
+// Rows from which on a GEMM is faster.
 int64_t many_rows(ScalarType type) {
-    return type != ScalarType::BFloat16 ? 1 : bf16->products ? MANY_PRODUCTS : MANY_FLOATS;
+    constexpr int64_t MANY_OF_PYTORCH = 17;
+    return type != ScalarType::BFloat16 ? 1 : gemm_kernels ? gemm_kernels->many_bf16 : MANY_OF_PYTORCH;
 }
 
 Tensor aten_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
@@ -292,33 +328,17 @@ Tensor aten_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias)
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// x [..., K] times w [N, K]. All threads make the tiles of x together, then each takes its columns of y.
-Tensor gemm(const Tensor& input, const Tensor& w, const OptionalTensor& bias) {
-    if (w.scalar_type() != ScalarType::BFloat16 || bf16->products) return aten_linear(input, w, bias);
-    const int64_t n = w.size(0), k = w.size(1), rows = input.numel() / k, tiles = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
-    const Tensor x = in_order(input), y = empty_output(x, n);
-    const Vector bias_vector = bias_of(bias, n);
-    const Memory tiles_memory = allocate(tiles * GEMM_ROWS * k * 4);
-    float* floats = (float*)tiles_memory.get();
-    Queue queue((n + GEMM_COLUMNS - 1) / GEMM_COLUMNS);
-    parallel([&](int thread, int threads) {
-        const Memory scratch = allocate(gemm_scratch(rows) * 4);
-        const Range mine = share(tiles, thread, threads);
-        for (int64_t row = mine.begin * GEMM_ROWS; row < smaller(rows, mine.end * GEMM_ROWS); row += GEMM_ROWS)
-            bf16->gemm_tile((const uint16_t*)x.const_data_ptr(), k, rows, row, floats);
-        GOMP_barrier();
-        for (Range part = queue.take(); part.begin < part.end; part = queue.take())
-            for (int64_t block = part.begin; block < part.end; block++)
-                bf16->gemm((const uint16_t*)w.const_data_ptr(), n, k, floats, rows, block * GEMM_COLUMNS, bias_vector,
-                           y.mutable_data_ptr(), (float*)scratch.get());
-    });
-    return y;
+// bf16 [N, K] from w on.
+Weight weight_of(const uint16_t* w, int64_t n, int64_t k) {
+    Weight weight{};
+    weight.packed = (const uint8_t*)w, weight.bits = 16, weight.n = n, weight.k = k;
+    return weight;
 }
 
-// The rows of some batches of few rows each, times weights [N, K] that follow one another at w.
-void bf16_rows(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, const Rows& rows,
-               const std::vector<Batch>& batches, Vector bias) {
+// Batches of few rows each, times weights [N, K] that follow one another at w.
+void bf16_rows(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, const Rows& rows, Vector bias) {
     const Bf16Kernels& kernels = *bf16;
+    const std::vector<Batch>& batches = rows.batches;
     const bool one_input = rows.one_input();
     const int64_t inputs = one_input ? 1 : batches.back().end;
     const int64_t stride = kernels.products ? k : round_up(k, 32), size = kernels.products ? 2 : 4;
@@ -370,9 +390,9 @@ void bf16_rows(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, const
     });
 }
 
-// The rows of one batch: together in one matrix, as a GEMM wants them.
-void gemm_rows(const Tensor& x, const Tensor& w, const Rows& rows, const Batch& batch, const OptionalTensor& bias) {
-    const int64_t count = batch.end - batch.begin, size = size_of(type_of(x.scalar_type()));
+// The rows of a batch, gathered in one matrix, by PyTorch's GEMM.
+void aten_rows(const Tensor& x, const Tensor& w, const Rows& rows, const Batch& batch, const OptionalTensor& bias) {
+    const int64_t count = batch.size(), size = size_of(type_of(x.scalar_type()));
     const int64_t in_bytes = w.size(1) * size, out_bytes = w.size(0) * size;
     const Tensor gathered = empty({count, w.size(1)}, x.scalar_type());
     const char* from = (const char*)x.const_data_ptr();
@@ -381,7 +401,7 @@ void gemm_rows(const Tensor& x, const Tensor& w, const Rows& rows, const Batch& 
         for (int64_t i = begin; i < end; i++)
             memcpy(to + i * in_bytes, from + rows.from[batch.begin + i] * in_bytes, in_bytes);
     });
-    const Tensor y = gemm(gathered, w, bias);
+    const Tensor y = aten_linear(gathered, w, bias);
     const char* result = (const char*)y.const_data_ptr();
     torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) memcpy(rows.to[batch.begin + i], result + i * out_bytes, out_bytes);
@@ -394,12 +414,15 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
                         w.dim() == 2 && w.size(1) == k && w.is_contiguous(),
                     "expected bfloat16 x and a contiguous bfloat16 weight [N, ", k, "], got ", shape_of(w));
     const int64_t n = w.size(0), count = k ? input.numel() / k : 0;
-    if (!count || !n) return aten_linear(input, w, bias);
-    if (count >= many_rows(ScalarType::BFloat16)) return gemm(input, w, bias);
+    const bool many = count >= many_rows(ScalarType::BFloat16);
+    if (!count || !n || (many && !gemm_kernels)) return aten_linear(input, w, bias);
     const Tensor x = in_order(input), y = empty_output(x, n);
     const Rows rows = all_rows(count, y);
-    bf16_rows((const uint16_t*)x.const_data_ptr(), (const uint16_t*)w.const_data_ptr(), n, k, rows, rows.batches,
-              bias_of(bias, n));
+    const auto* data = (const uint16_t*)w.const_data_ptr();
+    if (many)
+        gemm_rows(x, weight_of(data, n, k), rows, rows.batches[0], bias_of(bias, n));
+    else
+        bf16_rows((const uint16_t*)x.const_data_ptr(), data, n, k, rows, bias_of(bias, n));
     return y;
 }
 
@@ -412,18 +435,17 @@ Tensor linear_experts(const Tensor& input, const Tensor& w, const Tensor& chosen
     const Tensor x = in_order(input), y = empty_experts_output(x, chosen, n);
     const Vector added = bias_of(bias, n, experts);
     if (!y.numel()) return y;
-    const Rows rows = rows_by_expert(x, chosen, experts, y);
-    std::vector<Batch> few;
-    for (const Batch& batch : rows.batches) {  // the small ones first
-        if (batch.end - batch.begin < many_rows(w.scalar_type())) {
-            few.push_back(batch);
-            continue;
-        }
+    Rows rows = rows_by_expert(x, chosen, experts, y);
+    const bool is_bf16 = w.scalar_type() == ScalarType::BFloat16;
+    const auto* data = (const uint16_t*)w.const_data_ptr();
+    take_large(rows, many_rows(w.scalar_type()), [&](const Batch& batch) {
+        if (is_bf16 && gemm_kernels)
+            return gemm_rows(x, weight_of(data + batch.expert * n * k, n, k), rows, batch,
+                             bias_of(added, batch.expert, n));
         const auto of_expert = [&](const Tensor& all) { return torch::stable::select(all, 0, batch.expert); };
-        gemm_rows(x, of_expert(w), rows, batch, bias.has_value() ? OptionalTensor(of_expert(*bias)) : std::nullopt);
-    }
-    if (!few.empty())
-        bf16_rows((const uint16_t*)x.const_data_ptr(), (const uint16_t*)w.const_data_ptr(), n, k, rows, few, added);
+        aten_rows(x, of_expert(w), rows, batch, bias.has_value() ? OptionalTensor(of_expert(*bias)) : std::nullopt);
+    });
+    if (!rows.batches.empty()) bf16_rows((const uint16_t*)x.const_data_ptr(), data, n, k, rows, added);
     return y;
 }
 

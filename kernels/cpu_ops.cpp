@@ -282,9 +282,10 @@ extern "C" __attribute__((visibility("default"))) void brisk_use(const brisk::Li
                                                                  const brisk::Bf16Kernels* bf16,
                                                                  const brisk::AttentionKernels* attention,
                                                                  const brisk::PrefillKernels* prefill,
-                                                                 const brisk::LoraKernels* lora) {
+                                                                 const brisk::LoraKernels* lora,
+                                                                 const brisk::GemmKernels* gemm) {
     brisk::linear = linear, brisk::bf16 = bf16, brisk::attention = attention, brisk::prefill = prefill;
-    brisk::lora = lora;
+    brisk::lora = lora, brisk::gemm_kernels = gemm;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(brisk, CPU, m) {

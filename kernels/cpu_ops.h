@@ -39,6 +39,7 @@ inline const Bf16Kernels* bf16 = nullptr;
 inline const AttentionKernels* attention = nullptr;
 inline const PrefillKernels* prefill = nullptr;
 inline const LoraKernels* lora = nullptr;
+inline const GemmKernels* gemm_kernels = nullptr;  // or none: then PyTorch's GEMM is the fastest here
 
 inline Type type_of(ScalarType type) {
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,

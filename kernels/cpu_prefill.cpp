@@ -2,7 +2,7 @@
 // (https://arxiv.org/abs/2205.14135). Queries lie in the lanes of vectors, so all that the softmax does is vertical.
 // Products are of floats, or of bf16 where the processor has tiles (AMX).
 
-#include "cpu_vector.h"
+#include "cpu_tiles.h"
 
 namespace brisk {
 namespace {
@@ -93,28 +93,18 @@ struct Floats {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Products of bf16 by tiles of 16 rows of 64 bytes. A result is [16][16] floats; of the two factors one has 32 numbers
-// of the sum in a row, the other one rows of 16 pairs of them.
+// Products of bf16 by tiles
 
 #if AMX
-struct Tiles {
+struct Bf16 {
+    static_assert(W == Tiles::WIDTH);
     static constexpr int64_t GRAIN = 32;
     static constexpr bool PAIRS = true;
     const Prefill& a;
     const int64_t padded;     // D, which is a multiple of 16, to one of 32
     uint16_t *copy, *values;  // [2][BLOCK][padded] where the cache can't be read as it is, [padded][BLOCK]
     const uint16_t* keys = nullptr;
-
-    Tiles(const Prefill& a, int64_t padded, uint16_t* copy, uint16_t* values)
-        : a(a), padded(padded), copy(copy), values(values) {
-        struct {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } config;
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() { _tile_release(); }
+    const Tiles tiles = {};
 
     void take_queries(const int64_t (&offsets)[LANES], int v, void* to) const {
         for (int64_t d = 0; d < a.D; d += 2 * LANES) {
@@ -168,41 +158,18 @@ struct Tiles {
     void scores(const Tile& tile, int64_t count, float* to) const {
         const float* q = (const float*)tile.queries;
         for (int64_t j = 0; j < count; j += 32, to += 32 * W) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int64_t d = 0; d < a.D; d += 32) multiply(keys + j * padded + d, padded, q + d / 2 * W);
-            store_sums(to);
+            tiles.clear_sums();
+            for (int64_t d = 0; d < a.D; d += 32) tiles.multiply(keys + j * padded + d, padded, q + d / 2 * W);
+            tiles.store_sums(to);
         }
     }
     void add_values(const Tile& tile, int64_t count, const float* weights) const {
         float* out = tile.out;
         for (int64_t d = 0; d < a.D; d += 32, out += 32 * W) {
-            _tile_loadd(0, out, W * 4);
-            _tile_loadd(1, out + 16, W * 4);
-            _tile_loadd(2, out + 16 * W, W * 4);
-            _tile_loadd(3, out + 16 * W + 16, W * 4);
-            for (int64_t j = 0; j < count; j += 32) multiply(values + d * BLOCK + j, BLOCK, weights + j / 2 * W);
-            store_sums(out);
+            tiles.load_sums(out);
+            for (int64_t j = 0; j < count; j += 32) tiles.multiply(values + d * BLOCK + j, BLOCK, weights + j / 2 * W);
+            tiles.store_sums(out);
         }
-    }
-    // Tiles 0 to 3 += 32 rows of x, so far apart, times the 32 columns of pairs [16][W].
-    static void multiply(const uint16_t* x, int64_t step, const float* pairs) {
-        _tile_loadd(4, x, step * 2);
-        _tile_loadd(5, x + 16 * step, step * 2);
-        _tile_loadd(6, pairs, W * 4);
-        _tile_loadd(7, pairs + 16, W * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    static void store_sums(float* to) {
-        _tile_stored(0, to, W * 4);
-        _tile_stored(1, to + 16, W * 4);
-        _tile_stored(2, to + 16 * W, W * 4);
-        _tile_stored(3, to + 16 * W + 16, W * 4);
     }
 };
 #endif
@@ -340,7 +307,7 @@ void attend(const Prefill& a, int64_t q_offset, int64_t kv_offset, int64_t scale
     float* memory = scores + (BLOCK + ROWS) * W;
 #if AMX
     if (a.q.type == BF16 && (a.k.type == BF16 || a.k.type == I8) && a.D % 16 == 0) {
-        Tiles by(a, padded, (uint16_t*)keys, (uint16_t*)values);
+        Bf16 by{a, padded, (uint16_t*)keys, (uint16_t*)values};
         return attend_by(by, a, q_offset, kv_offset, scale_offset, tokens, seen, sinks, y, scores, memory);
     }
 #endif

@@ -46,7 +46,8 @@ def op(request, library, tmp_path_factory):
         build.use_isa(request.param)
         yield torch.ops.brisk
     elif request.param in ("amx", "avx512"):
-        build._use(kernels.cpu_library(), emulated(request.param, tmp_path_factory.mktemp("emulated") / "kernels.so"))
+        library = emulated(request.param, tmp_path_factory.mktemp("emulated") / "kernels.so")
+        build._use(kernels.cpu_library(), library, build.GEMMS[request.param][0])
         yield torch.ops.brisk
     else:
         pytest.skip(f"this processor has no {request.param}")
@@ -310,6 +311,47 @@ def test_bf16_of_many_rows(op, rows, N, K, bias, seed):
     x[rows // 2, K // 2] = float("nan")
     y = op.linear_bf16(x, weight, added)
     assert y[rows // 2].isnan().all() and y.isnan().sum() == N
+
+
+@settings(few, max_examples=15)
+@given(
+    rows=st.integers(64, 140),
+    N=st.integers(1, 70),
+    groups=st.integers(1, 11),
+    groupsize=st.sampled_from(kernels.GROUPSIZES),
+    kind=st.sampled_from(["int8", "int8_grouped", "same", "whole", "float", "fp4"]),
+    seed=st.integers(0, 9),
+)
+def test_quantized_layers_of_many_rows(op, request, rows, N, groups, groupsize, kind, seed):
+    """With AMX weights become bf16, off by half of its last place, and activations stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    groupsize = 32 if kind == "fp4" else groupsize
+    K = groups * groupsize - (seed if kind in ("int8", "same", "whole", "float") else 0)
+    x, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((rows, K), (N,)))
+    group, zeros_size = groupsize, 0.0
+    if kind == "int8":
+        q = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=generator)
+        scales, group = torch.rand(N, generator=generator) / 100, 128
+        weight = q.double() * scales.double()[:, None]
+        y = op.linear_int8(x, kernels.pack_int8(q), scales, bias)
+    elif kind == "int8_grouped":
+        q, scales = int8_weight(generator, N, K, groupsize)
+        weight = q.double() * scales.double().repeat_interleave(groupsize, 1)
+        y = op.linear_int8_grouped(x, kernels.pack_int8(q), kernels.pack_scales(scales), N, groupsize, bias)
+    else:
+        q, scales, zeros = int4_weight(generator, N, K, groupsize, "bf16", "same" if kind == "fp4" else kind)
+        if kind == "fp4":
+            weight, zeros = packing.dequantize(packing.unpack_nibbles(q, K), scales.double(), None, 32), None
+        else:
+            weight = int4_floats(q, scales, zeros, K, groupsize)
+            zeros_size = (x.double().abs() @ weight_size(scales, zeros, K, groupsize).T) * 2**-20
+        packed, zero = kernels.pack_int4(q, scales, zeros, K, groupsize)
+        y = op.linear_int4(x, packed, N, groupsize, scales.dtype, zero, bias)
+    if request.node.callspec.params["op"] == "amx":
+        off = x.double().abs() @ weight.abs().T * 2**-8
+    else:
+        off = activation_error(x, weight, group)
+    check(y, x, weight, bias, off + zeros_size)
 
 
 def test_many_rows():
@@ -761,6 +803,41 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("GPT_BRISK_ISA", "sse9")
     with pytest.raises(UserError, match="sse9 is unknown; set it to one of amx, avx512, avx2, portable"):
         kernels.cpu_library.__wrapped__()
+
+
+def test_the_fastest_gemm_is_measured_once(monkeypatch, tmp_path):
+    """On a processor with a choice; then the name that is kept is taken, and what is no name is measured anew."""
+    ops, isa = kernels.cpu_library(), build.available_isas()[0]
+    (library,) = build.load(isa)
+    possible, used = build.GEMMS[isa], []
+    use = build._use
+    monkeypatch.setattr(build, "_use", lambda ops, library, gemm: (used.append(gemm), use(ops, library, gemm)))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("GPT_BRISK_GEMM", raising=False)
+    build._use_fastest_gemm(ops, library, isa)
+    kept = list(tmp_path.iterdir())
+    if len(possible) == 1:
+        assert used == [*possible] and not kept
+        return
+    assert used[-1] == kept[0].read_text() and set(used) == set(possible)
+    kept[0].write_text("onednn")
+    used.clear()
+    build._use_fastest_gemm(ops, library, isa)
+    assert used == ["onednn"]
+    kept[0].write_text("")
+    build._use_fastest_gemm(ops, library, isa)
+    assert len(used) > 2 and kept[0].read_text() == used[-1] in possible
+    monkeypatch.setenv("GPT_BRISK_GEMM", "onednn")
+    used.clear()
+    build._use_fastest_gemm(ops, library, isa)
+    assert used == ["onednn"]
+    build.use_isa(isa)
+
+
+def test_an_unknown_gemm_is_refused(monkeypatch):
+    monkeypatch.setenv("GPT_BRISK_GEMM", "mkl")
+    with pytest.raises(UserError, match="GPT_BRISK_GEMM=mkl: with avx2 it may be floats; set it so, or unset it"):
+        build._use_fastest_gemm(None, None, "avx2")
 
 
 def test_without_a_compiler_there_is_one_warning(tmp_path):

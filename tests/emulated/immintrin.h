@@ -120,6 +120,12 @@ static inline __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {
     return (__m512i)v;
 }
 
+static inline __m512 _mm512_permutexvar_ps(__m512i indices, __m512 a) {
+    __m512 v;
+    for (int i = 0; i < 16; i++) v[i] = a[((emulated::u32)indices)[i] & 15];
+    return v;
+}
+
 static inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
     emulated::i32 sums;
     for (int i = 0; i < 16; i++)
