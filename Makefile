@@ -10,6 +10,9 @@ INSTALL = $(RUN) -m pip install -q --no-compile
 LONGEST = $(patsubst %,tests/test_%.py,families serve tp readme page speculate kernels_cuda bench experts_cuda experts lifeline compiled engine prefix grammar gguf config)
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
+# Where it is set, as in many containers, every process compiles what it imports of torch anew, for 1.3 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test clean
 
 demo: .venv/run
