@@ -200,6 +200,13 @@ def prefills(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def compiler():
+    """For tests that call torch.compile themselves: what saves Inductor some seconds in each process."""
+    torch._dynamo.reset()
+    compiled.prepare_compiler()
+
+
 @contextlib.contextmanager
 def nothing_compiles():
     """What would compile something raises."""
