@@ -283,7 +283,7 @@ class Mixture(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int8_grouped", "int4_same", "fp4"])
 @torch.inference_mode()
-def test_compiled(kind, library):
+def test_compiled(kind, library, compiler):
     """One graph, whatever experts are chosen."""
     torch.manual_seed(0)
     mixture = Mixture(kind)

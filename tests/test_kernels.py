@@ -764,7 +764,7 @@ class Layer(nn.Module):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_compiled_in_a_nested_region():
+def test_compiled_in_a_nested_region(compiler):
     layers = nn.ModuleList(Layer(seed) for seed in range(3))
 
     def step(x, pos):

@@ -254,10 +254,9 @@ def test_a_layer_with_a_window_keeps_what_that_needs():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_compiled_equals_eager():
+def test_compiled_equals_eager(compiler):
     """The compiled step of Qwen's windows, biases and norms of q and k, one row and two, at several cache lengths
     without a compilation for each."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     hf_config = json.loads(FAMILIES["qwen2-window"].to_json_string(use_diff=False)) | {"architectures": None}
     config = replace(ModelConfig.from_hf(hf_config), qk_norm="head")

@@ -618,8 +618,7 @@ def mixed_params(rows):
 
 
 @pytest.mark.slow
-def test_compiled_sampling_is_eager_sampling_and_never_recompiles():
-    torch._dynamo.reset()
+def test_compiled_sampling_is_eager_sampling_and_never_recompiles(compiler):
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
     ours, theirs = (sampler_of([SamplingParams()] * 4, 300, [[1, 2]] * 4, {9}, room=(2, 3)) for _ in range(2))
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():

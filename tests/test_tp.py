@@ -239,6 +239,7 @@ def two(models, quantized, ways, large, tmp_path_factory):
             for name, path in quantized.items()
         ],
         "cli": [("cli", [args]) for args in ways.values()],
+        "compiled": [("cli", [[*ways["sampled"], "--compile"]])],
     }
     return Results(out, 2, tasks)
 
@@ -578,10 +579,8 @@ def test_a_chat(chat_folder, script):
     ]
 
 
-@pytest.mark.slow
-def test_compiled(ways, models, script, tmp_path):
-    results = Results(tmp_path, 2, {"cli": [("cli", [[*ways["sampled"], "--compile"]])]})
-    check_ways({"sampled": ways["sampled"]}, results["cli"], script)
+def test_compiled(two, ways, script):
+    check_ways({"sampled": ways["sampled"]}, two["compiled"], script)
 
 
 @pytest.mark.slow
