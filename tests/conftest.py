@@ -150,9 +150,10 @@ class Result:
 
 @pytest.fixture
 def script(monkeypatch):
-    """Runs `generate.py ARGS...` in this process -> Result. `terminals` names the streams that claim to be one."""
+    """Runs `generate.py ARGS...`, or another script's main, in this process -> Result. `terminals` names the streams
+    that claim to be one."""
 
-    def run(*args, stdin=b"", terminals=()):
+    def run(*args, stdin=b"", terminals=(), main=cli.main):
         streams = [io.TextIOWrapper(io.BytesIO(data), encoding="utf-8") for data in (stdin, b"", b"")]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["generate.py", *map(str, args)])
@@ -161,7 +162,7 @@ def script(monkeypatch):
                 patch.setattr(sys, name, stream)
             real_stdout, code = os.dup(1), 0  # errors.run puts the null device there
             try:
-                errors.run(cli.main)
+                errors.run(main)
             except SystemExit as end:
                 code = end.code
             finally:

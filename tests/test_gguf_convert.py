@@ -13,11 +13,13 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from conftest import assert_refused
 from fake_hub import FakeHub
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from test_convert import error_line, run_script
 
+import convert_hf_checkpoint
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
 from errors import UserError
@@ -365,7 +367,7 @@ def test_a_repo(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "magic", "version", "architecture", "nan"])
-def test_damaged_files_leave_nothing(tmp_path, damage):
+def test_damaged_files_leave_nothing(tmp_path, script, damage):
     path = Maker(MIXED).write(tmp_path / "x.gguf")
     data = bytearray(path.read_bytes())
     if damage == "cut":
@@ -379,10 +381,10 @@ def test_damaged_files_leave_nothing(tmp_path, damage):
     else:
         data[-210 * 100 - 2 : -210 * 100] = b"\xff\x7e"  # the scale of a block of Q6_K in the last tensor
     path.write_bytes(data)
-    done = run_script("--checkpoint_dir", path, "--out", tmp_path / "out")
+    refused = script("--checkpoint_dir", path, "--out", tmp_path / "out", main=convert_hf_checkpoint.main)
     expected = {
         "cut": "ends at byte", "magic": "not a valid GGUF", "version": "version 99", "architecture": "'lamas' is not",
         "nan": "holds NaN",
     }  # fmt: skip
-    assert expected[damage] in error_line(done)
+    assert_refused(refused, expected[damage])
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.gguf"]
