@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import assert_refused
+from conftest import assert_refused, parse
 from fake_hub import FakeHub
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import FUZZ, mutated
 from test_convert import error_line, fused, run_script, save_tokenizer
 
+import convert_hf_checkpoint
 import kernels
 import quantize
 from checkpoint import load_model
@@ -545,15 +546,15 @@ def test_any_rows(version, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["v1", "awq"])
-def test_scripts(tmp_path, version):
-    """The converter and generate.py as processes; nobody mistakes what goes in or comes out."""
+def test_scripts(tmp_path, script, version):
+    """The converter and generate.py; nobody mistakes what goes in or comes out."""
     make(tmp_path / "in", Maker(version, 32, act_order=version == "v1"), "Qwen2")
-    done = run_script("--checkpoint_dir", tmp_path / "in", "--out", tmp_path / "out")
-    assert done.returncode == 0 and re.fullmatch("wrote [^\n]*int4-g32 [^\n]*\n", done.stderr), done.stderr
-    command = [sys.executable, ROOT / "generate.py", "--prompt", "Hello", "--max_new_tokens", "5", "--json"]
-    command += ["--checkpoint_path", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "text" in json.loads(done.stdout), done.stderr
+    main = convert_hf_checkpoint.main
+    done = script("--checkpoint_dir", tmp_path / "in", "--out", tmp_path / "out", main=main)
+    assert done.code == 0 and re.fullmatch("wrote [^\n]*int4-g32 [^\n]*\n", done.err), done.err
+    arguments = ("--prompt", "Hello", "--max_new_tokens", 5, "--json", "--checkpoint_path", tmp_path / "out")
+    (sample,) = parse(script(*arguments))
+    assert "text" in sample
     with pytest.raises(UserError, match=r"quantized already \((gptq|awq)\)"):
         quantize.quantize(tmp_path / "out", "int8")
     with pytest.raises(UserError, match="is already converted"):
