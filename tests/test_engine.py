@@ -182,10 +182,10 @@ def test_a_prompt_goes_on_from_the_cache(reference, engine, tokenizer):
 
 
 @pytest.mark.parametrize("length, count", [(600, 20), (100, 28), (513, 1), (30, 98)])
-def test_padding_beyond_the_end_of_the_cache(reference, base_folder, tokenizer, length, count):
+def test_padding_beyond_the_end_of_the_cache(reference, base_folder, tokenizer, monkeypatch, length, count):
     """The chunks of a compiled prefill are padded to 32, 128 or 512, here past what the cache holds."""
-    engine = Engine(load_model(base_folder))
-    engine.fixed_lengths = True  # what compile_prefill does, without the compiler
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which takes half a minute
+    engine = Engine(load_model(base_folder), compile_prefill=True)
     requests = [Request(ids, GREEDY, count) for ids in (prompt(length), prompt(3))]
     rows = ids_of(run(engine, tokenizer, requests, 2, length + count))
     assert rows == [theirs(reference, request.prompt, count) for request in requests]
