@@ -523,6 +523,15 @@ def randomize(model: nn.Module, plus_one: bool) -> None:
             parameter.normal_(0.0, 0.12, generator=generator)
 
 
+def two_layers(name: str) -> dict[str, Any]:
+    """Changes of the config that leave one layer of each kind: for tests that take as long as the layers are many."""
+    changes: dict[str, Any] = {"num_hidden_layers": 2}
+    if types := getattr(ENTRIES[name].config(), "layer_types", None):
+        kinds = sorted(set(types), reverse=True)
+        changes["layer_types"] = [kinds[0], kinds[-1]]
+    return changes
+
+
 def make(name: str, folder: Path, **changes: Any) -> Made:
     """Saves the model to folder/hf, with a tokenizer. `changes` are fields of the config."""
     made = ENTRIES[name]

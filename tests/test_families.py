@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import CHAT_TEMPLATE, GREEDY, TEXT, ids_of, make_tokenizer, parse, run_rows, set_up
-from family_models import E2M1, ENTRIES, ORIGINAL, PUBLISHED, VOCAB, Made, make
+from family_models import E2M1, ENTRIES, ORIGINAL, PUBLISHED, VOCAB, Made, make, two_layers
 from huggingface_hub.errors import StrictDataclassError
 from ranks_worker import run_tasks
 from test_beam import check as check_beams
@@ -362,21 +362,10 @@ def test_what_a_row_may_go_on_from(cached, name):
 # Compiled, and several ranks
 
 
-# One layer of each kind: a compilation takes as long as the layers are many.
-OLMO_3 = ENTRIES["olmo3-hub"].config().rope_parameters
-SLIDING = dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-FULL = dict(num_hidden_layers=2, layer_types=2 * ["full_attention"])
-COMPILED = {
-    "olmo3": SLIDING | dict(rope_parameters=OLMO_3),
-    "gpt-neox-hub": dict(num_hidden_layers=2),
-    "gemma2": SLIDING,
-    "qwen2-moe-some": FULL,
-    "gpt-oss": SLIDING,
-}
-
-
 def made_small(name: str, folder: Path) -> tuple[Made, Path]:
-    made = make(name, folder, **COMPILED[name])
+    """Of the families that are compiled."""
+    rope = {"rope_parameters": ENTRIES["olmo3-hub"].config().rope_parameters} if name == "olmo3" else {}
+    made = make(name, folder, **two_layers(name), **rope)
     return made, convert_made(made)
 
 

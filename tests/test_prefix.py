@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from conftest import GREEDY, ids_of, run_rows
-from family_models import make
+from family_models import make, two_layers
 
 from checkpoint import load_model
 from convert_hf_checkpoint import convert
@@ -130,13 +130,13 @@ def test_random_traffic(base_folder, tokenizer, rows, chunk, others):
 def folders(tmp_path_factory):
     found = {}
 
-    def get(name, **changes):
-        if (name, *changes) not in found:
+    def get(name):
+        if name not in found:
             folder = tmp_path_factory.mktemp(name)
-            make(name, folder, **changes)
+            make(name, folder, **two_layers(name))
             convert(folder / "hf", folder / "ours")
-            found[name, *changes] = folder / "ours"
-        return found[name, *changes]
+            found[name] = folder / "ours"
+        return found[name]
 
     return get
 
