@@ -526,13 +526,11 @@ def test_any_config(pair, tmp_path, data):
 @pytest.fixture
 def convert_script(monkeypatch, tmp_path, script):
     """Runs `convert_hf_checkpoint.py ARGS...` in this process, in a folder of its own."""
-    import conftest
 
     def run(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(conftest.cli, "main", convert_hf_checkpoint.main)
             patch.chdir(tmp_path)
-            return script(*args)
+            return script(*args, main=convert_hf_checkpoint.main)
 
     return run
 
