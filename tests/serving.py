@@ -41,7 +41,7 @@ class Server:
         self.lines, self.clean, self.address = [], clean, None
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while self.address is None:
             if self.process.poll() is not None or time.monotonic() > end:
                 self.process.kill()
