@@ -4,8 +4,8 @@
 
 They are built at the first use, by g++ (11 or newer), clang++ (14 or newer) or what CXX names, and kept in
 ~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=amx|avx512|avx2|portable chooses the instruction set. Many
-rows are multiplied by the GEMM that a measurement of some milliseconds, which is kept there too, finds the fastest on
-this processor, or by the one that GPT_BRISK_GEMM=tiles|floats|onednn names.
+rows are multiplied by tiles where there is AMX; with AVX512 by the GEMM that a measurement of some milliseconds, which is
+kept there too, finds the fastest on this processor; or by the one that GPT_BRISK_GEMM=tiles|floats|onednn names.
 """
 
 import contextlib
@@ -102,12 +102,12 @@ def _use(ops: ctypes.CDLL, kernels: ctypes.CDLL, gemm: str) -> None:
 
 
 def _use_fastest_gemm(ops: ctypes.CDLL, kernels: ctypes.CDLL, isa: str) -> None:
-    """As it was measured here before, or is now."""
+    """The first that is possible, but with AVX512 the one that was the fastest here before, or is now."""
     possible, wanted = GEMMS[isa], os.environ.get("GPT_BRISK_GEMM")
     if wanted is not None and wanted not in possible:
         names = " or ".join(possible)
         raise UserError(f"GPT_BRISK_GEMM={wanted}: with {isa} it may be {names}; set it so, or unset it")
-    if wanted is not None or len(possible) == 1:
+    if wanted is not None or isa != "avx512":  # tiles are as fast as oneDNN, and take quantized weights as well
         return _use(ops, kernels, wanted or possible[0])
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name.*", info.read_text() if info.exists() else "", re.MULTILINE)

@@ -806,32 +806,27 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 
 
 def test_the_fastest_gemm_is_measured_once(monkeypatch, tmp_path):
-    """On a processor with a choice; then the name that is kept is taken, and what is no name is measured anew."""
-    ops, isa = kernels.cpu_library(), build.available_isas()[0]
-    (library,) = build.load(isa)
-    possible, used = build.GEMMS[isa], []
-    use = build._use
-    monkeypatch.setattr(build, "_use", lambda ops, library, gemm: (used.append(gemm), use(ops, library, gemm)))
+    """With AVX512; then the name that is kept is taken, and what is no name is measured anew."""
+    used = []
+    monkeypatch.setattr(build, "_use", lambda ops, library, gemm: used.append(gemm))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("GPT_BRISK_GEMM", raising=False)
-    build._use_fastest_gemm(ops, library, isa)
-    kept = list(tmp_path.iterdir())
-    if len(possible) == 1:
-        assert used == [*possible] and not kept
-        return
-    assert used[-1] == kept[0].read_text() and set(used) == set(possible)
-    kept[0].write_text("onednn")
-    used.clear()
-    build._use_fastest_gemm(ops, library, isa)
-    assert used == ["onednn"]
-    kept[0].write_text("")
-    build._use_fastest_gemm(ops, library, isa)
-    assert len(used) > 2 and kept[0].read_text() == used[-1] in possible
+
+    def choose(isa: str = "avx512") -> list[str]:
+        used.clear()
+        build._use_fastest_gemm(None, None, isa)
+        return list(used)
+
+    assert choose("amx") == ["tiles"] and choose("avx2") == ["floats"] and not list(tmp_path.iterdir())
+    measured = choose()
+    (kept,) = tmp_path.iterdir()
+    assert measured == [*build.GEMMS["avx512"] * 5, kept.read_text()]
+    kept.write_text("onednn")
+    assert choose() == ["onednn"]
+    kept.write_text("")
+    assert len(choose()) == 11 and kept.read_text() == used[-1]
     monkeypatch.setenv("GPT_BRISK_GEMM", "onednn")
-    used.clear()
-    build._use_fastest_gemm(ops, library, isa)
-    assert used == ["onednn"]
-    build.use_isa(isa)
+    assert choose() == choose("amx") == ["onednn"]
 
 
 def test_an_unknown_gemm_is_refused(monkeypatch):
