@@ -4,8 +4,8 @@
 
 They are built at the first use, by g++ (11 or newer), clang++ (14 or newer) or what CXX names, and kept in
 ~/.cache/gpt-brisk (or TORCH_EXTENSIONS_DIR). GPT_BRISK_ISA=amx|avx512|avx2|portable chooses the instruction set. Many
-rows are multiplied by tiles where there is AMX; with AVX512 by the GEMM that a measurement of some milliseconds, which is
-kept there too, finds the fastest on this processor; or by the one that GPT_BRISK_GEMM=tiles|floats|onednn names.
+rows are multiplied by tiles where there is AMX; with AVX512 by the GEMM that a measurement of some milliseconds, kept
+there too, finds the fastest on this processor; or by the one that GPT_BRISK_GEMM=tiles|floats|onednn names.
 """
 
 import contextlib
