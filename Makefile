@@ -7,7 +7,8 @@ RUN = .venv/bin/python
 # Without --no-compile, byte-compiling takes as long as the rest. Python compiles a module when it is first imported.
 INSTALL = $(RUN) -m pip install -q --no-compile
 # These test files start first, so that all processes end at about the same time.
-LONGEST = $(patsubst %,tests/test_%.py,families serve tp readme page speculate kernels_cuda bench experts_cuda experts lifeline compiled engine prefix grammar gguf config)
+LONGEST = $(patsubst %,tests/test_%.py,readme serve page tp families speculate experts_cuda lifeline kernels_cuda engine \
+	convert prefix vision compiled kernels bench config grammar process quantize lora_run gptq_awq gguf_convert eval)
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 # Where it is set, as in many containers, every process compiles what it imports of torch anew, for 1.3 s.
