@@ -48,9 +48,14 @@ GEMMS = {"amx": ("tiles", "onednn"), "avx512": ("floats", "onednn"), "avx2": ("f
 
 def processor_flags() -> list[str]:
     """What Linux says that this processor can do."""
+    return processor_info("flags|Features").split()
+
+
+def processor_info(names: str) -> str:
+    """What stands in /proc/cpuinfo under one of the names, a pattern; nothing where there is none."""
     info = Path("/proc/cpuinfo")
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
-    return flags[1].split() if flags else []
+    found = re.search(rf"^(?:{names})\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1] if found else ""
 
 
 def available_isas() -> list[str]:
@@ -109,10 +114,8 @@ def _use_fastest_gemm(ops: ctypes.CDLL, kernels: ctypes.CDLL, isa: str) -> None:
         raise UserError(f"GPT_BRISK_GEMM={wanted}: with {isa} it may be {names}; set it so, or unset it")
     if wanted is not None or isa != "avx512":  # tiles are as fast as oneDNN, and take quantized weights as well
         return _use(ops, kernels, wanted or possible[0])
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name.*", info.read_text() if info.exists() else "", re.MULTILINE)
     folder = cache_folder("TORCH_EXTENSIONS_DIR")
-    kept = folder / f"brisk_gemm_{digest(repr((model and model[0], commands(isa)[0])).encode())}"
+    kept = folder / f"brisk_gemm_{digest((processor_info('model name') + commands(isa)[0]).encode())}"
     with contextlib.suppress(OSError):
         if (fastest := kept.read_text()) in possible:
             mark_used(kept)

@@ -194,11 +194,15 @@ struct Lines {
     int64_t count, row_lines, row_bytes;
 
     Lines(const Weight& w, int64_t panel, int64_t k, int64_t depth) {
-        const int64_t row_bits = w.bits == 4 ? w.group_bytes * 8 / w.group : PANEL * w.bits;  // of a k
-        from = (const char*)w.packed + panel * w.panel_bytes + k * row_bits / 8;
-        count = row_lines = depth * row_bits / 8 / CACHE_LINE, row_bytes = 0;
-        if (w.bits == 16) from = (const char*)w.packed + 2 * (panel * PANEL * w.k + k), row_bytes = 2 * w.k;
-        if (w.bits == 16) row_lines = depth * 2 / CACHE_LINE;
+        const int64_t bits = w.bits == 4 ? w.group_bytes * 8 / w.group : PANEL * w.bits;  // of all rows at one k
+        count = depth * bits / 8 / CACHE_LINE;
+        if (w.bits == 16) {  // rows that lie apart
+            from = (const char*)w.packed + 2 * (panel * PANEL * w.k + k);
+            row_lines = depth * 2 / CACHE_LINE, row_bytes = 2 * w.k;
+        } else {
+            from = (const char*)w.packed + panel * w.panel_bytes + k * bits / 8;
+            row_lines = count, row_bytes = 0;
+        }
     }
     void fetch(int64_t begin, int64_t end) const {
         for (int64_t i = begin; i < end; i++) prefetch(from + i / row_lines * row_bytes + i % row_lines * CACHE_LINE);
@@ -211,11 +215,12 @@ void multiply(const Weight& w, const void* packed, int64_t rows, int64_t begin, 
     const int64_t padded = round_up(rows, ROWS), padded_k = round_up(w.k, 32);
     uint16_t* weights = (uint16_t*)scratch;
     float* sums = (float*)(weights + panels * PANEL * DEPTH);  // [rows / ROWS][panels][PANEL][ROWS]
+    // Of few rows, the panels are read where they are.
+    const bool in_place = w.bits == 16 && rows <= ROWS && w.k == padded_k && end == (panel + panels) * PANEL;
     const Tiles tiles;
     for (int64_t first = 0; first < padded_k; first += DEPTH) {
-        const int64_t depth = smaller(DEPTH, padded_k - first);
-        // Of few rows, the panels are read where they are.
-        const bool in_place = w.bits == 16 && rows <= ROWS && w.k == padded_k && end == (panel + panels) * PANEL;
+        const int64_t depth = smaller(DEPTH, padded_k - first), row_steps = depth / 32;
+        const int64_t steps = padded / ROWS * row_steps;
         if (!in_place)
             for (int64_t p = 0; p < panels; p++) take(w, panel + p, first, depth, weights + p * PANEL * DEPTH);
         for (int64_t row = 0; row < rows; row += ROWS) {
@@ -233,7 +238,7 @@ void multiply(const Weight& w, const void* packed, int64_t rows, int64_t begin, 
                     tiles.clear_sums();
                 for (int64_t k = 0; k < depth; k += 32) {
                     tiles.multiply(from + k, in_place ? w.k : DEPTH, x + k * ROWS);
-                    const int64_t steps = padded / ROWS * (depth / 32), step = row / ROWS * (depth / 32) + k / 32;
+                    const int64_t step = row / ROWS * row_steps + k / 32;
                     next.fetch(step * next.count / steps, (step + 1) * next.count / steps);
                 }
                 tiles.store_sums(to);

@@ -93,6 +93,17 @@ def base_folder(hf_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def windowed_folder(tmp_path_factory) -> Path:
+    """A Gemma 2 in our form: windows of 7 in every other layer, a cap of the scores, heads in groups."""
+    from family_models import make  # which imports this module
+
+    folder = tmp_path_factory.mktemp("windowed")
+    make("gemma2", folder)
+    convert(folder / "hf", folder / "ours")
+    return folder / "ours"
+
+
+@pytest.fixture(scope="session")
 def chat_folder(base_folder) -> Path:
     """The same with a chat template, and a generation config that names two ids that end a text."""
     folder = base_folder.parent / "chat"

@@ -8,7 +8,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import GREEDY, assert_refused, ids_of, parse, run_rows
-from family_models import make
 from hypothesis import given, settings
 from test_process import finish, start
 
@@ -18,7 +17,6 @@ import eval as evaluate
 from attention import KVCache, quantize_heads
 from beam import BeamParams, beam_search
 from checkpoint import DEMO, load_model
-from convert_hf_checkpoint import convert
 from engine import Engine, Request, cache_bytes
 from prompt_cache import load_row, save_row
 
@@ -29,18 +27,9 @@ def prompt(length, seed=0):
     return torch.randint(5, 380, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.fixture(scope="module")
-def windowed(tmp_path_factory):
-    """A checkpoint with a window in every other layer, a cap of the scores, and heads in groups."""
-    folder = tmp_path_factory.mktemp("windowed")
-    make("gemma2", folder)
-    convert(folder / "hf", folder / "ours")
-    return folder / "ours"
-
-
 @pytest.fixture(params=["base", "windowed"])
-def folder(request, base_folder, windowed):
-    return base_folder if request.param == "base" else windowed
+def folder(request, base_folder, windowed_folder):
+    return base_folder if request.param == "base" else windowed_folder
 
 
 def engine_of(path, rows=1, length=512, **others):

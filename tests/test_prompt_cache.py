@@ -7,11 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import GREEDY, assert_refused, converse, ids_of, parse, run_rows
-from family_models import make
 from safetensors import safe_open
 
 from checkpoint import load_model
-from convert_hf_checkpoint import convert
 from engine import Engine, Request
 from prompt_cache import load_row, save_row
 
@@ -56,20 +54,11 @@ def test_a_chat_goes_on_in_the_next_run(script, chat_folder, tmp_path):
     assert again.out == once.out and "of them cached" in again.err and "loaded" in again.err
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A Gemma 2 with windows of 7 in every other layer."""
-    made = tmp_path_factory.mktemp("gemma2")
-    make("gemma2", made)
-    convert(made / "hf", made / "ours")
-    return made / "ours"
-
-
 @pytest.mark.parametrize("first_length, then_length", [(256, 256), (256, 1000), (1000, 160), (300, 128)])
 @pytest.mark.parametrize("length", [20, 100])
-def test_windows(folder, tokenizer, tmp_path, length, first_length, then_length):
+def test_windows(windowed_folder, tokenizer, tmp_path, length, first_length, then_length):
     """What rings have lost is not taken for there, in a cache of another length as well."""
-    first, then, reference = (Engine(load_model(folder)) for _ in range(3))
+    first, then, reference = (Engine(load_model(windowed_folder)) for _ in range(3))
     first.setup(2, first_length)
     then.setup(3, then_length)
     reference.setup(1, 1000)
@@ -87,8 +76,8 @@ def test_windows(folder, tokenizer, tmp_path, length, first_length, then_length)
         assert row[-1].stats.cached_tokens == (cut if cut > length or length == 20 else 0)
 
 
-def test_a_file_of_a_longer_text_than_the_cache(folder, base_folder, tokenizer, tmp_path):
-    for name, loaded in ((base_folder, 64), (folder, 0)):  # a window's first positions are gone
+def test_a_file_of_a_longer_text_than_the_cache(windowed_folder, base_folder, tokenizer, tmp_path):
+    for name, loaded in ((base_folder, 64), (windowed_folder, 0)):  # a window's first positions are gone
         first, then, reference = (Engine(load_model(name)) for _ in range(3))
         first.setup(1, 512)
         then.setup(1, 64)
