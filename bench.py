@@ -76,6 +76,7 @@ from config import ModelConfig
 from engine import cache_bytes, resident_bytes, weight_bytes
 from errors import ArgumentParser, UserError, log, world_size
 from files import check_memory, read_json, write_atomically
+from kernels.build import processor_info
 from kernels.packing import GROUPSIZES
 from model import Transformer
 from prompts import check_draft
@@ -84,10 +85,7 @@ from tp import BACKENDS, Group, join
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
+    cpu = processor_info("model name").strip() or platform.processor() or platform.machine()
     return {
         "cpu": cpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
