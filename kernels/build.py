@@ -31,8 +31,8 @@ from errors import UserError, log
 
 ISAS = ("amx", "avx512", "avx2", "portable")  # the best first
 FOLDER = Path(__file__).parent
-HEADERS = ["cpu.h", "cpu_vector.h", "cpu_tiles.h", "cpu_ops.h"]
-KERNELS = [f"cpu_{name}.cpp" for name in ("linear", "bf16", "gemm", "attention", "prefill", "lora")]
+HEADERS = ["cpu.h", "cpu_vector.h", "cpu_linear.h", "cpu_tiles.h", "cpu_ops.h"]
+KERNELS = [f"cpu_{name}.cpp" for name in ("linear", "linear_tiles", "bf16", "gemm", "attention", "prefill", "lora")]
 TABLES = ("brisk_linear", "brisk_bf16", "brisk_attention", "brisk_prefill", "brisk_lora")  # of functions, one a file
 OPS = ["cpu_ops.cpp", "cpu_linear_ops.cpp", "cpu_lora_ops.cpp", "cpu_ranks.cpp"]
 # What an instruction set needs, as Linux calls it.

@@ -50,8 +50,8 @@ struct Weight {
 };
 enum { ZERO_BYTES = -1, ZERO_FLOATS = -2, FP4 = -3 };
 
-// Activations quantized to 8 bits. A tile of R rows is laid out as [k / 4][R][4], its scales and starts as [groups][R]:
-// the order in which the kernel reads them.
+// Activations quantized to 8 bits. A tile of R rows is laid out as [k / 4][R][4], or as [k / 32][R][32] for AMX, its
+// scales and starts as [groups][R]: the order in which the kernel reads them.
 struct Activations {
     int8_t* q;
     float* scale;
@@ -68,6 +68,9 @@ struct LinearKernels {
     // R rows times the panels [begin, end) -> R rows [N] of type `type`, each at its own place.
     void (*linear_quantized)(const Weight& w, Activations x, int R, int64_t begin, int64_t end, Vector bias, Type type,
                              char* const* y);
+
+    int64_t many;                       // rows from which on
+    const LinearKernels* those_of_many;  // are faster, or null
 };
 
 struct Bf16Kernels {

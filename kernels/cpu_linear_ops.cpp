@@ -155,12 +155,16 @@ struct Weights {
     }
 };
 
+constexpr int64_t CACHED = 1 << 18;  // bytes of a weight that stay in the second level cache
+
 // Each row times the weight of its expert. All threads quantize the activations together, then take panels.
 void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vector bias) {
     const Weight& w = weights.first;
-    const LinearKernels& kernels = *linear;
-    const int64_t panels = (w.n + PANEL - 1) / PANEL, padded_k = w.bits == 8 ? round_up(w.k, 16) : w.groups * w.group;
-    const int64_t starts = round_up(padded_k, 32) / 32;  // of a row, at most
+    const auto kernels_of = [](const Batch& batch) -> const LinearKernels& {
+        return linear->those_of_many && batch.size() >= linear->many ? *linear->those_of_many : *linear;
+    };
+    const int64_t panels = (w.n + PANEL - 1) / PANEL, padded_k = w.bits == 8 ? round_up(w.k, 32) : w.groups * w.group;
+    const int64_t starts = padded_k / 32;  // of a row, at most
     const bool one_input = rows.one_input();
     const int64_t inputs = one_input ? 1 : rows.batches.back().end;
     const Vector x_vector = vector_of(x);
@@ -172,7 +176,8 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
                            (int32_t*)start.get() + first * starts};
     };
     const auto quantize = [&](Range units) {  // groups of all inputs, one row after the other
-        for (const Batch& batch : rows.batches)
+        for (const Batch& batch : rows.batches) {
+            const LinearKernels& kernels = kernels_of(batch);
             each_tile(batch, kernels.tile_rows, [&](Range tile) {
                 for (int64_t row = tile.begin; row < tile.end; row++) {
                     const int64_t begin = std::max<int64_t>(units.begin - row * w.groups, 0);
@@ -182,6 +187,7 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
                                          row - tile.begin, activations(tile));
                 }
             });
+        }
     };
     Queue queue(rows.batches.size() * panels);
     parallel([&](int thread, int threads) {
@@ -190,8 +196,10 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
         take_parts(queue, rows.batches, panels, [&](const Batch& batch, Range mine) {
             const Weight weight = weights[batch.expert];
             const Vector add = bias_of(bias, batch.expert, w.n);
-            // Of several tiles all take a panel before the next: it comes from memory once.
-            const int64_t step = batch.size() <= kernels.tile_rows ? panels : 1;
+            const LinearKernels& kernels = kernels_of(batch);
+            // Of several tiles all take some panels before the next: these come from memory once.
+            const int64_t some = std::max<int64_t>(1, CACHED / w.panel_bytes);
+            const int64_t step = batch.size() <= kernels.tile_rows ? panels : some;
             for (int64_t panel = mine.begin; panel < mine.end; panel += step)
                 each_tile(batch, kernels.tile_rows, [&](Range tile) {
                     kernels.linear_quantized(weight, activations(tile), tile.end - tile.begin, panel,

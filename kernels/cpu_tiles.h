@@ -1,4 +1,5 @@
-// The tiles of AMX: eight registers of 16 rows of 64 bytes. Here they multiply 32 rows of bf16 by 32 columns of pairs.
+// The tiles of AMX: eight registers of up to 16 rows of 64 bytes, and how they multiply 32 rows of bf16 by 32 columns of
+// pairs.
 
 #pragma once
 
@@ -8,19 +9,25 @@
 namespace brisk {
 namespace {
 
-struct Tiles {  // which a thread has while one of these lives
-    static constexpr int64_t WIDTH = 32;  // columns, floats from a row of sums to the next
-
-    Tiles() {
+// A thread has tiles of these sizes while one of these lives.
+struct TileSizes {
+    TileSizes(const uint8_t (&rows)[8], const uint16_t (&row_bytes)[8]) {
         struct {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
         } config;
+        memcpy(config.row_bytes, row_bytes, sizeof row_bytes), memcpy(config.rows, rows, sizeof rows);
         asm("" : "+m"(config));  // GCC 12 may drop what is stored there, as it does not see that the next line reads it
         _tile_loadconfig(&config);
     }
-    ~Tiles() { _tile_release(); }
+    ~TileSizes() { _tile_release(); }
+};
+
+struct Tiles : TileSizes {  // products of bf16
+    static constexpr int64_t WIDTH = 32;  // columns, floats from a row of sums to the next
+
+    Tiles() : TileSizes({16, 16, 16, 16, 16, 16, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64}) {}
 
     // Sums [32][WIDTH], which lie in tiles 0 to 3.
     void clear_sums() const {

@@ -151,31 +151,53 @@ __attribute__((noinline)) static __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a
     return sums;
 }
 
-// Tiles are of 16 rows of 64 bytes, as the kernels configure them.
+// Tiles, as the kernels configure them.
 namespace emulated {
-typedef uint8_t Tile[16][64];
+struct Tile {
+    int rows, row_bytes;
+    uint8_t at[16][64];
+};
 static thread_local Tile tiles[8];
 }  // namespace emulated
 
-static inline void _tile_loadconfig(const void*) {}
+static inline void _tile_loadconfig(const void* config) {
+    for (int i = 0; i < 8; i++) {
+        uint16_t row_bytes;
+        memcpy(&row_bytes, (const char*)config + 16 + 2 * i, 2);
+        emulated::tiles[i] = {((const uint8_t*)config)[48 + i], row_bytes, {}};
+    }
+}
 static inline void _tile_release() {}
-static inline void _tile_zero(int tile) { memset(emulated::tiles[tile], 0, 1024); }
-static inline void _tile_loadd(int tile, const void* from, int64_t stride) {
-    for (int i = 0; i < 16; i++) memcpy(emulated::tiles[tile][i], (const char*)from + i * stride, 64);
+static inline void _tile_zero(int i) { memset(emulated::tiles[i].at, 0, sizeof emulated::tiles[i].at); }
+static inline void _tile_loadd(int i, const void* from, int64_t stride) {
+    emulated::Tile& tile = emulated::tiles[i];
+    for (int row = 0; row < tile.rows; row++) memcpy(tile.at[row], (const char*)from + row * stride, tile.row_bytes);
 }
-static inline void _tile_stored(int tile, void* to, int64_t stride) {
-    for (int i = 0; i < 16; i++) memcpy((char*)to + i * stride, emulated::tiles[tile][i], 64);
+static inline void _tile_stored(int i, void* to, int64_t stride) {
+    const emulated::Tile& tile = emulated::tiles[i];
+    for (int row = 0; row < tile.rows; row++) memcpy((char*)to + row * stride, tile.at[row], tile.row_bytes);
 }
+// [M][16] integers += signed [M][4 K] times unsigned, or signed, [K][16][4].
+template <class B>
+static inline void _tile_multiply(int sums, int a, int b) {
+    for (int i = 0; i < emulated::tiles[a].rows; i++)
+        for (int k = 0; k < emulated::tiles[b].rows; k++)
+            for (int j = 0; j < 64; j++)
+                ((int32_t*)emulated::tiles[sums].at[i])[j / 4] +=
+                    (int8_t)emulated::tiles[a].at[i][4 * k + j % 4] * (B)emulated::tiles[b].at[k][j];
+}
+static inline void _tile_dpbsud(int sums, int a, int b) { _tile_multiply<uint8_t>(sums, a, b); }
+static inline void _tile_dpbssd(int sums, int a, int b) { _tile_multiply<int8_t>(sums, a, b); }
 static inline void _tile_dpbf16ps(int sums, int a, int b) {  // [16][16] floats += [16][32] times [16][16][2]
     for (int i = 0; i < 16; i++) {
         __m512 row;
-        memcpy(&row, emulated::tiles[sums][i], 64);
+        memcpy(&row, emulated::tiles[sums].at[i], 64);
         for (int k = 0; k < 16; k++) {
             __m512bh pair, other;
-            for (int j = 0; j < 16; j++) memcpy((char*)&pair + 4 * j, emulated::tiles[a][i] + 4 * k, 4);
-            memcpy(&other, emulated::tiles[b][k], 64);
+            for (int j = 0; j < 16; j++) memcpy((char*)&pair + 4 * j, emulated::tiles[a].at[i] + 4 * k, 4);
+            memcpy(&other, emulated::tiles[b].at[k], 64);
             row = _mm512_dpbf16_ps(row, pair, other);
         }
-        memcpy(emulated::tiles[sums][i], &row, 64);
+        memcpy(emulated::tiles[sums].at[i], &row, 64);
     }
 }
