@@ -44,6 +44,7 @@ int32_t start_of_pairs(i32s sum, int32_t zero) {
 // The order of a tile of activations: of every DEPTH k all rows, DEPTH bytes each.
 template <int DEPTH>
 void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end, int R, int r, Activations to) {
+    constexpr int PART = DEPTH < 16 ? DEPTH : 16;
     // dpbusd wants unsigned weights: int8 ones have a zero of 128 there.
     const bool fp4 = w.bits == 4 && w.zero == FP4;
     const int32_t zero = w.bits == 8 ? (AVX512 ? 128 : 0) : fp4 ? FP4_ZERO : w.zero >= 0 ? w.zero : 1;
@@ -68,7 +69,7 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
             if (k < count)
                 for (int i = 0; i < 16; i += LANES) {
                     f32s scaled = load<f32s>(values + k + i) * inverse;
-                    asm("" : "+m"(scaled));  // a fused multiply-add would round ties another way than other processors
+                    keep_rounded(scaled);
                     i32s q = (i32s)(scaled + MAGIC) - 0x4b400000;
                     sum += q;
                     store(in_order + i, to_i8(q));
@@ -77,9 +78,9 @@ void quantize(const Weight& w, Vector x, int64_t row, int64_t begin, int64_t end
             i8x16 q = load<i8x16>(in_order);
             if (w.bits == 4)  // the low nibbles of 4 bytes are k 0 2 4 6, the high ones 1 3 5 7
                 q = SHUFFLE(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-            for (int j = 0; j < 4; j++) {
-                const int64_t at = first + k + 4 * j;
-                memcpy(to.q + (at / DEPTH * R + r) * DEPTH + at % DEPTH, (int8_t*)&q + 4 * j, 4);
+            for (int j = 0; j < 16; j += PART) {
+                const uint64_t at = first + k + j;
+                memcpy(to.q + (at / DEPTH * R + r) * DEPTH + at % DEPTH, (int8_t*)&q + j, PART);
             }
 #if AVX2
             if (w.bits == 4 && k % 32) to.start[(first + k) / 32 * R + r] = start_of_pairs(sum, zero), sum = i32s{};
