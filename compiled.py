@@ -16,7 +16,7 @@ A program is kept under a hash of everything that tracing may depend on: the cod
 classes, with all that their modules import from this folder; PyTorch, the processor, the threads; and the arguments
 but for the numbers in tensors. So a function may read whatever it likes of its arguments, of the world outside only
 constants, and must change nothing but tensors. A program also runs faster than what torch.compile returns, which
-checks at every call whether all of this is still so.
+checks at every call whether all of this is still so, and without Python between its kernels: see replay.py.
 """
 
 import ast
@@ -27,7 +27,6 @@ import contextvars
 import dataclasses
 import functools
 import gc
-import importlib.util
 import inspect
 import json
 import math
@@ -49,6 +48,7 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.build import cache_folder, cpu_library, digest, mark_used, processor_flags, prune, writable
+from replay import Replay, import_library
 
 # Sizes were checked at every call of every kernel: that took 10 us a layer. A norm of one row took 30 us on two threads
 # that had to meet twice; on one it takes two. Inductor writes out an expression at each of its uses, and what that
@@ -356,33 +356,26 @@ def load(function: Callable, args: tuple, folder: Path) -> Callable | None:
         program = json.loads(text)
         if any(digest((folder / file).read_bytes()) not in file for file in dict(program["kernels"].values())):
             return None
-        for name, (file, module) in program["kernels"].items():
-            scope[name] = import_library(folder / file, module).kernel
+        kernels = {name: (folder / file, module) for name, (file, module) in program["kernels"].items()}
+        scope |= {name: import_library(*place).kernel for name, place in kernels.items()}
         exec(compile(program["source"], str(folder / PROGRAM), "exec"), scope)
-        call, outputs = scope["call"], program["outputs"]
+        outputs = program["outputs"]
         found = find(program["inputs"], function, args)
     except (OSError, ValueError, ImportError):
         return None
     mark_used(folder)
     places = {id(value): at for at, value in enumerate(args) if isinstance(value, Tensor)}
-    changing = [(i, places[id(tensor)]) for i, tensor in enumerate(found) if id(tensor) in places]
+    given = {i: places[id(tensor)] for i, tensor in enumerate(found) if id(tensor) in places}  # the others are modules'
+    call = Replay(program["source"], scope, kernels, given.keys()) if cpu_library() else scope["call"]
 
     def run(*args: Any) -> tuple[Tensor, ...] | None:
         inputs = found.copy()
-        for i, at in changing:  # the others are modules'
+        for i, at in given.items():
             inputs[i] = args[at]
         results = call(inputs)
         return None if outputs is None else tuple(results[i] for i in outputs)
 
     return run
-
-
-def import_library(path: Path, name: str) -> ModuleType:
-    """One of the Python modules in a library."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}.{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,10 +31,10 @@ from errors import UserError, log
 
 ISAS = ("amx", "avx512", "avx2", "portable")  # the best first
 FOLDER = Path(__file__).parent
-HEADERS = ["cpu.h", "cpu_vector.h", "cpu_linear.h", "cpu_tiles.h", "cpu_ops.h"]
+HEADERS = ["cpu.h", "cpu_vector.h", "cpu_linear.h", "cpu_tiles.h", "cpu_ops.h", "cpu_rows.h"]
 KERNELS = [f"cpu_{name}.cpp" for name in ("linear", "linear_tiles", "bf16", "gemm", "attention", "prefill", "lora")]
 TABLES = ("brisk_linear", "brisk_bf16", "brisk_attention", "brisk_prefill", "brisk_lora")  # of functions, one a file
-OPS = ["cpu_ops.cpp", "cpu_linear_ops.cpp", "cpu_lora_ops.cpp", "cpu_ranks.cpp"]
+OPS = [f"cpu_{name}.cpp" for name in ("ops", "linear_ops", "lora_ops", "ranks", "replay")]
 # What an instruction set needs, as Linux calls it.
 AVX2 = ["avx2", "fma", "f16c"]
 AVX512 = [*AVX2, *(f"avx512{x}" for x in ("f", "bw", "vl", "dq", "_vnni", "_bf16"))]

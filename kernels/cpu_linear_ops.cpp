@@ -3,108 +3,10 @@
 
 #include <cstring>
 
-#include "cpu_ops.h"
+#include "cpu_rows.h"
 
 namespace brisk {
 namespace {
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Which rows go through which weight
-
-struct Batch {  // rows [begin, end) of the order that `Rows` gives them
-    int64_t expert, begin, end;
-    int64_t size() const { return end - begin; }
-};
-
-struct Rows {
-    std::vector<Batch> batches;  // of the experts that any row goes through, the smallest first
-    std::vector<int64_t> from;   // the row of x that each reads,
-    std::vector<char*> to;       // and where its result goes
-    int64_t inputs;              // rows of x
-
-    // One row of x, which all experts read as it is.
-    bool one_input() const { return inputs == 1 && batches.size() == from.size(); }
-};
-
-// Rows of an expert that is the only one.
-Rows all_rows(int64_t rows, const Tensor& y) {
-    Rows all{{{0, 0, rows}}, std::vector<int64_t>(rows), std::vector<char*>(rows), rows};
-    const int64_t row_bytes = rows ? y.numel() / rows * size_of(type_of(y.scalar_type())) : 0;
-    for (int64_t i = 0; i < rows; i++) all.from[i] = i, all.to[i] = (char*)y.mutable_data_ptr() + i * row_bytes;
-    return all;
-}
-
-// The choices of all rows, those of one expert together. y is [R, k, N].
-Rows rows_by_expert(const Tensor& x, const Tensor& chosen, int64_t experts, const Tensor& y) {
-    const Tensor dense = in_order(chosen);
-    const int64_t *ids = (const int64_t*)dense.const_data_ptr(), pairs = dense.numel(), k = chosen.size(1);
-    const int64_t row_bytes = y.size(2) * size_of(type_of(y.scalar_type()));
-    std::vector<int64_t> next(experts);  // of each expert, first how many rows, then where the next one goes
-    for (int64_t i = 0; i < pairs; i++) {
-        STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < experts, "chosen: expected experts from 0 to ", experts - 1, ", got ",
-                        ids[i]);
-        next[ids[i]]++;
-    }
-    Rows rows{{}, std::vector<int64_t>(pairs), std::vector<char*>(pairs), x.size(0) * x.size(1)};
-    for (int64_t expert = 0; expert < experts; expert++)
-        if (next[expert]) rows.batches.push_back({expert, 0, next[expert]});
-    // Threads take large parts first, small ones last: so those with most work are in small parts.
-    std::stable_sort(rows.batches.begin(), rows.batches.end(), [](Batch a, Batch b) { return a.end < b.end; });
-    int64_t begin = 0;
-    for (Batch& batch : rows.batches) {
-        batch = {batch.expert, begin, begin + batch.end};
-        next[batch.expert] = begin, begin = batch.end;
-    }
-    for (int64_t i = 0; i < pairs; i++) {
-        const int64_t at = next[ids[i]]++;
-        rows.from[at] = x.size(1) == 1 ? i / k : i;
-        rows.to[at] = (char*)y.mutable_data_ptr() + i * row_bytes;
-    }
-    return rows;
-}
-
-// y [R, k, N] for x [R, 1 or k, K] and experts chosen [R, k].
-Tensor empty_experts_output(const Tensor& x, const Tensor& chosen, int64_t n) {
-    STD_TORCH_CHECK(chosen.scalar_type() == ScalarType::Long && chosen.dim() == 2 && x.dim() == 3 &&
-                        x.size(0) == chosen.size(0) && (x.size(1) == 1 || x.size(1) == chosen.size(1)),
-                    "expected x [R, 1 or k, K] and int64 chosen [R, k], got ", shape_of(x), " and ", shape_of(chosen));
-    return empty({chosen.size(0), chosen.size(1), n}, x.scalar_type());
-}
-
-// [N], or of experts [E, N].
-Vector bias_of(const OptionalTensor& bias, int64_t n, int64_t experts = 0) {
-    if (!bias.has_value()) return {nullptr, F32};
-    const bool fits = experts ? bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == n
-                              : bias->dim() == 1 && bias->size(0) == n;
-    STD_TORCH_CHECK(fits && bias->is_contiguous(), "bias: expected [", experts ? std::to_string(experts) + ", " : "", n,
-                    "], got ", shape_of(*bias));
-    return vector_of(*bias);
-}
-
-Vector bias_of(Vector all, int64_t expert, int64_t n) {
-    return all.data ? Vector{(const char*)all.data + expert * n * size_of(all.type), all.type} : all;
-}
-
-// The rows of a batch in as few tiles as possible, of nearly equal size.
-template <class Work>
-void each_tile(const Batch& batch, int64_t tile_rows, const Work& work) {
-    const int64_t rows = batch.end - batch.begin, tiles = (rows + tile_rows - 1) / tile_rows;
-    for (int64_t i = 0; i < tiles; i++) {
-        const Range r = share(rows, i, tiles);
-        work(Range{batch.begin + r.begin, batch.begin + r.end});
-    }
-}
-
-// A thread's share of the weights of all batches, each of them so many parts.
-template <class Work>
-void take_parts(Queue& queue, const std::vector<Batch>& batches, int64_t parts, const Work& work) {
-    for (Range mine = queue.take(); mine.begin < mine.end; mine = queue.take())
-        for (int64_t begin = mine.begin, end; begin < mine.end; begin = end) {
-            const int64_t batch = begin / parts, first = batch * parts;
-            end = std::min(mine.end, first + parts);
-            work(batches[batch], Range{begin - first, end - first});
-        }
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Many rows
@@ -117,7 +19,7 @@ void take_large(Rows& rows, int64_t many, const Work& work) {
 }
 
 // The rows of a batch times w. All threads pack the rows together, then take blocks of columns.
-void gemm_rows(const Tensor& x, const Weight& w, const Rows& rows, const Batch& batch, Vector bias) {
+void gemm_rows(Vector x, const Weight& w, const Rows& rows, const Batch& batch, Vector bias) {
     const GemmKernels& kernels = *gemm_kernels;
     const int64_t count = batch.size(), tiles = (count + kernels.tile_rows - 1) / kernels.tile_rows;
     // Of few columns less in a block, so that all threads have some.
@@ -129,7 +31,7 @@ void gemm_rows(const Tensor& x, const Weight& w, const Rows& rows, const Batch& 
         const Memory scratch = allocate(kernels.scratch_bytes(count));
         const Range mine = share(tiles, thread, threads);
         for (int64_t tile = mine.begin; tile < mine.end; tile++)
-            kernels.pack((const uint16_t*)x.const_data_ptr(), rows.from.data() + batch.begin, w.k, count,
+            kernels.pack((const uint16_t*)x.data, rows.from.data() + batch.begin, w.k, count,
                          tile * kernels.tile_rows, packed.get());
         GOMP_barrier();
         for (Range part = queue.take(); part.begin < part.end; part = queue.take())
@@ -158,7 +60,7 @@ struct Weights {
 constexpr int64_t CACHED = 1 << 18;  // bytes of a weight that stay in the second level cache
 
 // Each row times the weight of its expert. All threads quantize the activations together, then take panels.
-void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vector bias) {
+void linear_rows(Vector x, const Weights& weights, const Rows& rows, Vector bias) {
     const Weight& w = weights.first;
     const auto kernels_of = [](const Batch& batch) -> const LinearKernels& {
         return linear->those_of_many && batch.size() >= linear->many ? *linear->those_of_many : *linear;
@@ -167,7 +69,6 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
     const int64_t starts = padded_k / 32;  // of a row, at most
     const bool one_input = rows.one_input();
     const int64_t inputs = one_input ? 1 : rows.batches.back().end;
-    const Vector x_vector = vector_of(x);
     Memory q = allocate(inputs * padded_k), scale = allocate(inputs * w.groups * 4);
     Memory start = allocate(inputs * starts * 4);
     const auto activations = [&](Range tile) {
@@ -183,7 +84,7 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
                     const int64_t begin = std::max<int64_t>(units.begin - row * w.groups, 0);
                     const int64_t end = std::min<int64_t>(units.end - row * w.groups, w.groups);
                     if (begin < end)
-                        kernels.quantize(w, x_vector, rows.from[row], begin, end, tile.end - tile.begin,
+                        kernels.quantize(w, x, rows.from[row], begin, end, tile.end - tile.begin,
                                          row - tile.begin, activations(tile));
                 }
             });
@@ -203,7 +104,7 @@ void linear_rows(const Tensor& x, const Weights& weights, const Rows& rows, Vect
             for (int64_t panel = mine.begin; panel < mine.end; panel += step)
                 each_tile(batch, kernels.tile_rows, [&](Range tile) {
                     kernels.linear_quantized(weight, activations(tile), tile.end - tile.begin, panel,
-                                             smaller(panel + step, mine.end), add, x_vector.type,
+                                             smaller(panel + step, mine.end), add, x.type,
                                              rows.to.data() + tile.begin);
                 });
         });
@@ -216,15 +117,19 @@ Tensor linear_quantized(const Tensor& input, const Weights& weights, const Optio
     const Weight& w = weights.first;
     STD_TORCH_CHECK(w.k > 0, "x: expected at least one column");
     const Tensor x = in_order(input);
-    const Tensor y = chosen.has_value() ? empty_experts_output(x, *chosen, w.n) : empty_output(x, w.n);
-    const Vector added = bias_of(bias, w.n, chosen.has_value() ? weights.experts : 0);
+    const OptionalTensor ids = in_order(chosen);
+    const Tensor y = ids.has_value() ? empty_experts_output(x, *ids, w.n) : empty_output(x, w.n);
+    const Vector added = bias_of(bias, w.n, ids.has_value() ? weights.experts : 0);
     if (!y.numel()) return y;
-    Rows rows = chosen.has_value() ? rows_by_expert(x, *chosen, weights.experts, y) : all_rows(x.numel() / w.k, y);
-    if (gemm_kernels && gemm_kernels->many_quantized && x.scalar_type() == ScalarType::BFloat16)
-        take_large(rows, gemm_kernels->many_quantized, [&](const Batch& batch) {
-            gemm_rows(x, weights[batch.expert], rows, batch, bias_of(added, batch.expert, w.n));
-        });
-    if (!rows.batches.empty()) linear_rows(x, weights, rows, added);
+    const Places places = places_of(x, ids, y);
+    perform(is_itself(x, input) && is_itself(ids, chosen), [=] {
+        Rows rows = rows_of(places, weights.experts);
+        if (gemm_kernels && gemm_kernels->many_quantized && places.x.type == BF16)
+            take_large(rows, gemm_kernels->many_quantized, [&](const Batch& batch) {
+                gemm_rows(places.x, weights[batch.expert], rows, batch, bias_of(added, batch.expert, weights.first.n));
+            });
+        if (!rows.batches.empty()) linear_rows(places.x, weights, rows, added);
+    });
     return y;
 }
 
@@ -344,8 +249,9 @@ Weight weight_of(const uint16_t* w, int64_t n, int64_t k) {
 }
 
 // Batches of few rows each, times weights [N, K] that follow one another at w.
-void bf16_rows(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, const Rows& rows, Vector bias) {
+void bf16_rows(Vector input, const uint16_t* w, int64_t n, int64_t k, const Rows& rows, Vector bias) {
     const Bf16Kernels& kernels = *bf16;
+    const auto* x = (const uint16_t*)input.data;
     const std::vector<Batch>& batches = rows.batches;
     const bool one_input = rows.one_input();
     const int64_t inputs = one_input ? 1 : batches.back().end;
@@ -399,11 +305,11 @@ void bf16_rows(const uint16_t* x, const uint16_t* w, int64_t n, int64_t k, const
 }
 
 // The rows of a batch, gathered in one matrix, by PyTorch's GEMM.
-void aten_rows(const Tensor& x, const Tensor& w, const Rows& rows, const Batch& batch, const OptionalTensor& bias) {
-    const int64_t count = batch.size(), size = size_of(type_of(x.scalar_type()));
+void aten_rows(Vector x, const Tensor& w, const Rows& rows, const Batch& batch, const OptionalTensor& bias) {
+    const int64_t count = batch.size(), size = size_of(x.type);
     const int64_t in_bytes = w.size(1) * size, out_bytes = w.size(0) * size;
-    const Tensor gathered = empty({count, w.size(1)}, x.scalar_type());
-    const char* from = (const char*)x.const_data_ptr();
+    const Tensor gathered = empty({count, w.size(1)}, w.scalar_type());
+    const char* from = (const char*)x.data;
     char* to = (char*)gathered.mutable_data_ptr();
     torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
@@ -425,12 +331,16 @@ Tensor linear_bf16(const Tensor& input, const Tensor& w, const OptionalTensor& b
     const bool many = count >= many_rows(ScalarType::BFloat16);
     if (!count || !n || (many && !gemm_kernels)) return aten_linear(input, w, bias);
     const Tensor x = in_order(input), y = empty_output(x, n);
-    const Rows rows = all_rows(count, y);
     const auto* data = (const uint16_t*)w.const_data_ptr();
-    if (many)
-        gemm_rows(x, weight_of(data, n, k), rows, rows.batches[0], bias_of(bias, n));
-    else
-        bf16_rows((const uint16_t*)x.const_data_ptr(), data, n, k, rows, bias_of(bias, n));
+    const Vector added = bias_of(bias, n);
+    const Places places = places_of(x, std::nullopt, y);
+    perform(is_itself(x, input), [=] {
+        const Rows rows = rows_of(places, 1);
+        if (many)
+            gemm_rows(places.x, weight_of(data, n, k), rows, rows.batches[0], added);
+        else
+            bf16_rows(places.x, data, n, k, rows, added);
+    });
     return y;
 }
 
@@ -440,20 +350,25 @@ Tensor linear_experts(const Tensor& input, const Tensor& w, const Tensor& chosen
                         w.is_contiguous(),
                     "expected x and a contiguous weight [E, N, ", k, "] of one type, got ", shape_of(w));
     const int64_t experts = w.size(0), n = w.size(1);
-    const Tensor x = in_order(input), y = empty_experts_output(x, chosen, n);
+    const Tensor x = in_order(input), ids = in_order(chosen), y = empty_experts_output(x, ids, n);
     const Vector added = bias_of(bias, n, experts);
     if (!y.numel()) return y;
-    Rows rows = rows_by_expert(x, chosen, experts, y);
     const bool is_bf16 = w.scalar_type() == ScalarType::BFloat16;
+    const int64_t many = many_rows(w.scalar_type());
     const auto* data = (const uint16_t*)w.const_data_ptr();
-    take_large(rows, many_rows(w.scalar_type()), [&](const Batch& batch) {
-        if (is_bf16 && gemm_kernels)
-            return gemm_rows(x, weight_of(data + batch.expert * n * k, n, k), rows, batch,
-                             bias_of(added, batch.expert, n));
-        const auto of_expert = [&](const Tensor& all) { return torch::stable::select(all, 0, batch.expert); };
-        aten_rows(x, of_expert(w), rows, batch, bias.has_value() ? OptionalTensor(of_expert(*bias)) : std::nullopt);
+    const Places places = places_of(x, ids, y);
+    perform(is_itself(x, input) && is_itself(ids, chosen), [=] {
+        Rows rows = rows_of(places, experts);
+        take_large(rows, many, [&](const Batch& batch) {
+            if (is_bf16 && gemm_kernels)
+                return gemm_rows(places.x, weight_of(data + batch.expert * n * k, n, k), rows, batch,
+                                 bias_of(added, batch.expert, n));
+            const auto of_expert = [&](const Tensor& all) { return torch::stable::select(all, 0, batch.expert); };
+            aten_rows(places.x, of_expert(w), rows, batch,
+                      bias.has_value() ? OptionalTensor(of_expert(*bias)) : std::nullopt);
+        });
+        if (!rows.batches.empty()) bf16_rows(places.x, data, n, k, rows, added);
     });
-    if (!rows.batches.empty()) bf16_rows((const uint16_t*)x.const_data_ptr(), data, n, k, rows, added);
     return y;
 }
 

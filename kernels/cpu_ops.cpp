@@ -77,7 +77,6 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
     STD_TORCH_CHECK((rows.has_value() || k_cache.size(0) >= B) && k_cache.size(3) == D && KV && H % KV == 0, "q ",
                     shape_of(query), " does not go with caches ", shape_of(k_cache));
     check_queries(query, input_pos, window, sinks, scale, softcap);
-    const std::vector<int64_t> cache_rows = cache_rows_of(rows, B, k_cache.size(0));
     STD_TORCH_CHECK(!ring || (window.has_value() && *window <= T - 1), "ring: expected a window of at most ", T - 1,
                     ", got ", window.value_or(0));
     const Tensor q = in_order(query), pos = in_order(input_pos);
@@ -89,71 +88,76 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
                     "expected contiguous scales");
     const Attention work = {vector_of(q), keys, values, floats_of(k_scale), floats_of(v_scale), G, D, ring ? T - 1 : T,
                             float(scale.value_or(1 / std::sqrt(double(D)))), float(softcap)};
-    const Tensor sink_floats = sinks.has_value() ? in_order(torch::stable::to(*sinks, ScalarType::Float)) : q;
-    const float* sink_data = sinks.has_value() ? (const float*)sink_floats.const_data_ptr() : nullptr;
-
-    // The positions [begin, end) that a query sees.
+    const OptionalTensor sink_floats =
+        sinks.has_value() ? OptionalTensor(in_order(torch::stable::to(*sinks, ScalarType::Float))) : std::nullopt;
     const int64_t* at = (const int64_t*)pos.const_data_ptr();
-    const auto keys_of = [&](int64_t b, int64_t s) {
-        const int64_t next = std::min(at[b * S + s], FAR) + 1, end = std::max<int64_t>(next, 0);
-        return Range{window.has_value() ? std::max<int64_t>(next - *window, 0) : 0, ring ? end : std::min(end, T)};
-    };
-    // Where the parts begin that any query of a row of the batch sees, row after row. Not all from the first to the
-    // last: of a row's queries one may be padding, at any position.
-    std::vector<int64_t> parts, first_part(B + 1, 0);
-    std::vector<Range> seen(S);
-    for (int64_t b = 0; b < B; b++) {
-        for (int64_t s = 0; s < S; s++) seen[s] = keys_of(b, s);
-        std::sort(seen.begin(), seen.end(), [](Range a, Range b) { return a.begin < b.begin; });
-        int64_t begin = 0;
-        for (const Range& keys : seen)
-            for (begin = std::max(begin, keys.begin / PART * PART); begin < keys.end; begin += PART)
-                parts.push_back(begin);
-        first_part[b + 1] = parts.size();
-    }
-    // Of each task and query: the sum of values, the largest score, the sum of weights.
-    Memory partial = allocate(KV * first_part[B] * S * G * row_floats * 4);
-    const auto part_of = [&](int64_t task, int64_t s) {
-        return (float*)partial.get() + (task * S + s) * G * row_floats;
-    };
-    Queue queue(KV * first_part[B]);
-    parallel([&](int thread, int threads) {
-        Memory scratch = allocate(attend_scratch(G, D) * 4);
-        int64_t b = 0;
-        for (Range tasks = queue.take(); tasks.begin < tasks.end; tasks = queue.take())
-            for (int64_t task = tasks.begin; task < tasks.end; task++) {
-                while (task >= KV * first_part[b + 1]) b++;
-                const int64_t count = first_part[b + 1] - first_part[b], i = task - KV * first_part[b];
-                const int64_t head = i / count, begin = parts[first_part[b] + i % count];
-                for (int64_t s = 0; s < S; s++) {
-                    const Range keys = keys_of(b, s);
-                    float* out = part_of(task, s);
-                    attention->attend(work, ((b * S + s) * H + head * G) * D, (cache_rows[b] * KV + head) * T * D,
-                                      std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
-                                      out + G * padded, out + G * padded + G, out, (float*)scratch.get());
-                }
-            }
-        GOMP_barrier();
-        const Range rows = share(B * S * H, thread, threads);
-        for (int64_t row = rows.begin; row < rows.end; row++) {
-            const int64_t rb = row / (S * H), s = row / H % S, head = row % H / G, g = row % G;
-            const int64_t count = first_part[rb + 1] - first_part[rb], task = KV * first_part[rb] + head * count;
-            float* sum = (float*)scratch.get();
-            const float sink = sink_data ? sink_data[row % H] : -INFINITY;
-            float largest = sink;
-            for (int64_t i = 0; i < count; i++) largest = std::max(largest, part_of(task + i, s)[G * padded + g]);
-            float weight = sink_data ? std::exp(sink - largest) : 0;
-            std::fill(sum, sum + padded, 0.0f);
-            for (int64_t i = 0; i < count; i++) {
-                const float* part = part_of(task + i, s);
-                if (part[G * padded + G + g] == 0) continue;  // this query sees none of these keys
-                const float share = std::exp(part[G * padded + g] - largest);
-                weight += share * part[G * padded + G + g];
-                for (int64_t d = 0; d < padded; d++) sum[d] += share * part[g * padded + d];
-            }
-            for (int64_t d = 0; d < D; d++) sum[d] = weight == 0 ? 0 : sum[d] / weight;
-            attention->from_float(sum, D, work.q.type, y.mutable_data_ptr(), row * D);
+    char* const out = (char*)y.mutable_data_ptr();
+    const int64_t cached = k_cache.size(0);
+    perform(is_itself(q, query) && is_itself(pos, input_pos), [=] {
+        const std::vector<int64_t> cache_rows = cache_rows_of(rows, B, cached);
+        const float* sink_data = floats_of(sink_floats);
+        // The positions [begin, end) that a query sees.
+        const auto keys_of = [&](int64_t b, int64_t s) {
+            const int64_t next = std::min(at[b * S + s], FAR) + 1, end = std::max<int64_t>(next, 0);
+            return Range{window.has_value() ? std::max<int64_t>(next - *window, 0) : 0, ring ? end : std::min(end, T)};
+        };
+        // Where the parts begin that any query of a row of the batch sees, row after row. Not all from the first to the
+        // last: of a row's queries one may be padding, at any position.
+        std::vector<int64_t> parts, first_part(B + 1, 0);
+        std::vector<Range> seen(S);
+        for (int64_t b = 0; b < B; b++) {
+            for (int64_t s = 0; s < S; s++) seen[s] = keys_of(b, s);
+            std::sort(seen.begin(), seen.end(), [](Range a, Range b) { return a.begin < b.begin; });
+            int64_t begin = 0;
+            for (const Range& keys : seen)
+                for (begin = std::max(begin, keys.begin / PART * PART); begin < keys.end; begin += PART)
+                    parts.push_back(begin);
+            first_part[b + 1] = parts.size();
         }
+        // Of each task and query: the sum of values, the largest score, the sum of weights.
+        Memory partial = allocate(KV * first_part[B] * S * G * row_floats * 4);
+        const auto part_of = [&](int64_t task, int64_t s) {
+            return (float*)partial.get() + (task * S + s) * G * row_floats;
+        };
+        Queue queue(KV * first_part[B]);
+        parallel([&](int thread, int threads) {
+            Memory scratch = allocate(attend_scratch(G, D) * 4);
+            int64_t b = 0;
+            for (Range tasks = queue.take(); tasks.begin < tasks.end; tasks = queue.take())
+                for (int64_t task = tasks.begin; task < tasks.end; task++) {
+                    while (task >= KV * first_part[b + 1]) b++;
+                    const int64_t count = first_part[b + 1] - first_part[b], i = task - KV * first_part[b];
+                    const int64_t head = i / count, begin = parts[first_part[b] + i % count];
+                    for (int64_t s = 0; s < S; s++) {
+                        const Range keys = keys_of(b, s);
+                        float* out = part_of(task, s);
+                        attention->attend(work, ((b * S + s) * H + head * G) * D, (cache_rows[b] * KV + head) * T * D,
+                                          std::max(begin, keys.begin), std::min(begin + PART, keys.end), keys.end,
+                                          out + G * padded, out + G * padded + G, out, (float*)scratch.get());
+                    }
+                }
+            GOMP_barrier();
+            const Range rows = share(B * S * H, thread, threads);
+            for (int64_t row = rows.begin; row < rows.end; row++) {
+                const int64_t rb = row / (S * H), s = row / H % S, head = row % H / G, g = row % G;
+                const int64_t count = first_part[rb + 1] - first_part[rb], task = KV * first_part[rb] + head * count;
+                float* sum = (float*)scratch.get();
+                const float sink = sink_data ? sink_data[row % H] : -INFINITY;
+                float largest = sink;
+                for (int64_t i = 0; i < count; i++) largest = std::max(largest, part_of(task + i, s)[G * padded + g]);
+                float weight = sink_data ? std::exp(sink - largest) : 0;
+                std::fill(sum, sum + padded, 0.0f);
+                for (int64_t i = 0; i < count; i++) {
+                    const float* part = part_of(task + i, s);
+                    if (part[G * padded + G + g] == 0) continue;  // this query sees none of these keys
+                    const float share = std::exp(part[G * padded + g] - largest);
+                    weight += share * part[G * padded + G + g];
+                    for (int64_t d = 0; d < padded; d++) sum[d] += share * part[g * padded + d];
+                }
+                for (int64_t d = 0; d < D; d++) sum[d] = weight == 0 ? 0 : sum[d] / weight;
+                attention->from_float(sum, D, work.q.type, out, row * D);
+            }
+        });
     });
     return y;
 }

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -57,6 +58,15 @@ inline Vector vector_of(const Tensor& tensor) { return {tensor.const_data_ptr(),
 
 inline Tensor in_order(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor in_order(const OptionalTensor& tensor) {
+    return tensor.has_value() ? OptionalTensor(in_order(*tensor)) : std::nullopt;
+}
+
+// Whether `in_order` has made no copy.
+inline bool is_itself(const OptionalTensor& ordered, const OptionalTensor& tensor) {
+    return !tensor.has_value() || ordered->const_data_ptr() == tensor->const_data_ptr();
 }
 
 struct Free {
@@ -122,14 +132,35 @@ class Queue {
     std::atomic<int64_t> next{0};
 };
 
+// What ops have done, to be done again with the same memory, without a look at their arguments (replay.py).
+struct Recording {
+    std::vector<std::function<void()>> work;
+    void* result = nullptr;  // where the result of the op that is being recorded goes
+    std::string problem;     // of the last replay
+};
+inline thread_local Recording* recording = nullptr;
+
+// Does the work of an op, whose arguments may be in copies of its own: then that can't be done again.
+template <class Work>
+void perform(bool in_place, const Work& work) {
+    if (recording && in_place) recording->work.push_back(work);
+    recording = nullptr;
+    work();
+}
+
 // Contiguous, not initialized.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
     std::vector<int64_t> strides(sizes.size());
     int64_t stride = 1;
     for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
     AtenTensorHandle y;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), (int32_t)type, 0, -1, &y));
+    if (recording) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(recording->result, sizes.size(), sizes.data(),
+                                                                  strides.data(), 0, (int32_t)type, 0, -1, &y));
+    } else {
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), (int32_t)type, 0, -1, &y));
+    }
     return Tensor(y);
 }
 
