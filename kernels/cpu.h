@@ -110,12 +110,15 @@ struct Attention {  // what all parts of one op share
 };
 
 struct AttentionKernels {
-    void (*from_float)(const float* from, int64_t count, Type type, void* to, int64_t offset);
     // Queries [G, D] over the keys at positions [begin, end) of one head, at most `slots`: the largest score, the sum
     // of exp(score - largest), and the sum of exp(score - largest) * v, [G, D padded to 16]. `scratch` has
     // attend_scratch(G, D) floats. The next call goes on after `end`, unless that is `last`.
     void (*attend)(const Attention& a, int64_t q_offset, int64_t kv_offset, int64_t begin, int64_t end, int64_t last,
                    float* largest, float* sum, float* out, float* scratch);
+    // Query g of G over `count` parts of its keys: `step` floats from one part's `out` to the next one's, and `largest`
+    // and `sum` after each. `sink` is the score of what has no value, or -infinity. -> y, of q's type, from `offset` on.
+    void (*combine)(const Attention& a, const float* out, int64_t step, int64_t count, int64_t g, float sink, void* y,
+                    int64_t offset, float* scratch);
 };
 
 struct Prefill {  // what all tasks of an op for many queries share

@@ -27,11 +27,6 @@ float quantize(const float* x, int64_t count, int16_t* to) {
     return largest / 32767;
 }
 
-void from_float(const float* from, int64_t count, Type type, void* to, int64_t offset) {
-    for (int64_t i = 0; i < count; i += LANES)
-        store_lanes(to, type, offset + i, load_lanes({from, F32}, i, count - i), count - i);
-}
-
 // Keys that are taken at once. AVX512 is fastest with so few that the processor works on one step of them while it waits
 // for the memory of another: one core took a tenth longer than reading alone, and a third with 128.
 constexpr int64_t BLOCK = AVX512 ? 32 : 128;
@@ -338,8 +333,35 @@ void attend(const Attention& a, int64_t q_offset, int64_t kv_offset, int64_t beg
         for (float* at = out; at < out + G * D; at += 2 * LANES) join(load<Pairs>(at), at);
 }
 
+void combine(const Attention& a, const float* out, int64_t step, int64_t count, int64_t g, float sink, void* y,
+             int64_t offset, float* scratch) {
+    const int64_t padded = round_up(a.D, 16);
+    const float *scores = out + a.G * padded + g, *sums = scores + a.G;  // of the first; -infinity and 0 without keys
+    float largest = sink, *values = scratch;
+    for (int64_t i = 0; i < count; i++) largest = larger(largest, scores[i * step]);
+    if (largest == -__builtin_inff()) largest = 0;
+    float total = exp_negative(all(sink - largest))[0];
+    memset(values, 0, padded * sizeof(float));
+    for (int64_t first = 0; first < count; first += LANES) {
+        const int64_t some = smaller(LANES, count - first);
+        float shares[LANES] = {};
+        for (int64_t i = 0; i < some; i++) shares[i] = scores[(first + i) * step] - largest;
+        store(shares, exp_negative(load<f32s>(shares)));
+        for (int64_t i = 0; i < some; i++) {
+            const float* part = out + (first + i) * step + g * padded;
+            total += shares[i] * sums[(first + i) * step];
+            for (int64_t d = 0; d < padded; d += LANES)
+                store(values + d, load<f32s>(values + d) + load<f32s>(part + d) * shares[i]);
+        }
+    }
+    for (int64_t d = 0; d < a.D; d += LANES) {
+        const f32s value = total == 0 ? f32s{} : load<f32s>(values + d) / total;
+        store_lanes(y, a.q.type, offset + d, value, a.D - d);
+    }
+}
+
 }  // namespace
 }  // namespace brisk
 
-extern "C" __attribute__((visibility("default"))) const brisk::AttentionKernels brisk_attention = {brisk::from_float,
-                                                                                                 brisk::attend};
+extern "C" __attribute__((visibility("default"))) const brisk::AttentionKernels brisk_attention = {brisk::attend,
+                                                                                                 brisk::combine};

@@ -141,21 +141,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
             for (int64_t row = rows.begin; row < rows.end; row++) {
                 const int64_t rb = row / (S * H), s = row / H % S, head = row % H / G, g = row % G;
                 const int64_t count = first_part[rb + 1] - first_part[rb], task = KV * first_part[rb] + head * count;
-                float* sum = (float*)scratch.get();
-                const float sink = sink_data ? sink_data[row % H] : -INFINITY;
-                float largest = sink;
-                for (int64_t i = 0; i < count; i++) largest = std::max(largest, part_of(task + i, s)[G * padded + g]);
-                float weight = sink_data ? std::exp(sink - largest) : 0;
-                std::fill(sum, sum + padded, 0.0f);
-                for (int64_t i = 0; i < count; i++) {
-                    const float* part = part_of(task + i, s);
-                    if (part[G * padded + G + g] == 0) continue;  // this query sees none of these keys
-                    const float share = std::exp(part[G * padded + g] - largest);
-                    weight += share * part[G * padded + G + g];
-                    for (int64_t d = 0; d < padded; d++) sum[d] += share * part[g * padded + d];
-                }
-                for (int64_t d = 0; d < D; d++) sum[d] = weight == 0 ? 0 : sum[d] / weight;
-                attention->from_float(sum, D, work.q.type, out, row * D);
+                attention->combine(work, part_of(task, s), S * G * row_floats, count, g,
+                                   sink_data ? sink_data[row % H] : -INFINITY, out, row * D, (float*)scratch.get());
             }
         });
     });
