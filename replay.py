@@ -25,7 +25,8 @@ from torch._ops import OpOverload
 
 from kernels.build import cpu_library
 
-RECORDED = ("brisk::linear", "brisk::decode_attention")  # ops that note themselves; they change nothing
+LAYERS = ("bf16", "int8", "int8_grouped", "int4", "experts", "int8_experts", "int8_grouped_experts", "int4_experts")
+RECORDED = {"brisk::decode_attention", *(f"brisk::linear_{layer}" for layer in LAYERS)}  # note themselves
 ALIGNMENT = 64
 
 
@@ -101,7 +102,7 @@ class Recorder:
 
     def call_op(self, op: Callable, *args: Any, **options: Any) -> Any:
         results = op(*args, **options)
-        if isinstance(op, OpOverload) and op.name().startswith(RECORDED):
+        if isinstance(op, OpOverload) and op.name() in RECORDED:
             kept = self.memory.like(results)
             if self.recording().add_op(kept, functools.partial(op, *args, **options)):
                 return kept
