@@ -59,15 +59,15 @@ INLINE void store(void* to, V v) {
 // puts off what makes it.
 template <class V>
 INLINE void keep_in_register(V& v) {
-#if AVX2 || AVX512
+#if AVX2
     asm("" : "+x"(v));
 #endif
 }
 
 // What is computed of it is not fused with how it was: that would round another way than other processors do.
 INLINE void keep_rounded(f32s& v) {
-#if AVX2 || AVX512
-    keep_in_register(v);
+#ifdef __AVX__
+    asm("" : "+x"(v));
 #else
     asm("" : "+m"(v));
 #endif
