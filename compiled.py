@@ -73,8 +73,8 @@ SETTINGS = [  # that change what is compiled
 class CompiledFunction:
     """A function of modules, tensors and plain values -> a tuple of tensors or None, compiled for each kind of them.
 
-    A module's tensors have to stay the same objects; where they are replaced, make a new CompiledFunction. No tensor
-    may be given twice.
+    A module's tensors have to stay the same objects in the same memory; where they are replaced, make a new
+    CompiledFunction. No tensor may be given twice.
     """
 
     def __init__(self, function: Callable):

@@ -32,7 +32,7 @@ ALIGNMENT = 64
 
 class Replay:
     """Takes the place of the function `call` of a module by Inductor: a list of tensors -> a sequence of tensors, which
-    are new ones. RuntimeError where an op fails."""
+    are new ones. One thread at a time. RuntimeError where an op fails."""
 
     def __init__(self, source: str, scope: dict[str, Any], kernels: dict[str, tuple[Path, str]], given: Iterable[int]):
         """scope: what the names in the source stand for; kernels: of those that are kernels the library, and the name
@@ -52,7 +52,9 @@ class Replay:
     def record(self, inputs: list[Any]) -> Any:
         """The first call. One that cannot be made again is made by Inductor's function, now and later."""
         tree = ast.parse(self.source)
-        if not is_straight(tree, self.kernels.keys()):
+        # A number that stands for many has no room for many results.
+        expanded = any(0 in inputs[i].stride() and not inputs[i].is_contiguous() for i in self.given)
+        if expanded or not is_straight(tree, self.kernels.keys()):
             self.record = self.scope["call"]
             return self.record(inputs)
         recorder = Recorder()
@@ -62,7 +64,8 @@ class Replay:
         for name, (library, symbol) in self.kernels.items():
             address = ctypes.cast(ctypes.CDLL(str(library))[symbol], ctypes.c_void_p)
             scope[name] = functools.partial(recorder.call_kernel, self.scope[name], address)
-        self.inputs = [tensor.clone() if i in self.given else tensor for i, tensor in enumerate(inputs)]
+        copy = recorder.memory.copy
+        self.inputs = [copy(tensor) if i in self.given else tensor for i, tensor in enumerate(inputs)]
         self.outputs = scope["call"](self.inputs.copy())
         scope.clear()  # its functions refer to it, so it would stay, and the memory with it
         self.steps, self.memory = recorder.steps, recorder.memory
@@ -132,7 +135,7 @@ class Recording:
         library.brisk_record_kernel.restype = ctypes.c_bool
         self.handle = ctypes.c_void_p(library.brisk_new_recording())
         self.library, self.count = library, 0
-        weakref.finalize(self, library.brisk_delete_recording, self.handle)
+        weakref.finalize(self, library.brisk_delete_recording, self.handle).atexit = False  # a thread may be in it
 
     def __call__(self) -> None:
         problem = self.library.brisk_replay(self.handle)
@@ -151,8 +154,8 @@ class Recording:
 
     def add_op(self, result: Tensor, call: Callable[[], Any]) -> bool:
         """Calls an op for its result to be there -> whether it was added."""
-        self.library.brisk_begin_op(self.handle, ctypes.c_void_p(result.data_ptr()))
         try:
+            self.library.brisk_begin_op(self.handle, ctypes.c_void_p(result.data_ptr()))
             call()
         finally:
             count = self.library.brisk_end_op(self.handle)
@@ -178,6 +181,10 @@ class OwnMemory:
 
     def like(self, tensor: Tensor) -> Tensor:
         return self.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """With its strides, which kernels take for granted, and clone() would not always keep."""
+        return self.like(tensor).copy_(tensor)
 
 
 def is_straight(tree: ast.Module, kernels: Any) -> bool:

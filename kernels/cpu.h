@@ -1,5 +1,5 @@
-// What the kernels (cpu_linear.cpp, cpu_bf16.cpp, cpu_gemm.cpp, cpu_attention.cpp, cpu_prefill.cpp,
-// cpu_lora.cpp) and the ops (cpu_*ops.cpp) share.
+// What the kernels (cpu_linear.cpp, cpu_linear_tiles.cpp, cpu_bf16.cpp, cpu_gemm.cpp, cpu_attention.cpp,
+// cpu_prefill.cpp, cpu_lora.cpp) and the ops (cpu_*ops.cpp) share.
 //
 // Kernels are serial functions, each over a part of the work. build.py compiles them for one instruction set, with
 // its flags and -DBRISK_ISA=amx|avx512|avx2|portable, into a library of its own; the ops share the work among threads. A

@@ -606,6 +606,16 @@ def test_prefill_attention(op, shape, S, L, first, dense):
     assert ((y.double() - expected).abs() <= bound)[sees].all()
 
 
+def test_attention_of_a_long_cache(op):
+    """Of more parts than are put together at once."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*s, generator=generator) for s in ((1, 1, 4, 32), (1, 2, 5001, 32), (1, 2, 5001, 32)))
+    y = op.decode_attention(q, k, v, torch.tensor([[4800]]), None, None, None, 0.0, False, None, None, None)
+    k, v = (x[:, :, :4801].double().repeat_interleave(2, 1) for x in (k, v))
+    exact = F.scaled_dot_product_attention(q.double().transpose(1, 2), k, v).transpose(1, 2)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-6)
+
+
 def test_attention_sees_nothing_of_other_queries(op):
     """Of two queries of one row, the earlier one must not be touched by what the later one sees."""
     q = torch.randn(1, 2, 4, 64).bfloat16()

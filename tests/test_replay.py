@@ -102,6 +102,17 @@ def test_arguments_may_be_changed(replays):
     assert replays[0].steps
 
 
+def test_arguments_keep_their_strides(replays):
+    """Such as a part of a tensor, or the same number many times, which has no room for a result."""
+    layers = Layers()
+    for cut in (lambda x: x[:, 64:], lambda x: x[:, :1].expand(3, 64)):
+        step = CompiledFunction(call)
+        for i in range(3):
+            x = cut(torch.full((3, 128), i / 8))
+            assert torch.equal(step(layers, "quantized_only", x)[1], layers.quantized(x).relu())
+    assert [bool(made.steps) for made in replays] == [True, False]
+
+
 def choose(layer: nn.Module, x: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor]:
     return (torch.ops.brisk.linear_experts(x, layer.weight, chosen, None),)
 
@@ -208,7 +219,7 @@ def test_a_kernel_with_a_float_is_called_from_python():
     assert not Recording().add_kernel(ctypes.c_void_p(0), [1.5])
 
 
-def test_ops_that_copy_their_arguments_are_called_from_python(replays):
+def test_ops_that_copy_their_arguments_are_called_from_python():
     """As for memory that is not contiguous."""
     q = torch.randint(-127, 128, (32, 32), dtype=torch.int8)
     packed, scales = packing.pack_int8(q), torch.rand(32)
