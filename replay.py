@@ -26,7 +26,8 @@ from torch._ops import OpOverload
 from kernels.build import cpu_library
 
 LAYERS = ("bf16", "int8", "int8_grouped", "int4", "experts", "int8_experts", "int8_grouped_experts", "int4_experts")
-RECORDED = {"brisk::decode_attention", *(f"brisk::linear_{layer}" for layer in LAYERS)}  # note themselves
+# Ops that note themselves. Those of layers with adapters would note the layer alone.
+RECORDED = {"brisk::decode_attention", *(f"brisk::linear_{layer}" for layer in LAYERS)}
 ALIGNMENT = 64
 
 
@@ -39,8 +40,11 @@ class Replay:
         in there; given: which of the inputs may be other tensors in another call."""
         self.source, self.scope, self.kernels, self.given = source, scope, kernels, given
         self.steps: list[Callable[[], Any]] = []
+        self.fallback: Callable[[list[Any]], Any] | None = None
 
     def __call__(self, inputs: list[Any]) -> Any:
+        if self.fallback is not None:
+            return self.fallback(inputs)
         if not self.steps:
             return self.record(inputs)
         for i in self.given:
@@ -55,8 +59,8 @@ class Replay:
         # A number that stands for many has no room for many results.
         expanded = any(0 in inputs[i].stride() and not inputs[i].is_contiguous() for i in self.given)
         if expanded or not is_straight(tree, self.kernels.keys()):
-            self.record = self.scope["call"]
-            return self.record(inputs)
+            self.fallback = self.scope["call"]
+            return self.fallback(inputs)
         recorder = Recorder()
         scope = self.scope.copy()
         exec(compile(NamedOps().visit(tree), "<program>", "exec"), scope)
@@ -110,18 +114,21 @@ class Recorder:
             kept = self.memory.like(results)
             if self.recording().add_op(kept, functools.partial(op, *args, **options)):
                 return kept
-        some = (results,) if isinstance(results, Tensor) else results or ()
         ours = {x.untyped_storage().data_ptr() for x in (*args, *options.values()) if isinstance(x, Tensor)}
-        kept = tuple(x if x.untyped_storage().data_ptr() in ours else self.memory.like(x) for x in some)
+        kept = tuple(x if x.untyped_storage().data_ptr() in ours else self.memory.copy(x) for x in tensors_of(results))
 
-        def step(results: Any) -> None:
-            for to, value in zip(kept, (results,) if isinstance(results, Tensor) else results or (), strict=True):
+        def step() -> None:
+            for to, value in zip(kept, tensors_of(op(*args, **options)), strict=True):
                 if to.data_ptr() != value.data_ptr():
                     to.copy_(value)
 
-        step(results)
-        self.steps.append(lambda: step(op(*args, **options)))
+        self.steps.append(step)
         return kept[0] if isinstance(results, Tensor) else kept
+
+
+def tensors_of(results: Any) -> tuple[Tensor, ...]:
+    """What an op has returned: a tensor, several or none."""
+    return (results,) if isinstance(results, Tensor) else tuple(results or ())
 
 
 class Recording:
